@@ -1,0 +1,128 @@
+"""Pictures as PyTorch data sets, and what is done to a picture before the network sees it."""
+
+import hashlib
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from common.images import ImageError, is_hidden, is_image, load_image, scan_class_folders
+from common.options import UserError
+
+
+class PictureFolder(ImageFolder):
+    """torchvision's `ImageFolder` that reads by `load_image` and passes over hidden files and folders.
+
+    Args:
+        root: folder that holds <class>/<picture>.
+        transform: function on PIL RGB pictures.
+    """
+
+    def __init__(self, root, transform=None):
+        super().__init__(root, transform, loader=load_image, is_valid_file=is_image)
+
+    def find_classes(self, directory):
+        classes = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir() and not is_hidden(entry))
+        return classes, {name: index for index, name in enumerate(classes)}
+
+
+def open_image_folder(root, transform=None):
+    """Open `root/<class>/` as a `PictureFolder`.
+
+    Raises:
+        UserError: if there is no class folder, or one holds no picture.
+    """
+    classes, _ = scan_class_folders(root)
+    for name, files in classes.items():
+        if not any(map(is_image, files)):
+            raise UserError(f"{Path(root) / name} holds no picture; put some there, or remove the folder")
+    return PictureFolder(root, transform)
+
+
+def eval_transform(img_size, mean, std):
+    """What is done to a picture for validation and prediction: PIL RGB -> float tensor (3, img_size, img_size).
+
+    Args:
+        img_size: edge in pixels; the picture is squeezed to a square, as in training.
+        mean, std: three values each, for pixels from 0 to 1.
+    """
+    return transforms.Compose(
+        [transforms.Resize((img_size, img_size)), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    )
+
+
+def seed_everything(*key):
+    """Seed random, NumPy and PyTorch (every device) with a number made of `key`, such as (seed, epoch, index)."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class SeededPictures(Dataset):
+    """Training pictures whose augmentation depends on (seed, epoch, index) only, not on workers or on what came before.
+
+    Args:
+        pictures: a `PictureFolder` with random transforms.
+        seed: any integer.
+    """
+
+    def __init__(self, pictures, seed):
+        self.pictures = pictures
+        self.seed = seed
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        seed_everything(self.seed, epoch, index)
+        return self.pictures[index]
+
+
+class EpochSampler(Sampler):
+    """Yields (epoch, index) of every picture in an order that depends on (seed, epoch) only.
+
+    Attributes:
+        epoch: set it before each pass.
+    """
+
+    def __init__(self, length, seed):
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        generator = random.Random(f"{self.seed}/{self.epoch}")
+        order = list(range(self.length))
+        generator.shuffle(order)
+        return iter([(self.epoch, index) for index in order])
+
+
+class PictureFiles(Dataset):
+    """Files for prediction: (tensor, "") each, or (None, reason) for one that cannot be read.
+
+    Args:
+        paths: the files.
+        transform: function on PIL RGB pictures.
+    """
+
+    def __init__(self, paths, transform):
+        self.paths = paths
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        try:
+            return self.transform(load_image(self.paths[index])), ""
+        except ImageError as error:
+            return None, str(error)

@@ -1,0 +1,109 @@
+"""Pictures: which files are pictures, how one is read, and what is done to it before the network sees it.
+
+makedata.py, mean_std.py, train.py and test.py all read pictures by `load_image`, so that what was trained on, what the
+statistics describe and what is predicted are the same pixels.
+"""
+
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from common.options import UserError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", ".ds_store")  # what Windows and macOS leave in folders
+
+
+class ImageError(UserError):
+    """A file that cannot be read as a picture; the message names it and says why."""
+
+
+def is_hidden(path):
+    """Whether the file or folder is one that systems leave behind and users do not see."""
+    return Path(path).name.startswith(".") or Path(path).name.lower() in SYSTEM_FILES
+
+
+def is_image(path):
+    """Whether a file is a picture by its name: the ending, in any case, and not hidden."""
+    return str(path).lower().endswith(EXTENSIONS) and not is_hidden(path)
+
+
+def load_image(path):
+    """Read a picture as RGB, 8 bits a channel, upright.
+
+    The first frame of an animation; turned as its EXIF orientation says; 16-bit grey scaled to 8 bits; transparency
+    laid on white; CMYK, palette and grey converted.
+
+    Args:
+        path: the file.
+
+    Returns:
+        `PIL.Image.Image` of mode RGB.
+
+    Raises:
+        ImageError: if the file is no picture, broken or too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns between one and two times its limit of pixels; treat that as too large, too.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)  # odd metadata does not matter here
+            with Image.open(path) as image:
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{path} has more pixels than Pillow takes for safe; scale it down or remove it") from error
+    except Exception as error:  # Pillow's decoders raise many kinds for broken files
+        empty = Path(path).is_file() and not Path(path).stat().st_size
+        reason = (
+            "it is empty" if empty else f"{type(error).__name__}: {str(error).split(' <_io')[0].split(' file ')[0]}"
+        )
+        raise ImageError(f"{path} cannot be read as a picture ({reason}); replace or remove it") from error
+
+
+def to_rgb(image):
+    """Convert a `PIL.Image.Image` of any mode to RGB; ValueError for floating-point pixels."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
+        return image.convert("I").point(lambda value: value / 257).convert("L").convert("RGB")
+    if image.mode == "F":
+        raise ValueError("it holds floating-point values without a scale: save it with 8 or 16 bits")
+    if "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBA", "RGBa"):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def scan_class_folders(root):
+    """List the files of `root/<class>/`.
+
+    Args:
+        root: folder that holds one folder for each class.
+
+    Returns:
+        ({class: [file, ...]}, [file that lies beside the class folders, ...]), sorted, without hidden files.
+
+    Raises:
+        UserError: if there is no class folder, or one holds another folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; make it and put pictures into {root}/<class>/")
+    entries = sorted(entry for entry in root.iterdir() if not is_hidden(entry))
+    classes = {}
+    for folder in filter(Path.is_dir, entries):
+        files = sorted(file for file in folder.iterdir() if not is_hidden(file))
+        nested = next(filter(Path.is_dir, files), None)
+        if nested is not None:
+            raise UserError(
+                f"{nested} is a folder inside a class folder; move its pictures to {root}/<class>/ directly, "
+                "or make it a class of its own"
+            )
+        classes[folder.name] = files
+    if not classes:
+        raise UserError(f"{root} holds no class folder; put pictures into {root}/<class>/, one folder for each class")
+    return classes, [entry for entry in entries if not entry.is_dir()]

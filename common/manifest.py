@@ -1,0 +1,33 @@
+"""The record that makedata.py leaves in data/manifest.json of what it put there, and mean_std.py's in mean_std.json."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from common.options import UserError
+
+MANIFEST = "manifest.json"
+STATISTICS = "mean_std.json"
+
+
+def fingerprint(contents):
+    """One hash for a set of pictures, whatever their names and order.
+
+    Args:
+        contents: SHA-256 of each file, as hex.
+    """
+    return hashlib.sha256("\n".join(sorted(contents)).encode()).hexdigest()
+
+
+def read_json(path):
+    """Read a JSON file that one of the scripts wrote.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+    except ValueError as error:
+        remedy = f"move {path.parent} away" if path.name == MANIFEST else "delete it"
+        raise UserError(f"{path} is damaged ({error}); {remedy} and run the script that made it again") from error

@@ -1,0 +1,248 @@
+"""Split data1/<class>/ into data/train/<class>/ and data/val/<class>/, 70 to 30 in every class.
+
+    python makedata.py              photographs that you put into data1/<class>/
+    python makedata.py --demo       draws a small demo set into an empty data1 first
+
+Every picture is opened and checked; what cannot be used is listed and left out. On which side a picture lands depends
+only on its content and the seed, so that the split is the same on every system, and hardly changes when pictures are
+added. Identical files land on the same side. data/manifest.json records what was put where.
+
+Exit status: 0 all pictures used; 1 an error, nothing changed; 2 a wrong option; 3 done, but some files were left out.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.images import EXTENSIONS, SYSTEM_FILES, ImageError, is_image, load_image, scan_class_folders
+from common.manifest import MANIFEST, STATISTICS, fingerprint, read_json
+from common.options import UserError, run
+
+SOURCE: str = "data1"  # folder that holds <class>/<picture>
+TARGET: str = "data"  # folder that is made: train/<class>, val/<class>, manifest.json
+VAL_RATIO: float = 0.3  # share of each class that becomes validation pictures
+SEED: int = 42  # another seed gives another split
+LINK: bool = True  # hard links, which take no disk space, where the file system allows; False always copies
+WORKERS: int = -1  # processes that check pictures; -1: one for each core; 0: check in the main process
+DEMO: bool = False  # draw a small data set of 12 species into data1 first, which must be empty
+DEMO_IMAGES: int = 80  # drawn pictures of each class
+
+
+def check_picture(path):
+    """Read one file: (SHA-256 of its content as hex, "") or, if it is no usable picture, ("", reason)."""
+    if not is_image(path):
+        return "", f"{path} is not named like a picture ({', '.join(EXTENSIONS)})"
+    try:
+        load_image(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest(), ""
+    except ImageError as error:
+        return "", str(error)
+
+
+def check_pictures(paths, workers):
+    """`check_picture` for every path, in parallel, in order."""
+    workers = (os.cpu_count() or 1) if workers < 0 else workers
+    bar = dict(total=len(paths), desc="checking", unit="img", leave=False)
+    if workers < 2 or len(paths) < 64:  # a process is not worth starting for a few pictures
+        return list(tqdm(map(check_picture, paths), **bar))
+    with ProcessPoolExecutor(min(workers, 61)) as pool:  # Windows allows no more than 61
+        return list(tqdm(pool.map(check_picture, paths, chunksize=16), **bar))
+
+
+def find_duplicates(contents):
+    """Group files by content.
+
+    Args:
+        contents: {path: SHA-256}.
+
+    Returns:
+        Lists of two or more paths that hold the same bytes.
+
+    Raises:
+        UserError: if one picture stands under two classes.
+    """
+    by_content = defaultdict(list)
+    for path, content in contents.items():
+        by_content[content].append(path)
+    groups = [paths for paths in by_content.values() if len(paths) > 1]
+    for paths in groups:
+        other = next((path for path in paths if path.parent.name != paths[0].parent.name), None)
+        if other is not None:
+            raise UserError(f"{paths[0]} and {other} are the same picture under two classes; delete the wrong one")
+    return groups
+
+
+def choose_val(contents, val_ratio, seed):
+    """Choose the validation pictures of one class.
+
+    Args:
+        contents: SHA-256 of each picture of the class; equal ones count once.
+        val_ratio: share to choose; at least one picture lands on either side.
+        seed: any integer.
+
+    Returns:
+        The set of chosen SHA-256.
+    """
+    # A hash of content and seed is a random order that no file name, system or library version can change.
+    order = sorted(set(contents), key=lambda content: hashlib.sha256(f"{seed}:{content}".encode()).hexdigest())
+    count = min(max(round(len(order) * val_ratio), 1), len(order) - 1)
+    return set(order[:count])
+
+
+def find_foreign_file(target):
+    """The first file in `target` that these scripts did not put there, or that was changed since; None if none is."""
+    manifest = read_json(target / MANIFEST) if (target / MANIFEST).is_file() else {"files": []}
+    try:
+        ours = {file["path"]: (Path(file["source"]), file["bytes"], file["sha256"]) for file in manifest["files"]}
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{target / MANIFEST} is damaged, so it is unknown what {target} holds; move {target} away"
+        ) from error
+    for file in sorted(target.rglob("*")):
+        name = file.relative_to(target).as_posix()
+        if file.is_dir() or file.name.lower() in SYSTEM_FILES or name in (MANIFEST, STATISTICS):
+            continue
+        if name not in ours:
+            return file
+        source, size, content = ours[name]
+        if source.exists() and source.samefile(file):  # a change was made to both, and nothing is lost
+            continue
+        if file.stat().st_size != size or hashlib.sha256(file.read_bytes()).hexdigest() != content:
+            return file
+    return None
+
+
+def place(source, target, link):
+    """Put `source` at `target` as a hard link where that is wanted and possible, else as a copy."""
+    if link:
+        try:
+            os.link(source.resolve(), target)
+            return
+        except OSError:  # another drive, a file system without links, or no permission: a copy does the same
+            pass
+    shutil.copy2(source, target)
+
+
+def main():
+    source, target = Path(SOURCE), Path(TARGET)
+    if not 0 < VAL_RATIO < 1:
+        raise UserError(f"VAL_RATIO must lie between 0 and 1, got {VAL_RATIO}")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"TARGET {target} must lie outside SOURCE {source}; set it to another folder")
+    if DEMO:
+        draw_demo(source)
+
+    classes, beside = scan_class_folders(source)
+    paths = [path for files in classes.values() for path in files]
+    results = check_pictures(paths, WORKERS)
+    left_out = [reason for _, reason in results if reason]
+    left_out += [f"{path} does not lie in a class folder" for path in beside if is_image(path)]
+    for reason in left_out:
+        print(f"left out: {reason}")
+    contents = {path: content for path, (content, reason) in zip(paths, results) if not reason}
+    duplicates = find_duplicates(contents)
+
+    files = []
+    for name in classes:
+        mine = {path: contents[path] for path in classes[name] if path in contents}
+        if len(set(mine.values())) < 2:
+            raise UserError(
+                f"class {name!r} holds {len(set(mine.values()))} different usable pictures, too few to split: "
+                f"put at least two into {source / name}, or remove the folder"
+            )
+        val = choose_val(mine.values(), VAL_RATIO, SEED)
+        for path, content in mine.items():
+            side = "val" if content in val else "train"
+            files.append(
+                dict(
+                    path=f"{side}/{name}/{path.name}",
+                    source=path.as_posix(),
+                    sha256=content,
+                    bytes=path.stat().st_size,
+                )
+            )
+
+    replace_target(source, target, files)
+    report(classes, files, duplicates)
+    print(f"\n{len(files)} pictures in {target}, split with seed {SEED}")
+    return 3 if left_out else 0
+
+
+def draw_demo(source):
+    """Draw the demo set into `source`, which must be empty."""
+    from common.demo import SPECIES, draw_data_set
+
+    if DEMO_IMAGES < 2:
+        raise UserError(f"DEMO_IMAGES must be at least 2, one for each side, got {DEMO_IMAGES}")
+    if source.is_dir() and any(entry.name != ".gitkeep" for entry in source.iterdir()):
+        raise UserError(f"{source} is not empty, and --demo draws into an empty folder only; leave --demo out")
+    drawing = draw_data_set(source, DEMO_IMAGES, seed=SEED)
+    list(tqdm(drawing, total=DEMO_IMAGES * len(SPECIES), desc="drawing", unit="img", leave=False))
+
+
+def replace_target(source, target, files):
+    """Build the new folder beside `target`, then swap: whoever stops this leaves the old or the new one, whole."""
+    target = target.resolve() if target.is_symlink() else target
+    new, old = (target.with_name(f"{target.name}.makedata-{kind}") for kind in ("new", "old"))
+    if old.exists() and not target.exists():  # an earlier run was stopped between the two renames below
+        old.rename(target)
+    for left_over in (new, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    if target.exists():
+        foreign = find_foreign_file(target)
+        if foreign is not None:
+            raise UserError(
+                f"{foreign} was not put there by makedata.py, or was changed since, and replacing {target} would "
+                "lose it; move it away, or set TARGET to another folder"
+            )
+    try:
+        for file in tqdm(files, desc="placing", unit="img", leave=False):
+            destination = new / file["path"]
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            place(Path(file["source"]), destination, LINK)
+        manifest = dict(
+            source=source.as_posix(),
+            seed=SEED,
+            val_ratio=VAL_RATIO,
+            fingerprint=fingerprint(file["sha256"] for file in files),
+            files=files,
+        )
+        text = json.dumps(manifest, indent=1, ensure_ascii=False)
+        # Names from another system's archive may be no UTF-8; their bytes are kept as they are.
+        (new / MANIFEST).write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
+        if (target / STATISTICS).is_file():
+            shutil.copy2(target / STATISTICS, new / STATISTICS)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def report(classes, files, duplicates):
+    """Print which files are identical, and the table of classes."""
+    for paths in duplicates:
+        print(f"identical, kept on one side: {', '.join(map(str, paths))}")
+    counts = {side: defaultdict(int) for side in ("train", "val")}
+    for file in files:
+        side, name, _ = file["path"].split("/", 2)
+        counts[side][name] += 1
+    width = max(len("class"), *map(len, classes))
+    print(f"{'class':{width}}  train    val")
+    for name in classes:
+        print(f"{name:{width}}  {counts['train'][name]:5}  {counts['val'][name]:5}")
+    print(f"{'total':{width}}  {sum(counts['train'].values()):5}  {sum(counts['val'].values()):5}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,148 @@
+"""Compute the normalisation statistics of the pictures in data1/<class>/.
+
+    python mean_std.py
+
+Prints the mean and the standard deviation of each colour channel for pixels from 0 to 1, and writes them to
+data/mean_std.json, where train.py finds them when its own MEAN and STD are None.
+
+Two definitions of the standard deviation are in use. "per image" is the mean over the pictures of each picture's own
+standard deviation; it leaves out how pictures differ from each other, and is what this recipe normalises with. "pixel"
+is the standard deviation of all pixels of the set. Both are computed exactly, from each picture's histogram.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from common.dataset import open_image_folder
+from common.images import ImageError
+from common.manifest import fingerprint
+from common.options import UserError, run
+
+SOURCE: str = "data1"  # folder that holds <class>/<picture>
+OUTPUT: str = "data/mean_std.json"  # file for the result; "" writes none
+WORKERS: int = -1  # processes that read pictures; -1: one for each core; 0: read in the main process
+
+
+def moments(picture):
+    """Mean and unbiased standard deviation of one picture's channels, and what the whole set's need.
+
+    Args:
+        picture: PIL RGB picture, or float tensor (3, H, W).
+
+    Returns:
+        float64 array (5, 3): mean, standard deviation (0 for a single pixel), pixels, sum, sum of squares.
+    """
+    if isinstance(picture, Image.Image):
+        # The histogram is one pass in C, and sums over its 256 levels lose nothing to rounding.
+        weights = np.array(picture.histogram(), dtype=np.float64).reshape(3, 256)
+        values = np.arange(256) / 255
+    else:
+        values = picture.double().flatten(1).numpy()
+        weights = np.ones_like(values)
+    n = weights.sum(1)
+    mean = (weights * values).sum(1) / n
+    squared_deviations = (weights * (values - mean[:, None]) ** 2).sum(1)
+    std = np.sqrt(squared_deviations / np.maximum(n - 1, 1))
+    return np.stack([mean, std, n, n * mean, squared_deviations + n * mean**2])
+
+
+class Moments(Dataset):
+    """For each picture of `dataset` its `moments` and its file's SHA-256, or the reason why it cannot be read."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        try:
+            result = moments(self.dataset[index][0])
+        except ImageError as error:
+            return None, str(error)
+        samples = getattr(self.dataset, "samples", None)
+        content = hashlib.sha256(Path(samples[index][0]).read_bytes()).hexdigest() if samples else ""
+        return result, content
+
+
+def measure(dataset, workers):
+    """`moments` and content hash of every picture of `dataset`, read in parallel: [(moments or None, text), ...]."""
+    workers = (os.cpu_count() or 1) if workers < 0 else workers
+    workers = min(workers, len(dataset) // 32)  # a process is not worth starting for a few pictures
+    loader = DataLoader(Moments(dataset), batch_size=8, num_workers=workers, collate_fn=list)
+    with tqdm(total=len(dataset), desc="mean_std", unit="img", leave=False) as bar:
+        results = []
+        for batch in loader:
+            results += batch
+            bar.update(len(batch))
+    return results
+
+
+def summarise(results):
+    """Mean, per-image standard deviation and pixel standard deviation of the set: float64 array (3, 3) of rows."""
+    results = np.stack(results)  # (pictures, 5, 3)
+    mean, std = results[:, :2].mean(0)
+    n, total, squares = results[:, 2:].sum(0)
+    return np.stack([mean, std, np.sqrt(np.maximum(squares / n - (total / n) ** 2, 0))])
+
+
+def get_mean_and_std(dataset, workers=-1):
+    """Mean over pictures of each picture's channel mean, and of each picture's (unbiased) channel std.
+
+    Args:
+        dataset: yields (picture, ...), the picture a PIL RGB image or a float tensor (3, H, W), such as an
+            `ImageFolder` with or without `ToTensor`.
+        workers: processes that read pictures; -1 is one for each core.
+
+    Returns:
+        ([3 floats], [3 floats]) for pixels from 0 to 1.
+
+    Raises:
+        UserError: if a picture cannot be read, or there is none.
+    """
+    results = measure(dataset, workers)
+    broken = [reason for result, reason in results if result is None]
+    if broken or not results:
+        raise UserError(broken[0] if broken else "the data set holds no picture; put some there")
+    mean, std, _ = summarise([result for result, _ in results]).tolist()
+    return mean, std
+
+
+def main():
+    dataset = open_image_folder(SOURCE)
+    results = measure(dataset, WORKERS)
+    for result, reason in results:
+        if result is None:
+            print(f"left out: {reason}")
+    used = [(result, content) for result, content in results if result is not None]
+    if not used:
+        raise UserError(f"no picture in {SOURCE} can be read; replace the files listed above")
+    mean, std, pixel_std = summarise([result for result, _ in used]).tolist()
+
+    print(f"pictures       {len(used)} of {len(results)} in {SOURCE}")
+    for name, values in (("mean", mean), ("std per image", std), ("std pixel", pixel_std)):
+        print(f"{name:14} [{', '.join(f'{value:.6f}' for value in values)}]")
+    if OUTPUT:
+        output = Path(OUTPUT)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        report = dict(
+            mean=mean,
+            std=std,
+            pixel_std=pixel_std,
+            pictures=len(used),
+            fingerprint=fingerprint(content for _, content in used),
+        )
+        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print(f"written to     {output}")
+    return 0 if len(used) == len(results) else 3
+
+
+if __name__ == "__main__":
+    run(main)

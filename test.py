@@ -1,0 +1,170 @@
+"""Tell what is on pictures, with a checkpoint that train.py saved.
+
+    python test.py                                       pictures in test/, or in data/val where there is no test/
+    python test.py some_photo.jpg more_photos/           files, folders, or patterns such as "photos/*.jpg"
+    python test.py --checkpoint checkpoints/unireplknet_t/best.pth some_photo.jpg
+
+Prints the likeliest classes of each picture and writes them to results/predictions.csv. Where the folders carry the
+names of the classes, it also measures the accuracy and writes report.txt, confusion_matrix.csv, confusion_matrix.png
+and mistakes.png. Class names, normalisation and size come from the checkpoint.
+
+Exit status: 0; 1 an error; 2 a wrong option; 3 done, but some pictures could not be read.
+"""
+
+import csv
+import glob
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.metrics import classification_report, confusion_matrix
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from common.checkpoint import build_network, load_checkpoint
+from common.dataset import PictureFiles, eval_transform
+from common.device import choose_device, choose_workers
+from common.images import is_image, load_image
+from common.options import UserError, run
+from common.plots import plot_confusion_matrix, plot_mistakes
+
+IMAGES: list[str] = []  # files, folders or patterns; []: test/ if it exists, else data/val
+CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth
+TOP_K: int = 3  # how many of the likeliest classes to show for each picture
+MERGE: bool = True  # merge the network into its inference structure: the same answers, faster
+BATCH_SIZE: int = 32  # pictures that pass through the network at once
+WORKERS: int = -1  # processes that read pictures; -1: one for each core, up to 8, beside a GPU, else 0; 0: none
+DEVICE: str = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
+MISTAKES: int = 24  # wrong answers in mistakes.png, the surest first
+OUTPUT: str = "results"  # folder for the files that are written; those of an earlier call are replaced
+
+
+def find_checkpoint():
+    """The checkpoint to use: CHECKPOINT, or the newest best.pth."""
+    if CHECKPOINT:
+        return Path(CHECKPOINT)
+    found = sorted(Path("checkpoints").glob("*/best.pth"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError("there is no checkpoints/*/best.pth; run train.py first, or give one with --checkpoint")
+    return found[-1]
+
+
+def find_pictures():
+    """The files that IMAGES names, each once, in order."""
+    names = IMAGES or ["test" if Path("test").is_dir() else "data/val"]
+    paths = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if is_image(file))
+        elif path.is_file():
+            found = [path]
+        else:
+            found = sorted(file for file in map(Path, glob.glob(name, recursive=True)) if is_image(file))
+        if not found:
+            raise UserError(f"{name} is no picture, no folder with pictures and no pattern that matches any")
+        paths += found
+    return list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
+
+
+@torch.inference_mode()
+def predict(model, paths, transform, device):
+    """Probabilities for every picture.
+
+    Returns:
+        (paths that could be read, float array (pictures, classes) in their order, [why the others could not]).
+    """
+    workers = choose_workers(WORKERS, device)
+    workers = min(workers, len(paths) // BATCH_SIZE)  # a process is not worth starting for a few pictures
+    loader = DataLoader(PictureFiles(paths, transform), BATCH_SIZE, num_workers=workers, collate_fn=list)
+    reasons, probabilities = [], []
+    with tqdm(total=len(paths), desc="test", unit="img", leave=False) as bar:
+        for batch in loader:
+            reasons += [reason for _, reason in batch]
+            images = [image for image, _ in batch if image is not None]
+            if images:
+                logits = model(torch.stack(images).to(device))
+                probabilities.append(logits.float().softmax(1).cpu().numpy())
+            bar.update(len(batch))
+    if not probabilities:
+        raise UserError(f"none of the {len(paths)} pictures can be read; the first: {reasons[0]}")
+    read = [path for path, reason in zip(paths, reasons) if not reason]
+    return read, np.concatenate(probabilities), list(filter(None, reasons))
+
+
+def write_predictions(paths, probabilities, classes, folder):
+    """Print the TOP_K classes of each picture and write them to predictions.csv, with a byte order mark for Excel."""
+    top = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP_K]
+    with open(folder / "predictions.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        ranks = range(1, top.shape[1] + 1)
+        writer.writerow(["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))])
+        for path, indices, row in zip(paths, top, probabilities):
+            print(f"{path}: {', '.join(f'{classes[i]} {row[i]:.4f}' for i in indices)}")
+            writer.writerow([path, *(cell for i in indices for cell in (classes[i], f"{row[i]:.6f}"))])
+
+
+def evaluate(paths, probabilities, classes, folder):
+    """Compare the answers with the names of the pictures' folders: report, confusion matrix and worst mistakes."""
+    index = {name: number for number, name in enumerate(classes)}
+    known = [number for number, path in enumerate(paths) if path.resolve().parent.name in index]
+    for name in ("report.txt", "confusion_matrix.csv", "confusion_matrix.png", "mistakes.png"):
+        (folder / name).unlink(missing_ok=True)  # one from an earlier call would tell of other pictures
+    if not known:
+        return
+    labels = np.array([index[paths[number].resolve().parent.name] for number in known])
+    predictions = probabilities[known].argmax(1)
+    top5 = np.argsort(-probabilities[known], axis=1)[:, :5]
+    acc1 = 100 * (predictions == labels).mean()
+    acc5 = 100 * (top5 == labels[:, None]).any(1).mean()
+
+    numbers = range(len(classes))
+    report = classification_report(labels, predictions, labels=numbers, target_names=classes, digits=4, zero_division=0)
+    (folder / "report.txt").write_text(report, encoding="utf-8")
+    print(f"\n{report}\nacc1 {acc1:.2f} %, acc5 {acc5:.2f} % on {len(known)} pictures")
+
+    matrix = confusion_matrix(labels, predictions, labels=numbers)
+    with open(folder / "confusion_matrix.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerow(["true class \\ predicted class", *classes])
+        writer.writerows([name, *row] for name, row in zip(classes, matrix))
+    plot_confusion_matrix(matrix, classes, folder / "confusion_matrix.png")
+
+    sureness = probabilities[known].max(1)
+    wrong = sorted(np.flatnonzero(predictions != labels), key=lambda i: -sureness[i])[:MISTAKES]
+    if wrong:
+        pictures = [load_image(paths[known[i]]).resize((192, 192)) for i in wrong]
+        captions = [f"{classes[predictions[i]]} {sureness[i]:.2f}\nis {classes[labels[i]]}" for i in wrong]
+        plot_mistakes(pictures, captions, folder / "mistakes.png")
+
+
+def main():
+    if TOP_K < 1 or BATCH_SIZE < 1:
+        raise UserError(f"TOP_K and BATCH_SIZE must be at least 1, got {TOP_K} and {BATCH_SIZE}")
+    path = find_checkpoint()
+    checkpoint = load_checkpoint(path)
+    classes = checkpoint["classes"]
+    paths = find_pictures()
+    device = choose_device(DEVICE)
+    model = build_network(checkpoint, MERGE).to(device)
+    transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
+    weights = "EMA weights" if checkpoint.get("state_dict_ema") else "weights"
+    structure = "merged" if MERGE else "training structure"
+    print(f"{path}: {checkpoint['arch']}, {len(classes)} classes, {weights}, {structure}, {device}")
+
+    folder = Path(OUTPUT)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    read, probabilities, broken = predict(model, paths, transform, device)
+    seconds = time.perf_counter() - started
+    write_predictions(read, probabilities, classes, folder)
+    evaluate(read, probabilities, classes, folder)
+    for reason in broken:
+        print(f"left out: {reason}")
+    print(f"{len(read)} pictures in {seconds:.1f} s, {len(read) / seconds:.1f} a second; files in {folder}")
+    return 3 if broken else 0
+
+
+if __name__ == "__main__":
+    run(main, positional="IMAGES")

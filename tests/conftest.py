@@ -1,0 +1,90 @@
+"""What the test files share: the scripts from the repository root, and small pictures to run them on."""
+
+import colorsys
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+# One thread each: the tests' networks are tiny, and threads that wait for each other on a busy machine take minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Folder of the reference results."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Run a script of the repository in `tmp_path`, as a user does: run_script("makedata.py", "--seed", "1")."""
+
+    def run(script, *args):
+        return subprocess.run(
+            [sys.executable, ROOT / script, *map(str, args)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+            capture_output=True,
+            encoding="utf-8",
+            timeout=300,
+        )
+
+    return run
+
+
+def draw_picture(key, size=(48, 48), colour=None):
+    """A picture of noise, about `colour` if one is given; the same key gives the same pixels.
+
+    Args:
+        key: any text.
+        size: width and height.
+        colour: three values from 0 to 255.
+    """
+    width, height = (size, size) if isinstance(size, int) else size
+    noise = np.random.default_rng(zlib.crc32(key.encode())).integers(0, 256, (height, width, 3))
+    if colour is not None:
+        noise = np.clip((noise - 128) / 4 + colour, 0, 255)
+    return Image.fromarray(noise.astype(np.uint8))
+
+
+def fill_classes(root, counts, size=48):
+    """Fill `root/<class>/` with PNG pictures, each class about a colour of its own; returns the sorted paths.
+
+    A picture depends on its class, its number and the place of its class in `counts` only.
+
+    Args:
+        root: folder, made if need be.
+        counts: {class name: number of pictures}.
+        size: edge in pixels.
+    """
+    paths = []
+    for place, (name, count) in enumerate(counts.items()):
+        # The golden ratio spreads any number of hues over the colour wheel.
+        colour = 255 * np.array(colorsys.hsv_to_rgb(place * 0.618 % 1, 0.7, 0.8))
+        folder = Path(root) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            paths.append(folder / f"{index:03d}.png")
+            draw_picture(f"{name}/{index}", size, colour).save(paths[-1])
+    return sorted(paths)
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """The function `draw_picture`."""
+    return draw_picture
+
+
+@pytest.fixture(scope="session")
+def make_data1():
+    """The function `fill_classes`."""
+    return fill_classes

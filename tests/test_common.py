@@ -1,0 +1,51 @@
+"""What the scripts share: order and augmentation of the pictures depend on the seed and the epoch only."""
+
+import random
+
+import numpy as np
+import torch
+from torchvision import transforms
+
+from common.dataset import EpochSampler, PictureFolder, SeededPictures, open_image_folder, seed_everything
+
+
+def test_every_picture_once_an_epoch_in_another_order():
+    sampler = EpochSampler(50, seed=1)
+    orders = []
+    for sampler.epoch in (1, 2):
+        keys = list(sampler)
+        assert {epoch for epoch, _ in keys} == {sampler.epoch}
+        orders.append([index for _, index in keys])
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(50))
+    assert orders[0] != orders[1] != list(range(50))
+    sampler.epoch = 1
+    assert [index for _, index in sampler] == orders[0]
+    other = EpochSampler(50, seed=2)
+    other.epoch = 1
+    assert [index for _, index in other] != orders[0]
+
+
+def test_augmentation_depends_on_seed_epoch_and_picture_only(tmp_path, make_data1):
+    make_data1(tmp_path, {"a": 3, "b": 3})
+    transform = transforms.Compose([transforms.RandomRotation(180), transforms.ToTensor()])
+    pictures = PictureFolder(tmp_path, transform)
+    dataset = SeededPictures(pictures, seed=7)
+    first = dataset[3, 1][0]
+    dataset[1, 5]
+    random.random(), np.random.rand(), torch.rand(1)
+    assert torch.equal(dataset[3, 1][0], first)
+    assert not torch.equal(dataset[4, 1][0], first)
+    assert not torch.equal(SeededPictures(pictures, seed=8)[3, 1][0], first)
+
+
+def test_seed_everything_reaches_all_three_generators():
+    draws = []
+    for key in ((1, 2), (1, 2), (2, 1)):
+        seed_everything(*key)
+        draws.append((random.random(), float(np.random.rand()), float(torch.rand(1))))
+    assert draws[0] == draws[1] and all(a != b for a, b in zip(draws[0], draws[2]))
+
+
+def test_hidden_folders_are_no_classes(tmp_path, make_data1):
+    make_data1(tmp_path, {"b": 1, "a": 1, ".ipynb_checkpoints": 1})
+    assert open_image_folder(tmp_path).classes == ["a", "b"]

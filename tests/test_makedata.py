@@ -1,0 +1,574 @@
+"""makedata.py: which picture lands where, what is left out, what is refused, and that nothing is ever lost."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from itertools import count
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import makedata
+from common.demo import SPECIES, draw_data_set, draw_seedling
+from common.options import UserError
+
+CLASSES = {"Common wheat": 10, "玉米 苗": 7, "Moutarde frisée": 2}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """Call makedata's main() with some constants changed; returns the exit status."""
+
+    def run(**constants):
+        with monkeypatch.context() as patch:
+            for name, value in constants.items():
+                patch.setattr(makedata, name, value)
+            return makedata.main()
+
+    return run
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def tree(folder):
+    """{relative path: (SHA-256, time of change)} of all files in `folder`."""
+    files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): (sha256(path), path.stat().st_mtime_ns) for path in files}
+
+
+def contents(folder):
+    """Sorted SHA-256 of all files in `folder`."""
+    return sorted(content for content, _ in tree(folder).values())
+
+
+def sides():
+    """{(class, SHA-256): side} of all pictures in `data`; a picture on both sides fails."""
+    found = {}
+    for path in Path("data").glob("*/*/*"):
+        assert found.setdefault((path.parent.name, sha256(path)), path.parent.parent.name) == path.parent.parent.name
+    return found
+
+
+def rewrite(path, offset=-1):
+    """Change one byte of a file in place, as an editor that keeps the file would; the size stays."""
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    with open(path, "r+b") as file:
+        file.write(content)
+
+
+def test_every_class_is_split_70_to_30_and_every_picture_placed_once(make, make_data1):
+    make_data1("data1", CLASSES)
+    assert make() == 0
+    for name, val in {"Common wheat": 3, "玉米 苗": 2, "Moutarde frisée": 1}.items():
+        assert len(list(Path("data/val", name).iterdir())) == val
+        assert len(list(Path("data/train", name).iterdir())) == CLASSES[name] - val
+        placed = contents(Path("data/train", name)) + contents(Path("data/val", name))
+        assert sorted(placed) == contents(Path("data1", name))
+    assert len(sides()) == 19
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.01, 0.5, 0.99])
+def test_number_of_validation_pictures(ratio):
+    for n in range(2, 120):
+        val = makedata.choose_val([str(i) for i in range(n)], ratio, seed=1)
+        assert 1 <= len(val) <= n - 1
+        assert abs(len(val) - ratio * n) <= 0.5 or len(val) in (1, n - 1)
+
+
+def test_choice_is_the_same_on_every_system():
+    pictures = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(10)]
+    ranks = [hashlib.sha256(f"42:{picture}".encode()).hexdigest() for picture in pictures]
+    first = {pictures[ranks.index(rank)] for rank in sorted(ranks)[:3]}
+    assert makedata.choose_val(pictures, 0.3, 42) == makedata.choose_val(pictures[::-1], 0.3, 42) == first
+    assert {pictures.index(picture) for picture in first} == {3, 4, 6}
+
+
+def test_names_and_other_classes_do_not_change_the_split(make, make_data1):
+    make_data1("data1", {"a": 20, "b": 20})
+    make()
+    before = sides()
+    for number, path in enumerate(sorted(Path("data1/a").iterdir(), reverse=True)):
+        path.rename(path.with_name(f"IMG {number}.png"))
+    make_data1("data1", {"0": 5})
+    make()
+    after = sides()
+    assert {key: side for key, side in after.items() if key[0] != "0"} == before
+
+
+def test_another_seed_gives_another_split(make, make_data1):
+    make_data1("data1", {"a": 20})
+    make()
+    before = sides()
+    make(SEED=43)
+    after = sides()
+    assert after.keys() == before.keys() and after != before
+
+
+def test_adding_pictures_moves_at_most_as_many_others():
+    """The bound holds always; on average it is far fewer than the 42 of 100 that a new shuffle would move."""
+    moved = []
+    for seed in range(200):
+        generator = random.Random(seed)
+        old, new = ([generator.randbytes(32).hex() for _ in range(number)] for number in (100, 10))
+        before = makedata.choose_val(old, 0.3, seed)
+        after = makedata.choose_val(old + new, 0.3, seed)
+        moved.append(len(before ^ (after & set(old))))
+    assert max(moved) <= 10 and sum(moved) / len(moved) < 2
+
+
+def test_extensions_in_any_case(make, picture):
+    Path("data1/a").mkdir(parents=True)
+    names = ["1.JPG", "2.Jpeg", "3.PNG", "4.bmp", "5.WebP", "6.TIF", "7.tiff", "8.GIF"]
+    for name in names:
+        picture(name).save(Path("data1/a", name))
+    assert make() == 0
+    assert sorted(path.name for path in Path("data").glob("*/a/*")) == names
+
+
+def test_many_pictures_are_checked_in_parallel_with_the_same_result(make_data1):
+    paths = make_data1("data1", {"a": 40, "b": 30}, size=8)
+    paths[50].write_bytes(b"broken")
+    results = makedata.check_pictures(paths, 2)
+    assert results == makedata.check_pictures(paths, 0)
+    assert [content for content, _ in results] == ["" if path == paths[50] else sha256(path) for path in paths]
+
+
+def test_pictures_are_hard_links(make, make_data1):
+    sources = make_data1("data1", {"a": 4})
+    make()
+    assert {path.stat().st_ino for path in Path("data").glob("*/a/*")} == {path.stat().st_ino for path in sources}
+
+
+@pytest.mark.parametrize("why", ["not wanted", "not possible"])
+def test_pictures_are_copied_where_links_are(why, make, make_data1, monkeypatch):
+    sources = make_data1("data1", {"a": 4})
+
+    def no_link(*args):
+        raise OSError(18, "Invalid cross-device link")
+
+    if why == "not possible":
+        monkeypatch.setattr(os, "link", no_link)
+    assert make(LINK=why == "not possible") == 0
+    assert all(path.stat().st_nlink == 1 for path in [*sources, *Path("data").glob("*/a/*")])
+    assert sorted(contents("data/train") + contents("data/val")) == contents("data1")
+
+
+def test_no_link_on_the_command_line(run_script, make_data1):
+    sources = make_data1("data1", {"a": 4})
+    assert run_script("makedata.py", "--no-link").returncode == 0
+    assert [path.stat().st_nlink for path in sources] == [1] * 4
+    assert run_script("makedata.py").returncode == 0
+    assert [path.stat().st_nlink for path in sources] == [2] * 4
+
+
+def test_symbolic_links_to_class_folders_and_files(make, make_data1):
+    make_data1("photos", {"wheat": 6})
+    other = make_data1("elsewhere", {"x": 1, "y": 4})
+    make_data1("data1", {"maize": 5})
+    os.symlink(Path("photos/wheat").resolve(), "data1/Winter wheat")
+    os.symlink(other[0].resolve(), "data1/maize/link.png")
+    assert make() == 0
+    assert sorted(name for name, _ in sides()) == ["Winter wheat"] * 6 + ["maize"] * 6
+    assert not any(path.is_symlink() for path in Path("data").rglob("*"))
+    assert sha256(other[0]) in contents("data")
+
+
+def test_data1_is_never_changed(make, make_data1):
+    make_data1("data1", CLASSES)
+    Path("data1/Common wheat/notes.txt").write_text("notes")
+    before = tree("data1")
+    for link in (True, False, True):
+        make(LINK=link)
+    assert tree("data1") == before
+
+
+def test_manifest_lists_every_file(make, make_data1):
+    make_data1("data1", CLASSES)
+    make(SEED=7)
+    manifest = json.loads(Path("data/manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["source"], manifest["seed"], manifest["val_ratio"]) == ("data1", 7, 0.3)
+    files = {file["path"]: file for file in manifest["files"]}
+    assert files.keys() == tree("data").keys() - {"manifest.json"} and len(files) == len(manifest["files"]) == 19
+    for path, file in files.items():
+        placed = Path("data", path)
+        assert file == dict(path=path, source=file["source"], sha256=sha256(placed), bytes=placed.stat().st_size)
+        assert sha256(file["source"]) == file["sha256"]
+    joined = "\n".join(contents("data1"))
+    assert manifest["fingerprint"] == hashlib.sha256(joined.encode()).hexdigest()
+
+
+def test_hidden_files_are_ignored_silently(make, make_data1, capsys):
+    make_data1("data1", {"a": 4})
+    for name in (".DS_Store", "._000.png", "Thumbs.db", "desktop.ini"):
+        Path("data1/a", name).write_bytes(b"system")
+    Path("data1/.hidden").mkdir()
+    Path("data1/.gitkeep").touch()
+    assert make() == 0
+    assert "left out" not in capsys.readouterr().out
+    assert len(tree("data")) == 5
+
+
+def test_what_is_no_picture_is_listed_and_left_out(run_script, make_data1):
+    make_data1("data1", {"a": 4, "b": 4})
+    photo = Image.effect_noise((64, 64), 60)
+    photo.save("data1/a/cut off.jpg")
+    whole = Path("data1/a/cut off.jpg").read_bytes()
+    Path("data1/a/cut off.jpg").write_bytes(whole[: len(whole) // 2])
+    Path("data1/a/empty.png").touch()
+    Path("data1/b/renamed.jpg").write_text("not a picture at all")
+    Path("data1/b/notes.txt").write_text("notes")
+    os.symlink("nowhere.png", "data1/b/dangling.png")
+    shutil.copy("data1/a/000.png", "data1/beside.png")
+    done = run_script("makedata.py")
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    listed = [line for line in done.stdout.splitlines() if line.startswith("left out: ")]
+    names = ["a/cut off.jpg", "a/empty.png", "b/dangling.png", "b/notes.txt", "b/renamed.jpg", "beside.png"]
+    assert len(listed) == len(names)
+    assert all(line.startswith(f"left out: {Path('data1', name)} ") for line, name in zip(listed, names, strict=True))
+    assert len(sides()) == 8 and len(list(Path("data").glob("*/*/*"))) == 8
+
+
+def test_identical_files_are_listed_and_kept_on_one_side(make, make_data1, capsys):
+    paths = make_data1("data1", {"a": 10})
+    for path in paths:
+        shutil.copy(path, path.with_stem(f"{path.stem} copy"))
+    assert make() == 0
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("identical")]
+    assert len(listed) == 10
+    assert all(str(path) in line and f"{path.stem} copy" in line for path, line in zip(paths, listed, strict=True))
+    assert sorted(sides().values()) == ["train"] * 7 + ["val"] * 3
+    assert len(list(Path("data").glob("*/a/*"))) == 20
+
+
+def test_identical_files_count_once(make, make_data1):
+    make_data1("data1", {"a": 10})
+    make()
+    before = sides()
+    for path in sorted(Path("data/val/a").iterdir()):
+        for number in range(5):
+            shutil.copy(path, f"data1/a/{path.stem} copy {number}.png")
+    make()
+    assert sides() == before
+
+
+def test_the_same_picture_under_two_classes_is_refused(make, make_data1):
+    make_data1("data1", {"a": 4, "b": 4})
+    shutil.copy("data1/a/002.png", "data1/b/again.png")
+    with pytest.raises(UserError, match="two classes") as error:
+        make()
+    assert str(Path("data1/a/002.png")) in str(error.value) and str(Path("data1/b/again.png")) in str(error.value)
+    assert sorted(os.listdir()) == ["data1"]
+
+
+@pytest.mark.parametrize("usable", [0, 1])
+@pytest.mark.parametrize("others", ["none", "broken", "identical"])
+def test_a_class_that_is_too_small_is_named(usable, others, make, make_data1):
+    make_data1("data1", {"plenty": 4, "too few": usable})
+    if others == "broken":
+        Path("data1/too few/broken.jpg").write_bytes(b"broken")
+    if others == "identical" and usable:
+        shutil.copy("data1/too few/000.png", "data1/too few/again.png")
+    with pytest.raises(UserError, match=rf"'too few' holds {usable} different usable"):
+        make()
+    assert sorted(os.listdir()) == ["data1"]
+
+
+def test_a_folder_inside_a_class_folder_is_named(make, make_data1):
+    make_data1("data1", {"a": 4})
+    make_data1("data1/a", {"inner": 4})
+    with pytest.raises(UserError, match=r"data1.a.inner is a folder inside a class folder"):
+        make()
+    assert sorted(os.listdir()) == ["data1"]
+
+
+@pytest.mark.parametrize("state", ["absent", "empty", "only .gitkeep", "only files", "a file"])
+def test_no_class_folder_is_one_sentence(state, run_script, picture):
+    if state == "a file":
+        Path("data1").touch()
+    elif state != "absent":
+        Path("data1").mkdir()
+    if state == "only .gitkeep":
+        Path("data1/.gitkeep").touch()
+    if state == "only files":
+        picture("1").save("data1/1.png")
+    done = run_script("makedata.py")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and "data1" in done.stderr and done.stderr.count("\n") == 1
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.3, 30.0, float("nan")])
+def test_an_impossible_ratio_is_refused(ratio, make, make_data1):
+    make_data1("data1", {"a": 4})
+    with pytest.raises(UserError, match="VAL_RATIO"):
+        make(VAL_RATIO=ratio)
+
+
+def test_names_that_are_not_utf8(make, picture):
+    """An archive packed on a Chinese Windows leaves such names on Linux."""
+    folder = os.fsencode("data1/") + "玉米".encode("gbk")
+    try:
+        os.makedirs(folder)
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes UTF-8 names only")
+    for number in range(4):
+        picture(str(number)).save(Path(os.fsdecode(folder), f"{number}.png"))
+    assert make() == 0
+    assert make() == 0
+    assert len(sides()) == 4
+
+
+def test_a_rerun_gives_exactly_the_new_state(make, make_data1):
+    make_data1("data1", {"a": 10, "b": 10, "c": 4})
+    make()
+    Path("data/mean_std.json").write_text("{}")
+    shutil.rmtree("data1/c")
+    for number in range(3):
+        Path(f"data1/a/00{number}.png").unlink()
+    make_data1("data1", {"b": 12, "d": 3})
+    make()
+    Path("fresh").mkdir()
+    make(TARGET="fresh/data")
+    assert tree("data").keys() - {"mean_std.json"} == tree("fresh/data").keys()
+    assert contents("data/train") == contents("fresh/data/train") and contents("data/val") == contents("fresh/data/val")
+    assert Path("data/mean_std.json").read_text() == "{}"
+    assert sorted(os.listdir()) == ["data", "data1", "fresh"]
+
+
+def test_statistics_may_be_there_first(make, make_data1):
+    make_data1("data1", {"a": 4})
+    Path("data").mkdir()
+    Path("data/mean_std.json").write_text("{}")
+    assert make() == 0
+    assert Path("data/mean_std.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["photo.png", "train/a/mine.png", "train/a/notes.txt", "val/new/1.png"])
+def test_a_foreign_file_in_the_target_is_refused(name, run_script, make, make_data1):
+    make_data1("data1", {"a": 4})
+    make()
+    Path("data", name).parent.mkdir(exist_ok=True)
+    Path("data", name).write_bytes(b"precious")
+    before = tree("data")
+    done = run_script("makedata.py")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {Path('data', name)} was not put there")
+    assert tree("data") == before and sorted(os.listdir()) == ["data", "data1"]
+
+
+def test_a_target_without_manifest_is_refused(make, make_data1):
+    make_data1("data1", {"a": 4})
+    make_data1("photos", {"mine": 3})
+    before = tree(".")
+    with pytest.raises(UserError, match=r"photos.mine.000.png was not put there"):
+        make(TARGET="photos")
+    assert tree(".") == before
+
+
+@pytest.mark.parametrize("target", ["data1", "data1/split", "data1/../data1/a"])
+def test_a_target_in_the_source_is_refused(target, make, make_data1):
+    make_data1("data1", {"a": 4})
+    before = tree(".")
+    with pytest.raises(UserError, match="must lie outside SOURCE"):
+        make(TARGET=target)
+    assert tree(".") == before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"files": [{}]}'])
+def test_a_damaged_manifest_is_refused_naming_it(text, make, make_data1):
+    make_data1("data1", {"a": 4})
+    make()
+    Path("data/manifest.json").write_text(text)
+    before = tree("data")
+    with pytest.raises(UserError, match="manifest.json"):
+        make()
+    assert tree("data") == before
+
+
+@pytest.mark.parametrize("change", ["another size", "the same size"])
+def test_a_placed_file_that_the_user_changed_is_refused(change, make, make_data1):
+    make_data1("data1", {"a": 4})
+    make(LINK=False)
+    changed = sorted(Path("data/train/a").iterdir())[0]
+    if change == "the same size":
+        rewrite(changed)
+    else:
+        changed.write_bytes(b"retouched")
+    before = tree("data")
+    with pytest.raises(UserError, match="was changed since") as error:
+        make()
+    assert str(changed) in str(error.value) and tree("data") == before
+
+
+def test_a_hard_linked_source_may_be_changed_in_place(make, make_data1, picture):
+    source = make_data1("data1", {"a": 4})[1]
+    make()
+    with open(source, "wb") as file:
+        picture("another", 64).save(file, "PNG")
+    assert make() == 0
+    assert sha256(source) in contents("data") and len(sides()) == 4
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("placed", [0, 3])
+@pytest.mark.parametrize("reason", [Stop, KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_run_that_is_stopped_leaves_the_old_folder(again, placed, reason, make, make_data1, monkeypatch):
+    make_data1("data1", {"a": 4, "b": 4})
+    if again:
+        make()
+        Path("data/mean_std.json").write_text("{}")
+        make_data1("data1", {"c": 4})
+    before = tree(".")
+    place, calls = makedata.place, count()
+
+    def place_some(*args):
+        if next(calls) == placed:
+            raise reason
+        place(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(makedata, "place", place_some)
+        with pytest.raises(reason if isinstance(reason, type) else type(reason)):
+            make()
+    assert tree(".") == before and Path("data").exists() == again
+    assert make() == 0
+    assert len(sides()) == (12 if again else 8)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failing_rename_leaves_the_old_folder(failing, make, make_data1, monkeypatch):
+    make_data1("data1", {"a": 4})
+    make()
+    Path("data/mean_std.json").write_text("{}")
+    before = tree("data")
+    make_data1("data1", {"b": 4})
+    rename, calls = Path.rename, count(1)
+
+    def rename_some(path, target):
+        if next(calls) == failing:
+            raise PermissionError(13, "in use")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_some)
+        with pytest.raises(PermissionError):
+            make()
+    assert tree("data") == before and sorted(os.listdir()) == ["data", "data1"]
+
+
+@pytest.mark.parametrize("state", ["while placing", "between the renames", "before clearing up"])
+def test_a_run_that_was_killed_is_mended_by_the_next(state, make, make_data1):
+    make_data1("data1", {"a": 4})
+    make()
+    Path("data/mean_std.json").write_text("{}")
+    make_data1("data1", {"b": 4})
+    make(TARGET="data.makedata-new")
+    if state == "while placing":
+        Path("data.makedata-new/manifest.json").unlink()
+        shutil.rmtree("data.makedata-new/val")
+    else:
+        shutil.copy("data/mean_std.json", "data.makedata-new")
+        Path("data").rename("data.makedata-old")
+    if state == "before clearing up":
+        Path("data.makedata-new").rename("data")
+    assert make() == 0
+    assert len(sides()) == 8 and Path("data/mean_std.json").read_text() == "{}"
+    assert sorted(os.listdir()) == ["data", "data1"]
+
+
+def test_a_foreign_file_survives_a_run_that_was_killed_between_the_renames(make, make_data1):
+    make_data1("data1", {"a": 4})
+    make()
+    Path("data/precious.txt").write_text("precious")
+    before = tree("data")
+    Path("data").rename("data.makedata-old")
+    with pytest.raises(UserError, match="precious.txt"):
+        make()
+    assert tree("data") == before
+
+
+def test_a_target_that_is_a_symbolic_link_stays_one(make, make_data1):
+    make_data1("data1", {"a": 4})
+    Path("big disk").mkdir()
+    os.symlink("big disk", "data")
+    for _ in range(3):
+        assert make() == 0
+        assert len(sides()) == 4 and Path("data").is_symlink() and len(tree("big disk")) == 5
+
+
+def test_the_command_line(run_script, make_data1):
+    make_data1("data1", CLASSES)
+    done = run_script("makedata.py", "--seed", "5")
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    rows = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
+    for name, train, val in (("Common wheat", 7, 3), ("玉米 苗", 5, 2), ("Moutarde frisée", 1, 1), ("total", 13, 6)):
+        assert [name, str(train), str(val)] in rows
+    assert json.loads(Path("data/manifest.json").read_text(encoding="utf-8"))["seed"] == 5
+    wrong = run_script("makedata.py", "--val_ration", "0.2")
+    assert wrong.returncode == 2 and "did you mean --val" in wrong.stderr and wrong.stderr.count("\n") == 1
+
+
+def test_demo_draws_twelve_classes_into_an_empty_folder(run_script):
+    Path("data1").mkdir()
+    Path("data1/.gitkeep").touch()
+    done = run_script("makedata.py", "--demo", "--demo-images", "2")
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir("data/train")) == sorted(os.listdir("data/val")) == sorted(SPECIES)
+    assert len(SPECIES) == 12 and len(sides()) == 24
+    before = tree(".")
+    again = run_script("makedata.py", "--demo", "--demo-images", "2")
+    assert again.returncode == 1 and again.stderr.startswith("error: data1 is not empty")
+    assert tree(".") == before
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_demo_refuses_too_few_pictures_before_it_draws(images, make):
+    with pytest.raises(UserError, match="DEMO_IMAGES"):
+        make(DEMO=True, DEMO_IMAGES=images)
+    assert not Path("data1").exists()
+
+
+def test_drawn_pictures_depend_on_seed_species_and_number_only():
+    drawn = {}
+    for folder, (seed, images) in enumerate([(1, 2), (1, 3), (2, 2)], start=1):
+        list(draw_data_set(Path(str(folder)), images, size=16, seed=seed))
+        drawn[folder] = {path: content for path, (content, _) in tree(str(folder)).items()}
+    assert len(drawn[2]) == 36 and len(set(drawn[2].values())) == 36
+    assert drawn[1].items() < drawn[2].items()
+    assert not drawn[1].items() & drawn[3].items()
+
+
+def test_drawing_leaves_the_global_random_state_alone():
+    random.seed(3)
+    expected = random.random()
+    random.seed(3)
+    first = draw_seedling("Maize", random.Random("1"), size=32)
+    assert random.random() == expected
+    assert first.mode == "RGB" and first.size == (32, 32)
+    assert first.tobytes() == draw_seedling("Maize", random.Random("1"), size=32).tobytes()
+    assert first.tobytes() != draw_seedling("Maize", random.Random("2"), size=32).tobytes()
+
+
+def test_wrong_arguments_of_the_drawing():
+    with pytest.raises(ValueError, match="Dandelion"):
+        draw_seedling("Dandelion", random.Random(1))
+    with pytest.raises(ValueError, match="at least 16"):
+        draw_seedling("Maize", random.Random(1), size=15)
+    with pytest.raises(ValueError, match="at least 1"):
+        list(draw_data_set(Path("x"), 0))

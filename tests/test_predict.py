@@ -1,0 +1,188 @@
+"""test.py as users run it, on a checkpoint that train.py saved."""
+
+import csv
+import importlib.util
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torchvision import transforms
+
+import makedata
+import train
+from common.checkpoint import load_checkpoint
+from common.options import UserError
+
+CLASSES = {"Common wheat": 10, "Maize": 10, "玉米 苗": 10}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, make_data1):
+    """A folder with data1, data and a checkpoint of a short run, which the tests copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_data1(folder / "data1", CLASSES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        makedata.main()
+        constants = dict(MODEL="unireplknet_a", IMG_SIZE=32, BATCH_SIZE=8, EPOCHS=3, WORKERS=0, DEVICE="cpu")
+        for name, value in constants.items():
+            patch.setattr(train, name, value)
+        train.main()
+    return folder
+
+
+@pytest.fixture
+def place(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "place", copy_function=os.link)
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+@pytest.fixture
+def run_test(place, monkeypatch):
+    """Call test.py's main() with some constants changed; returns (exit status, rows of predictions.csv)."""
+    spec = importlib.util.spec_from_file_location("test_script", Path(train.__file__).with_name("test.py"))
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run(*images, **constants):
+        settings = dict(IMAGES=[str(image) for image in images], DEVICE="cpu", WORKERS=0)
+        for name, value in {**settings, **constants}.items():
+            monkeypatch.setattr(script, name, value)
+        status = script.main()
+        with open(place / script.OUTPUT / "predictions.csv", encoding="utf-8-sig", newline="") as file:
+            return status, list(csv.DictReader(file))
+
+    return run
+
+
+def reference(place, path):
+    """Probabilities by a plain forward pass of the unmerged EMA weights."""
+    checkpoint = load_checkpoint(place / "checkpoints" / "unireplknet_a" / "best.pth")
+    model = timm.create_model("unireplknet_a", num_classes=3, layer_scale_init_value=1.0)
+    model.load_state_dict(checkpoint["state_dict_ema"])
+    pixels = transforms.ToTensor()(Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR))
+    x = (pixels - torch.tensor(checkpoint["mean"]).view(3, 1, 1)) / torch.tensor(checkpoint["std"]).view(3, 1, 1)
+    with torch.no_grad():
+        return dict(zip(checkpoint["classes"], model.eval()(x[None]).softmax(1)[0].tolist()))
+
+
+def test_a_photograph_gets_the_answer_of_the_ema_weights(run_test, place, capsys):
+    photo = sorted((place / "data" / "val" / "Maize").iterdir())[0]
+    status, rows = run_test(photo, TOP_K=3)
+    assert status == 0 and len(rows) == 1 and rows[0]["image"] == str(photo)
+    expected = reference(place, photo)
+    answer = {rows[0][f"class_{k}"]: float(rows[0][f"probability_{k}"]) for k in (1, 2, 3)}
+    assert answer == pytest.approx(expected, abs=1e-4)
+    assert list(answer.values()) == sorted(answer.values(), reverse=True)
+    assert f"{photo}: {rows[0]['class_1']}" in capsys.readouterr().out
+
+
+def test_merged_and_training_structure_agree(run_test):
+    tables = []
+    for merge in (True, False):
+        _, rows = run_test("data/val", MERGE=merge, TOP_K=3)
+        tables.append({(r["image"], r[f"class_{k}"]): float(r[f"probability_{k}"]) for r in rows for k in (1, 2, 3)})
+    assert len(tables[0]) == 27
+    assert tables[0] == pytest.approx(tables[1], abs=1e-4)
+
+
+def test_named_folders_give_accuracy_report_and_confusion_matrix(run_test, place, capsys):
+    _, rows = run_test(WORKERS=1, BATCH_SIZE=4)
+    assert len(rows) == 9
+    hits = np.mean([Path(row["image"]).parent.name == row["class_1"] for row in rows])
+    assert f"acc1 {100 * hits:.2f} %" in capsys.readouterr().out
+    with open(place / "results" / "confusion_matrix.csv", encoding="utf-8-sig", newline="") as file:
+        header, *table = csv.reader(file)
+    assert header[1:] == list(CLASSES) == [row[0] for row in table]
+    matrix = np.array([[int(cell) for cell in row[1:]] for row in table])
+    assert matrix.sum(1).tolist() == [3, 3, 3] and np.trace(matrix) == round(9 * hits)
+    assert "玉米 苗" in (place / "results" / "report.txt").read_text(encoding="utf-8")
+    assert Image.open(place / "results" / "confusion_matrix.png").width > 300
+
+
+def test_the_surest_mistakes_are_drawn(run_test, place):
+    shutil.copytree(place / "data/val/玉米 苗", place / "shots/Common wheat", dirs_exist_ok=True)
+    _, rows = run_test("shots", MISTAKES=2)
+    wrong = sum(row["class_1"] != "Common wheat" for row in rows)
+    assert (place / "results" / "mistakes.png").exists() == (wrong > 0)
+
+
+def test_pictures_in_unknown_folders_are_answered_without_a_report(run_test, place):
+    shutil.copytree(place / "data/val/Maize", place / "test")
+    run_test("data/val")
+    _, rows = run_test()
+    assert {Path(row["image"]).parent.name for row in rows} == {"test"}
+    assert {file.name for file in (place / "results").iterdir()} == {"predictions.csv"}
+
+
+def test_files_folders_and_patterns(run_test, place):
+    maize = sorted((place / "data/val/Maize").iterdir())
+    _, rows = run_test("data/val/Maize/*", maize[0], "data/val/Common wheat")
+    assert len(rows) == 6
+    with pytest.raises(UserError, match="nothing_here"):
+        run_test("nothing_here")
+    with pytest.raises(UserError, match="no pattern"):
+        run_test("*.jpg")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_any_image_mode(run_test, place, mode):
+    picture = Image.new("L", (40, 30), 100).convert(mode) if mode != "I;16" else Image.new("I;16", (40, 30), 25700)
+    name = "odd.tif" if mode in ("CMYK", "I;16") else "odd.png"
+    picture.save(place / name)
+    status, rows = run_test(name)
+    assert status == 0 and len(rows) == 1
+
+
+def test_a_broken_picture_is_reported_and_skipped(run_test, place, capsys):
+    (place / "shots").mkdir()
+    shutil.copy(sorted((place / "data/val/Maize").iterdir())[0], place / "shots" / "good.png")
+    (place / "shots" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    (place / "shots" / "empty.png").touch()
+    status, rows = run_test("shots")
+    assert status == 3 and [Path(row["image"]).name for row in rows] == ["good.png"]
+    out = capsys.readouterr().out
+    assert "broken.jpg" in out and "empty.png cannot be read as a picture (it is empty)" in out
+    with pytest.raises(UserError, match="none of the 1 pictures"):
+        run_test("shots/empty.png")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_foreign_and_dangerous_checkpoints_are_refused(run_test, place):
+    torch.save(torch.nn.Linear(1, 1).state_dict(), "bare.pth")
+    with pytest.raises(UserError, match="bare.pth lacks arch.*PRETRAINED"):
+        run_test("data/val", CHECKPOINT="bare.pth")
+    torch.save(dict(arch=Bomb()), "bomb.pth")
+    with pytest.raises(UserError, match="could run code"):
+        run_test("data/val", CHECKPOINT="bomb.pth")
+    Path("old.pth").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="could run code"):
+        run_test("data/val", CHECKPOINT="old.pth")
+    assert not Path("exploded").exists()
+    Path("cut.pth").write_bytes(Path("checkpoints/unireplknet_a/best.pth").read_bytes()[:100_000])
+    with pytest.raises(UserError, match="cut.pth is damaged"):
+        run_test("data/val", CHECKPOINT="cut.pth")
+    shutil.rmtree("checkpoints")
+    with pytest.raises(UserError, match="run train.py first"):
+        run_test("data/val")
+
+
+def test_from_the_command_line(run_script, trained, monkeypatch, tmp_path):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints", copy_function=os.link)
+    photo = sorted((trained / "data/val/玉米 苗").iterdir())[0]
+    done = run_script("test.py", str(photo), "--top-k", "2", "--no-merge")
+    assert done.returncode == 0, done.stderr
+    assert str(photo) in done.stdout and "training structure" in done.stdout
+    wrong = run_script("test.py", "nowhere.jpg")
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: nowhere.jpg") and "Traceback" not in wrong.stderr

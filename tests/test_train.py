@@ -1,0 +1,393 @@
+"""train.py as users run it, on pictures of three colours that a network learns within seconds."""
+
+import csv
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import Mixup
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision import transforms
+
+import makedata
+import train
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.options import UserError, read_constants
+
+FILES = {
+    "last.pth",
+    "best.pth",
+    "log.csv",
+    "result.json",
+    "loss.png",
+    "acc.png",
+    "class_indices.json",
+    "classification_report.txt",
+}
+DEFAULTS = {name: getattr(train, name) for name in read_constants(train.__file__)}
+SMALL = dict(MODEL="unireplknet_a", IMG_SIZE=32, BATCH_SIZE=4, EPOCHS=2, WORKERS=0, WARMUP_EPOCHS=0.5, DEVICE="cpu")
+CLASSES = {"Common wheat": 10, "Maize": 10, "玉米 苗": 10}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, make_data1):
+    """A folder with data1 and data, in which the scripts run."""
+    monkeypatch.chdir(tmp_path)
+    make_data1(tmp_path / "data1", CLASSES)
+    makedata.main()
+    return tmp_path
+
+
+@pytest.fixture
+def run_train(place, monkeypatch):
+    """Call train.main() with some constants changed; returns the run's folder."""
+
+    def run(**constants):
+        constants = DEFAULTS | SMALL | constants
+        for name, value in constants.items():
+            monkeypatch.setattr(train, name, value)
+        train.main()
+        return place / constants["OUTPUT"] / constants["MODEL"]
+
+    return run
+
+
+def flat(value, name=""):
+    """{name: leaf} of nested dicts and lists, without what only tells of time."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return {name: value}
+    leaves = {}
+    for key, item in items:
+        if key not in ("seconds", "img_per_s"):
+            leaves |= flat(item, f"{name}/{key}")
+    return leaves
+
+
+def assert_same_run(one, other):
+    """Assert that two checkpoints hold bit-identical weights, EMA, optimizer state and history."""
+    parts = ("state_dict", "state_dict_ema", "ema_updates", "optimizer", "scaler", "epoch", "best_acc1", "history")
+    one, other = (flat({part: checkpoint[part] for part in parts}) for checkpoint in (one, other))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        same = torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name]
+        assert same, name
+
+
+def test_a_run_learns_and_leaves_its_files(run_train, place, capsys):
+    folder = run_train(EPOCHS=8, LEARNING_RATE=2e-3, LAYER_SCALE=1.0, SMOOTHING=0.0)
+    assert {file.name for file in folder.iterdir()} == FILES
+    with open(folder / "log.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 9))
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert result["acc1"] == max(float(row["ema_acc1"]) for row in rows) >= 80
+    assert result["config"]["EPOCHS"] == 8 and result["classes"] == list(CLASSES)
+    indices = json.loads((folder / "class_indices.json").read_text(encoding="utf-8"))
+    assert list(indices.values()) == list(CLASSES) and list(indices) == ["0", "1", "2"]
+    report = (folder / "classification_report.txt").read_text(encoding="utf-8")
+    assert all(name in report for name in CLASSES) and "玉米 苗" in capsys.readouterr().out
+    for name in ("loss.png", "acc.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.width > 500 and np.asarray(picture).std() > 5
+
+    best, last = (torch.load(folder / f"{name}.pth", weights_only=True) for name in ("best", "last"))
+    assert last["epoch"] == 8 and best["epoch"] == result["epoch"] and best["best_acc1"] == result["acc1"]
+    assert last["arch"] == "unireplknet_a" and last["img_size"] == 32 and len(last["mean"]) == 3
+    assert not torch.equal(last["state_dict"]["head.weight"], last["state_dict_ema"]["head.weight"])
+
+
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(run_train, monkeypatch):
+    constants = dict(EPOCHS=4, MIX_PROB=0.7, DROP_PATH=0.3, COLOR_JITTER=0.3)
+    straight = load_checkpoint(run_train(**constants, OUTPUT="straight") / "last.pth")
+
+    original = train.train_one_epoch
+
+    def stop_in_epoch_3(*arguments):
+        if arguments[-1] == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(train, "train_one_epoch", stop_in_epoch_3)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(**constants)
+    monkeypatch.setattr(train, "train_one_epoch", original)
+    folder = run_train(**constants, RESUME="auto")
+    assert_same_run(load_checkpoint(folder / "last.pth"), straight)
+    assert len((folder / "log.csv").read_text().splitlines()) == 1 + 4
+
+
+def test_workers_change_nothing(run_train):
+    a = load_checkpoint(run_train(EPOCHS=1, OUTPUT="a") / "last.pth")
+    b = load_checkpoint(run_train(EPOCHS=1, OUTPUT="b", WORKERS=2) / "last.pth")
+    assert_same_run(a, b)
+
+
+def test_another_seed_gives_another_run(run_train):
+    a = load_checkpoint(run_train(EPOCHS=1, OUTPUT="a") / "last.pth")
+    b = load_checkpoint(run_train(EPOCHS=1, OUTPUT="b", SEED=1) / "last.pth")
+    assert not torch.equal(a["state_dict"]["head.weight"], b["state_dict"]["head.weight"])
+
+
+def test_an_earlier_run_is_renamed_not_overwritten(run_train, capsys):
+    folder = run_train(EPOCHS=1)
+    before = (folder / "last.pth").read_bytes()
+    run_train(EPOCHS=1, SEED=1)
+    assert (folder.parent / "unireplknet_a.1" / "last.pth").read_bytes() == before
+    assert (folder / "last.pth").read_bytes() != before
+    assert "unireplknet_a.1" in capsys.readouterr().out
+
+
+def test_a_run_continued_elsewhere_has_a_best_checkpoint_and_leaves_the_other_folder_alone(run_train):
+    first = run_train(EPOCHS=1, OUTPUT="first")
+    second = run_train(EPOCHS=1, OUTPUT="second", SEED=1)
+    before = (second / "last.pth").read_bytes()
+    run_train(EPOCHS=2, OUTPUT="second", RESUME=str(first / "last.pth"))
+    assert {file.name for file in second.iterdir()} == FILES
+    assert (second.parent / "unireplknet_a.1" / "last.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize(("batch_size", "img_size"), [(1, 40), (3, 32), (5, 32), (1000, 32)])
+def test_odd_batches_and_sets_smaller_than_a_batch(run_train, batch_size, img_size):
+    folder = run_train(EPOCHS=1, BATCH_SIZE=batch_size, IMG_SIZE=img_size, MIX_PROB=1.0)
+    checkpoint = load_checkpoint(folder / "last.pth")
+    assert math.isfinite(checkpoint["history"][0]["train_loss"])
+    assert checkpoint["ema_updates"] == max(21 // batch_size, 1)
+
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 5), (2, 3), (5, 1), (7, 1)])
+def test_one_step_of_the_optimizer_for_each_group_of_batches(run_train, monkeypatch, accumulate, steps):
+    calls = []
+    original = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
+    run_train(EPOCHS=1, ACCUMULATE=accumulate)
+    assert len(calls) == steps
+
+
+def test_gradients_are_clipped_after_unscaling(run_train, monkeypatch):
+    norms = []
+    original = torch.nn.utils.clip_grad_norm_
+
+    def record(parameters, max_norm):
+        parameters = list(parameters)
+        norm = original(parameters, max_norm)
+        after = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+        norms.append((norm.item(), after.item()))
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    run_train(EPOCHS=3, AMP="fp16", CLIP_GRAD=0.01)
+    assert len(norms) == 15
+    norms = [(before, after) for before, after in norms if math.isfinite(before)]  # the scaler skips the others
+    assert norms
+    for before, after in norms:
+        assert before < 1000  # the scaler's factor of 65,536 is gone
+        assert after == pytest.approx(min(before, 0.01), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [
+        dict(AMP="bf16"),
+        dict(USE_EMA=False, CLIP_GRAD=0.0),
+        dict(CHANNELS_LAST=True, GRAD_CHECKPOINTING=True),
+        dict(LAYER_DECAY=0.7, LAYER_SCALE=0.0, CUTOUT=0.0, HFLIP=0.0, VFLIP=0.0, COLOR_JITTER=0.0, ROTATION=30.0),
+        dict(MIXUP=0.0, CUTMIX=0.0, MIX_PROB=1.0),
+        dict(MIXUP=0.0, MIX_PROB=1.0),
+        dict(MODEL="resnet18"),
+    ],
+    ids=lambda constants: ",".join(constants),
+)
+def test_switches(run_train, constants):
+    folder = run_train(EPOCHS=1, **constants)
+    assert FILES == {file.name for file in folder.iterdir()}
+
+
+def test_training_accuracy_leaves_mixed_pictures_out(run_train):
+    row = load_checkpoint(run_train(EPOCHS=1, MIX_PROB=1.0, CUTMIX=0.0) / "last.pth")["history"][0]
+    assert row["train_acc1"] is None or row["train_acc1"] <= 100
+    row = load_checkpoint(run_train(EPOCHS=1, MIX_PROB=0.0) / "last.pth")["history"][0]
+    assert 0 <= row["train_acc1"] <= 100
+
+
+def test_learning_rate_warms_up_and_follows_half_a_cosine(monkeypatch):
+    monkeypatch.setattr(train, "LEARNING_RATE", 1.0)
+    monkeypatch.setattr(train, "MIN_LEARNING_RATE", 0.1)
+    rates = [train.learning_rate(step, 110, 10) for step in range(110)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[10 + 33] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 3)) / 2)
+    assert train.learning_rate(0, 1, 0) == 1.0
+
+
+def test_mixing_an_odd_batch_leaves_its_last_picture_unmixed(monkeypatch):
+    monkeypatch.setattr(train, "SMOOTHING", 0.1)
+    mixup = Mixup(0.8, 1.0, prob=1.0, label_smoothing=0.1, num_classes=4)
+    images, labels = torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 2])
+    mixed, targets = train.mix(mixup, images.clone(), labels)
+    assert torch.equal(mixed[4], images[4]) and not torch.equal(mixed[:4], images[:4])
+    assert targets[4].tolist() == pytest.approx([0.025, 0.025, 0.925, 0.025])
+    torch.testing.assert_close(targets.sum(1), torch.ones(5))
+
+
+def test_validation_weighs_every_picture_alike():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(11, 7), torch.randint(7, (11,))
+    images = torch.nn.functional.pad(logits, (0, 0, 0, 0)).view(11, 1, 1, 7)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=4)
+    figures, true, predicted = train.validate(torch.nn.Flatten(), loader, None, torch.device("cpu"), "val")
+    assert figures["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert figures["acc1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    assert figures["acc5"] == pytest.approx(100 * (ranks < 5).double().mean().item())
+    assert true == labels.tolist() and predicted == logits.argmax(1).tolist()
+
+
+def test_frozen_epochs_change_the_head_only(run_train):
+    folder = run_train(EPOCHS=1)
+    source = load_checkpoint(folder / "last.pth")["state_dict_ema"]
+    shutil.copy(folder / "last.pth", "weights.pth")
+    folder = run_train(EPOCHS=1, FREEZE_EPOCHS=1, PRETRAINED="weights.pth", USE_EMA=False)
+    frozen = load_checkpoint(folder / "last.pth")["state_dict"]
+    changed = {name for name, tensor in frozen.items() if not torch.equal(tensor, source[name])}
+    assert changed == {"head.weight", "head.bias"}
+    folder = run_train(EPOCHS=2, FREEZE_EPOCHS=1, PRETRAINED="weights.pth", USE_EMA=False)
+    thawed = load_checkpoint(folder / "last.pth")["state_dict"]
+    assert not torch.equal(thawed["stages.0.0.pwconv1.1.weight"], source["stages.0.0.pwconv1.1.weight"])
+
+
+def test_pretrained_weights_of_other_classes(run_train, place, capsys, make_data1):
+    shutil.copy(run_train(EPOCHS=1) / "best.pth", "weights.pth")
+    shutil.rmtree("data1")
+    make_data1(place / "data1", {"a": 4, "b": 4})
+    makedata.main()
+    run_train(EPOCHS=1, PRETRAINED="weights.pth")
+    assert "skipped head.weight ((3, 320) there, (2, 320) here)" in capsys.readouterr().out
+
+
+def test_statistics_come_from_mean_std_and_are_checked_against_the_pictures(run_train, place, capsys):
+    manifest = json.loads((place / "data" / "manifest.json").read_text(encoding="utf-8"))
+    report = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], pictures=30, fingerprint=manifest["fingerprint"])
+    (place / "data" / "mean_std.json").write_text(json.dumps(report))
+    checkpoint = load_checkpoint(run_train(EPOCHS=1) / "last.pth")
+    assert checkpoint["mean"] == [0.1, 0.2, 0.3] and checkpoint["std"] == [0.4, 0.5, 0.6]
+    assert "warning" not in capsys.readouterr().out
+    (place / "data" / "mean_std.json").write_text(json.dumps(report | dict(fingerprint="other")))
+    run_train(EPOCHS=1)
+    assert "the pictures have changed since mean_std.py was run" in capsys.readouterr().out
+    checkpoint = load_checkpoint(run_train(EPOCHS=1, MEAN=[0.5] * 3, STD=[0.2] * 3) / "last.pth")
+    assert checkpoint["mean"] == [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("constants", "sentence"),
+    [
+        (dict(MODEL="unireplknet_z"), "choose one of unireplknet_a"),
+        (dict(PRETRAINED="in2k"), "neither a file nor a published tag of unireplknet_a \\(in1k\\)"),
+        (dict(PRETRAINED="in1k", MODEL="resnet18"), "works with the UniRepLKNet variants"),
+        (dict(RESUME="nowhere.pth"), "there is no checkpoint nowhere.pth"),
+        (dict(DATA="nowhere"), "run makedata.py first"),
+        (dict(MODEL="vgg11"), "set DROP_PATH to 0"),
+        (dict(AMP="fp8"), 'AMP must be "auto"'),
+        (dict(DEVICE="cuda:99"), "is not available here"),
+        (dict(MEAN=[0.5] * 3), "set both or neither"),
+        (dict(MEAN=[0.5] * 3, STD=[0.1, 0.0, 0.1]), "STD above 0"),
+        (dict(BATCH_SIZE=0), "at least 1"),
+        (dict(IMG_SIZE=16), "at least 32"),
+        (dict(BATCH_SIZE=1), "batch norm cannot learn from single pictures"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_constants_get_one_sentence(run_train, constants, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run_train(**constants)
+
+
+def test_a_download_that_fails_says_which_file_to_fetch(run_train, monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("timm.models.load_state_dict_from_hf", fail)
+    with pytest.raises(UserError, match="cannot download unireplknet_a_in1k_224_acc77.03.pth .* by hand"):
+        run_train(PRETRAINED="in1k")
+
+
+def test_unfit_data_gets_one_sentence(run_train, place):
+    val = place / "data" / "val"
+    shutil.move(val / "Maize", place / "Maize")
+    with pytest.raises(UserError, match="only one of them has Maize"):
+        run_train()
+    for other in ("玉米 苗", "Maize"):
+        shutil.rmtree(place / "data" / "train" / other)
+        shutil.rmtree(val / other, ignore_errors=True)
+    with pytest.raises(UserError, match="holds one class only"):
+        run_train()
+
+
+def test_a_broken_picture_is_named(run_train, place):
+    broken = next((place / "data" / "train" / "Maize").iterdir())
+    broken.unlink()
+    broken.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=broken.name):
+        run_train(EPOCHS=1)
+
+
+def test_resuming_another_network_or_other_classes_is_refused(run_train, place):
+    folder = run_train(EPOCHS=1)
+    with pytest.raises(UserError, match="MODEL there is unireplknet_a, here unireplknet_f"):
+        run_train(MODEL="unireplknet_f", RESUME=str(folder / "last.pth"))
+    for side in ("train", "val"):
+        shutil.rmtree(place / "data" / side / "Maize")
+    with pytest.raises(UserError, match="the classes there"):
+        run_train(RESUME="auto")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run_train, place):
+    with pytest.raises(UserError, match="Lower LEARNING_RATE"):
+        run_train(LEARNING_RATE=1e20, CLIP_GRAD=0.0, EPOCHS=3, WARMUP_EPOCHS=0.0)
+    file = place / "checkpoints" / "unireplknet_a" / "last.pth"
+    if file.exists():
+        assert all(t.isfinite().all() for t in load_checkpoint(file)["state_dict"].values())
+
+
+def test_a_failed_save_leaves_the_file_before_it(tmp_path):
+    path = tmp_path / "last.pth"
+    save_checkpoint(dict(epoch=1), path)
+    with pytest.raises((AttributeError, TypeError, RuntimeError)):
+        save_checkpoint(dict(epoch=2, tensor=torch.zeros(3), broken=(n for n in "x")), path)
+    assert torch.load(path, weights_only=True) == dict(epoch=1)
+
+
+def test_cutout_falls_back_to_random_erasing(monkeypatch):
+    monkeypatch.setattr(train, "CUTOUT_ERROR", "ImportError: libGL.so.1")
+    steps = train.train_transform([0.5] * 3, [0.2] * 3).transforms
+    erasing = next(step for step in steps if isinstance(step, transforms.RandomErasing))
+    assert (erasing.p, tuple(erasing.scale), tuple(erasing.ratio)) == (0.5, (0.02, 0.4), (0.4, 2.5))
+    assert not hasattr(np, "int")
+
+
+@pytest.mark.skipif(bool(train.CUTOUT_ERROR), reason=f"torchtoolbox cannot be imported: {train.CUTOUT_ERROR}")
+def test_cutout_is_torchtoolbox_s_where_it_can_be_imported():
+    steps = train.train_transform([0.5] * 3, [0.2] * 3).transforms
+    cutout = next(step for step in steps if type(step).__name__ == "Cutout")
+    assert (cutout.p, cutout.scale, cutout.ratio) == (0.5, (0.02, 0.4), (0.4, 2.5))
+    white = Image.new("RGB", (64, 64), "white")
+    assert any((np.asarray(cutout(white)) < 255).any() for _ in range(20))
+
+
+def test_from_the_command_line(run_script, place):
+    done = run_script("train.py", *"--model unireplknet_a --img-size 32 --epochs 1 --batch-size 8 --workers 1".split())
+    assert done.returncode == 0, done.stderr
+    assert "best acc1" in done.stdout and "Traceback" not in done.stderr
+    wrong = run_script("train.py", "--epoch", "3")
+    assert wrong.returncode == 2 and "did you mean --epochs?" in wrong.stderr and "Traceback" not in wrong.stderr
