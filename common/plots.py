@@ -89,10 +89,9 @@ def plot_mistakes(pictures, captions, path):
     """
     columns = min(6, len(pictures))
     rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(2.2 * columns, 2.75 * rows), layout="constrained")
+    figure = Figure(figsize=(2.2 * columns, 2.6 * rows), layout="constrained")
     for number, (picture, caption) in enumerate(zip(pictures, captions), start=1):
-        axes = figure.add_subplot(rows, columns, number)
+        axes = figure.add_subplot(rows, columns, number, xticks=[], yticks=[], frame_on=False)
         axes.imshow(picture)
-        axes.set_title(caption, fontsize=8, y=-0.02, va="top")
-        axes.axis("off")
+        axes.set_xlabel(caption, fontsize=8)
     save(figure, path)
