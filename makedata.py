@@ -153,7 +153,7 @@ def main():
         mine = {path: contents[path] for path in classes[name] if path in contents}
         if len(set(mine.values())) < 2:
             raise UserError(
-                f"class {name!r} holds {len(set(mine.values()))} different usable pictures, too few to split: "
+                f"class {name!r} is too small to split (different usable pictures: {len(set(mine.values()))}); "
                 f"put at least two into {source / name}, or remove the folder"
             )
         val = choose_val(mine.values(), VAL_RATIO, SEED)

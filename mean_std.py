@@ -13,11 +13,12 @@ is the standard deviation of all pixels of the set. Both are computed exactly, f
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from common.dataset import open_image_folder
@@ -27,7 +28,10 @@ from common.options import UserError, run
 
 SOURCE: str = "data1"  # folder that holds <class>/<picture>
 OUTPUT: str = "data/mean_std.json"  # file for the result; "" writes none
-WORKERS: int = -1  # processes that read pictures; -1: one for each core; 0: read in the main process
+WORKERS: int = -1  # processes that read pictures; -1: one for each core, where it pays; 0: read in the main process
+
+SECONDS_TO_START = 1.0  # what starting processes costs about: for less reading than this it does not pay
+POWERS_OF_LEVELS = np.arange(256.0)[:, None] ** [0, 1, 2]  # (256, 3)
 
 
 def moments(picture):
@@ -40,17 +44,16 @@ def moments(picture):
         float64 array (5, 3): mean, standard deviation (0 for a single pixel), pixels, sum, sum of squares.
     """
     if isinstance(picture, Image.Image):
-        # The histogram is one pass in C, and sums over its 256 levels lose nothing to rounding.
-        weights = np.array(picture.histogram(), dtype=np.float64).reshape(3, 256)
-        values = np.arange(256) / 255
+        # The histogram is one pass in C, and sums of integers over its 256 levels lose nothing to rounding.
+        histogram = np.array(picture.histogram(), dtype=np.float64).reshape(3, 256)
+        n, total, squares = (histogram @ POWERS_OF_LEVELS).T / [[1], [255], [255**2]]
     else:
         values = picture.double().flatten(1).numpy()
-        weights = np.ones_like(values)
-    n = weights.sum(1)
-    mean = (weights * values).sum(1) / n
-    squared_deviations = (weights * (values - mean[:, None]) ** 2).sum(1)
-    std = np.sqrt(squared_deviations / np.maximum(n - 1, 1))
-    return np.stack([mean, std, n, n * mean, squared_deviations + n * mean**2])
+        n, total = np.full(3, values.shape[1]), values.sum(1)
+        squares = np.einsum("ij,ij->i", values, values)
+    mean = total / n
+    std = np.sqrt(np.maximum(squares - total * mean, 0) / np.maximum(n - 1, 1))
+    return np.stack([mean, std, n, total, squares])
 
 
 class Moments(Dataset):
@@ -74,11 +77,17 @@ class Moments(Dataset):
 
 def measure(dataset, workers):
     """`moments` and content hash of every picture of `dataset`, read in parallel: [(moments or None, text), ...]."""
-    workers = (os.cpu_count() or 1) if workers < 0 else workers
-    workers = min(workers, len(dataset) // 32)  # a process is not worth starting for a few pictures
-    loader = DataLoader(Moments(dataset), batch_size=8, num_workers=workers, collate_fn=list)
-    with tqdm(total=len(dataset), desc="mean_std", unit="img", leave=False) as bar:
-        results = []
+    pictures = Moments(dataset)
+    started = time.perf_counter()
+    results = [pictures[index] for index in range(min(len(pictures), 8))]
+    seconds_left = (time.perf_counter() - started) / max(len(results), 1) * (len(pictures) - len(results))
+    if workers < 0:
+        workers = os.cpu_count() or 1
+        if seconds_left < SECONDS_TO_START:
+            workers = 0
+    others = Subset(pictures, range(len(results), len(pictures)))
+    loader = DataLoader(others, batch_size=8, num_workers=workers, collate_fn=list)
+    with tqdm(total=len(pictures), initial=len(results), desc="mean_std", unit="img", leave=False) as bar:
         for batch in loader:
             results += batch
             bar.update(len(batch))

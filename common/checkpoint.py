@@ -46,7 +46,7 @@ def load_file(path):
                 f"{path} is not loaded, since it holds more than plain types and tensors"
                 f"{f', namely {code[1]},' if code else ''} and could run code; save its state_dict alone"
             ) from error
-        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
         raise UserError(f"{path} is damaged or no checkpoint ({reason}); use another one") from error
 
 

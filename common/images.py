@@ -7,7 +7,7 @@ statistics describe and what is predicted are the same pixels.
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.options import UserError
 
@@ -56,10 +56,12 @@ def load_image(path):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{path} has more pixels than Pillow takes for safe; scale it down or remove it") from error
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
-        empty = Path(path).is_file() and not Path(path).stat().st_size
-        reason = (
-            "it is empty" if empty else f"{type(error).__name__}: {str(error).split(' <_io')[0].split(' file ')[0]}"
-        )
+        if Path(path).is_file() and not Path(path).stat().st_size:
+            reason = "it is empty"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = "no format that Pillow knows"
+        else:
+            reason = str(error).strip() or type(error).__name__
         raise ImageError(f"{path} cannot be read as a picture ({reason}); replace or remove it") from error
 
 

@@ -280,7 +280,7 @@ def test_a_class_that_is_too_small_is_named(usable, others, make, make_data1):
         Path("data1/too few/broken.jpg").write_bytes(b"broken")
     if others == "identical" and usable:
         shutil.copy("data1/too few/000.png", "data1/too few/again.png")
-    with pytest.raises(UserError, match=rf"'too few' holds {usable} different usable"):
+    with pytest.raises(UserError, match=rf"'too few' is too small to split \(different usable pictures: {usable}\)"):
         make()
     assert sorted(os.listdir()) == ["data1"]
 

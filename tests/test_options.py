@@ -145,7 +145,7 @@ def test_help_shows_comments_and_defaults(parse, capsys):
     assert end.value.code == 0
     assert "Do nothing, at 100 % speed. python script.py photo.jpg" in text
     for part in (
-        "--out-dir STR, --out_dir STR where to (default: out)",
+        "--out_dir STR where to (default: out)",
         "how many, at most 100 % (default: 5)",
         "--no-use-ema",
         "two shares (default: [0.5, 1.0])",

@@ -175,7 +175,7 @@ def test_foreign_and_dangerous_checkpoints_are_refused(run_test, place):
         run_test("data/val", CHECKPOINT="cut.pth")
     shutil.rmtree("checkpoints")
     with pytest.raises(UserError, match="run train.py first"):
-        run_test("data/val")
+        run_test("data/val", CHECKPOINT="")
 
 
 def test_from_the_command_line(run_script, trained, monkeypatch, tmp_path):
