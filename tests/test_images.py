@@ -79,7 +79,7 @@ def pictures_of_every_mode():
     flat_cmyk = np.dstack([255 - flat, np.zeros_like(RAMP)])
     yield "CMYK", "jpg", Image.fromarray(flat_cmyk, "CMYK"), {"quality": 100}, flat, 3
     yield "YCbCr", "jpg", Image.fromarray(flat).convert("YCbCr"), {"quality": 100}, flat, 3
-    yield "YCbCr", "tif", Image.fromarray(flat).convert("YCbCr"), {}, flat, 3
+    yield "YCbCr", "tif", Image.fromarray(flat).convert("YCbCr"), {"compression": "jpeg", "quality": 100}, flat, 3
     wide = RAMP.astype(np.uint16) * 257  # white is 65535
     yield "I;16", "png", Image.fromarray(wide), {}, grey(RAMP), 1
     yield "I;16", "tif", Image.fromarray(wide), {}, grey(RAMP), 1
