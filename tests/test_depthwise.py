@@ -56,6 +56,40 @@ def test_gradients_on_a_map_smaller_than_the_kernel():
     assert torch.autograd.gradcheck(lambda x, *_: conv(x), (x, *conv.parameters()))
 
 
+@pytest.mark.parametrize(("kernel_size", "dilation", "fast"), [(3, 1, False), (3, 2, True), (5, 1, True)])
+def test_training_on_a_cpu_uses_the_operator_where_it_is_faster(kernel_size, dilation, fast, monkeypatch):
+    operator, calls = depthwise.depthwise_conv2d, []
+    monkeypatch.setattr(depthwise, "depthwise_conv2d", lambda *inputs: calls.append(inputs) or operator(*inputs))
+    conv = DepthwiseConv2d(2, kernel_size, dilation, bias=True)
+    x = torch.randn(1, 2, 16, 16)
+    conv(x)
+    assert bool(calls) == fast
+    calls.clear()
+    with torch.no_grad():
+        conv(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype == torch.bfloat16
+    DepthwiseConv2d(2, kernel_size, dilation).bfloat16()(x.bfloat16())
+    conv.eval()(x)
+    assert not calls
+    assert not depthwise.fast_gradients("cuda", torch.float32, kernel_size, dilation)
+
+
+def test_the_operator_is_a_sound_citizen_of_pytorch():
+    for height, width, kernel_size, dilation in ((8, 8, 5, 1), (9, 6, 3, 2)):
+        x = torch.randn(2, 3, height, width, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(3, 1, kernel_size, kernel_size, dtype=torch.float64, requires_grad=True)
+        torch.library.opcheck(depthwise.depthwise_conv2d, (x, weight, dilation))
+        operator = lambda x, weight, dilation=dilation: depthwise.depthwise_conv2d(x, weight, dilation)  # noqa: E731
+        assert torch.autograd.gradcheck(operator, (x, weight))
+        assert torch.autograd.gradgradcheck(operator, (x, weight))
+        layout = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+        for tensor in (x, layout):
+            compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
+            compiled(tensor, weight).square().sum().backward()
+        torch.testing.assert_close(layout.grad, x.grad)
+
+
 def test_even_kernels_are_refused():
     with pytest.raises(ValueError, match="odd"):
         DepthwiseConv2d(4, 12)
