@@ -82,9 +82,7 @@ def measure(dataset, workers):
     results = [pictures[index] for index in range(min(len(pictures), 8))]
     seconds_left = (time.perf_counter() - started) / max(len(results), 1) * (len(pictures) - len(results))
     if workers < 0:
-        workers = os.cpu_count() or 1
-        if seconds_left < SECONDS_TO_START:
-            workers = 0
+        workers = 0 if seconds_left < SECONDS_TO_START else os.cpu_count() or 1
     others = Subset(pictures, range(len(results), len(pictures)))
     loader = DataLoader(others, batch_size=8, num_workers=workers, collate_fn=list)
     with tqdm(total=len(pictures), initial=len(results), desc="mean_std", unit="img", leave=False) as bar:

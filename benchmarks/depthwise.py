@@ -1,10 +1,11 @@
 """Time the gradients of the large-kernel convolutions on this CPU: PyTorch's own beside ours, in one run.
 
-    python -m benchmarks.depthwise                          every depthwise shape of unireplknet_t at 224 pixels
+    python -m benchmarks.depthwise                          unireplknet_t at 224 pixels
     python -m benchmarks.depthwise --model unireplknet_a --img-size 128
 
-Prints a Markdown table: milliseconds (medians), how many times as fast ours is, and our largest error relative to the
-largest value, against float64; then the images a second of whole training steps either way.
+Prints a Markdown table, one row for each shape that trains with our gradients: milliseconds (medians), how many times
+as fast ours is, and our largest error relative to the largest value, against float64; then the images a second of
+whole training steps either way.
 """
 
 import statistics
@@ -18,7 +19,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from tqdm import tqdm
 
 from common.options import UserError, run
-from models import depthwise
+from models import VARIANTS, depthwise
 from models.depthwise import DepthwiseConv2d
 
 MODEL: str = "unireplknet_t"  # whose shapes to time: unireplknet_a f p n t s b l xl
@@ -40,8 +41,8 @@ def seconds(functions):
 
 
 def find_shapes(model):
-    """The depthwise convolutions of `model` that train with our gradients: {(channels, edge, kernel, dilation)}."""
-    shapes = {}
+    """The depthwise convolutions of `model` that train with our gradients: [(channels, edge, kernel, dilation)]."""
+    shapes = {}  # keys only, in order, each once
 
     def note(conv, inputs, _):
         kernel_size, dilation = conv.kernel_size[0], conv.dilation[0]
@@ -87,8 +88,10 @@ def compare(channels, edge, kernel_size, dilation):
 
 
 def main():
-    if not MODEL.startswith("unireplknet"):
-        raise UserError(f"MODEL must be one of the UniRepLKNet variants, got {MODEL!r}")
+    if MODEL not in VARIANTS:
+        raise UserError(f"MODEL must be one of {', '.join(VARIANTS)}, got {MODEL!r}")
+    if IMG_SIZE < 32 or min(BATCH_SIZE, REPEATS) < 1:
+        raise UserError("IMG_SIZE must be at least 32; BATCH_SIZE and REPEATS at least 1")
     torch.manual_seed(0)
     model = timm.create_model(MODEL, num_classes=12)
     shapes = find_shapes(model)

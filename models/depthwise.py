@@ -4,9 +4,9 @@ Two implementations compute the same thing from the same parameters:
 
 - `depthwise_conv2d_implicit_gemm`, the CUDA extension that the authors of RepLKNet and UniRepLKNet use, where it
   is installed and fits (float16 or float32, CUDA, NCHW, stride 1, undilated, kernel larger than 5);
-- PyTorch's own depthwise convolution everywhere else. When it trains on a CPU, where its gradients take 20 times as
-  long as its forward pass, both gradients are computed by `depthwise_conv2d` instead: the same sums, ordered so that
-  fast routines can do them.
+- PyTorch's own depthwise convolution everywhere else. When it trains on a CPU, where its gradients have no
+  fast routines, both are computed by `depthwise_conv2d` instead: the same sums in another order (figures:
+  benchmarks/README.md).
 
     python -m models.depthwise        says which one this machine would run, and why the other does not
 """
