@@ -3,35 +3,48 @@
     python train.py                                      with the constants below
     python train.py --epochs 3 --model unireplknet_a     with some of them changed
     python train.py --resume auto                        continue the last run of this model
+    torchrun --nproc_per_node=8 train.py                 on 8 GPUs
 
 Leaves in checkpoints/<model>/: last.pth, best.pth, log.csv, result.json, loss.png, acc.png, class_indices.json and
 classification_report.txt. A folder of an earlier run is renamed, never overwritten.
+
+Exit status: 0; 1 an error; 2 a wrong option; 130 after Ctrl-C and 143 after SIGTERM, saved and ready to be continued.
 """
 
 import csv
 import json
 import math
+import os
 import platform
 import random
+import sys
 import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from sklearn.metrics import classification_report
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.optim import create_optimizer_v2
-from torch.utils.data import BatchSampler, DataLoader
+from timm.utils import distribute_bn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from tqdm import tqdm
 
-from common.checkpoint import load_checkpoint, load_file, save_checkpoint
-from common.dataset import EpochSampler, SeededPictures, eval_transform, open_image_folder, seed_everything
+from common import distributed
+from common.checkpoint import load_checkpoint, load_file, load_newest, lock, save_checkpoint
+from common.dataset import EpochBatches, SeededPictures, eval_transform, open_image_folder, seed_everything
 from common.device import choose_device, choose_workers
-from common.manifest import MANIFEST, STATISTICS, read_json
+from common.finite import first_non_finite_layer
+from common.interrupt import Interrupt, leave_signals_to_the_main_process
+from common.manifest import MANIFEST, STATISTICS, fingerprint, read_json
 from common.options import UserError, read_constants, run
 from common.plots import plot_curves
 from ema import ModelEma, unwrap
@@ -50,7 +63,7 @@ del np.int
 # --- data
 DATA: str = "data"  # folder that holds train/<class> and val/<class>; makedata.py makes it
 IMG_SIZE: int = 224  # edge in pixels to which every picture is resized; at least 32
-BATCH_SIZE: int = 32  # pictures that pass through the network at once
+BATCH_SIZE: int = 32  # pictures that pass through the network at once, on each GPU
 WORKERS: int = -1  # processes that read pictures; -1: one for each core, up to 8, beside a GPU, else 0; 0: none
 MEAN: list[float] | None = None  # of each channel, pixels from 0 to 1; None: from mean_std.py, else ImageNet's
 STD: list[float] | None = None  # likewise
@@ -80,7 +93,7 @@ GRAD_CHECKPOINTING: bool = False  # compute each block twice instead of keeping 
 
 # --- optimisation
 EPOCHS: int = 100  # passes over data/train
-LEARNING_RATE: float = 1e-3  # highest learning rate, for BATCH_SIZE * ACCUMULATE pictures a step
+LEARNING_RATE: float = 1e-3  # highest learning rate, for BATCH_SIZE * ACCUMULATE * GPUs pictures a step
 MIN_LEARNING_RATE: float = 1e-6  # learning rate at the end
 WARMUP_EPOCHS: float = 5  # epochs in which the learning rate rises to its highest; 0: off
 WEIGHT_DECAY: float = 0.05  # AdamW's, on matrices and kernels only; 0: off
@@ -90,16 +103,27 @@ CLIP_GRAD: float = 5.0  # largest norm of the gradient of one step; 0: off
 USE_EMA: bool = True  # keep averaged weights, which are validated too, and which test.py uses
 EMA_DECAY: float = 0.9998  # 1 / (1 - EMA_DECAY) is about the number of steps averaged; reached by a warm-up
 
+MAX_SKIPPED: int = 10  # steps in a row with a loss or gradient that is not finite, after which the run stops
+
 # --- machine
 DEVICE: str = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
 AMP: str = "auto"  # mixed precision: "auto": bf16 or else fp16 on cuda, off elsewhere; "bf16", "fp16", "off"
 CHANNELS_LAST: bool = False  # keep pictures as NHWC in memory
 COMPILE: bool = False  # torch.compile: a slow start, faster steps afterwards
+SPLIT_BATCHES: bool = True  # where memory runs out, compute each batch in halves, quarters, ...; still one step
+DETERMINISTIC: bool = False  # on a GPU: slower kernels that add in a fixed order, so that a run can be repeated exactly
+SYNC_BATCH_NORM: bool = False  # on several GPUs: batch norms look at the pictures of all of them
 
 # --- run
 OUTPUT: str = "checkpoints"  # folder that holds <model>/, where the run leaves its files
 RESUME: str = ""  # "": a new run; "auto": continue <model>/last.pth if there is one; a path: continue that checkpoint
+SAVE_MINUTES: float = 10.0  # minutes between checkpoints inside an epoch; each epoch's end has one; 0: there only
+KEEP: int = 2  # newest checkpoints to keep: last.pth, last.1.pth, ...; one that is damaged is passed over
 SEED: int = 42  # first weights, order of the pictures and augmentation
+
+# --- what a constant that was changed does to a run that is continued
+NO_EFFECT = ("WORKERS", "OUTPUT", "RESUME", "SAVE_MINUTES", "KEEP", "MAX_SKIPPED")
+ONLY_AT_THE_START = ("PRETRAINED", "LAYER_SCALE")
 
 
 def choose_amp(device):
@@ -158,11 +182,11 @@ def train_transform(mean, std):
     return transforms.Compose(steps)
 
 
-def open_data(mean, std, device):
+def open_data(mean, std, device, rank, ranks):
     """Open data/train and data/val.
 
     Returns:
-        (loader of training batches, its `EpochSampler`, loader of validation batches, class names).
+        (loader of this process's training batches, loader of its validation batches, class names).
     """
     if not Path(DATA, "train").is_dir():
         raise UserError(f"there is no folder {Path(DATA, 'train')}; run makedata.py first")
@@ -178,17 +202,23 @@ def open_data(mean, std, device):
         raise UserError(f"{DATA}/train holds one class only, {train_set.classes[0]}; a classifier needs two or more")
 
     workers = choose_workers(WORKERS, device)
-    loading = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
-    sampler = EpochSampler(len(train_set), SEED)
+    loading = dict(
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_signals_to_the_main_process,
+    )
     # A last, smaller batch would weigh its pictures more and disturb the batch norms, so it is dropped; in each epoch
     # it holds other pictures. A set smaller than a batch is one batch.
-    batch_size = min(BATCH_SIZE, len(train_set))
+    batch_size = min(BATCH_SIZE, len(train_set) // ranks)
+    if batch_size < 1:
+        raise UserError(f"{DATA}/train holds {len(train_set)} pictures, too few for {ranks} processes; start fewer")
     if batch_size == 1 and IMG_SIZE <= 32:
         raise UserError("batch norm cannot learn from single pictures of 32 pixels; raise BATCH_SIZE or IMG_SIZE")
-    batches = BatchSampler(sampler, batch_size, drop_last=True)
+    batches = EpochBatches(len(train_set), batch_size, SEED, rank, ranks)
     train_loader = DataLoader(SeededPictures(train_set, SEED), batch_sampler=batches, **loading)
-    val_loader = DataLoader(val_set, BATCH_SIZE, **loading)
-    return train_loader, sampler, val_loader, train_set.classes
+    val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), ranks)), BATCH_SIZE, **loading)
+    return train_loader, val_loader, train_set.classes
 
 
 def create_network(num_classes):
@@ -264,90 +294,265 @@ def mix(mixup, images, labels):
     return torch.cat([mixed, images[even:]]), torch.cat([targets, smooth])
 
 
-def train_one_epoch(model, ema, loader, mixup, optimizer, scaler, amp_dtype, device, epoch):
-    """One pass over data/train.
+@dataclass
+class Run:
+    """All that changes while a network is trained. A checkpoint holds all of it, and nothing else is needed to go on:
+    the order of the pictures, their augmentation, Mixup and stochastic depth follow from seed, epoch and batch."""
+
+    model: torch.nn.Module
+    ema: ModelEma | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    epoch: int = 0  # epochs that are finished
+    pictures: int = 0  # pictures of the next epoch that are done, on all processes
+    totals: torch.Tensor = None  # (4,) of these: loss, right among the unmixed, unmixed, pictures
+    seconds: float = 0.0  # that they took
+    skipped: int = 0  # steps of this epoch left out, since loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    pieces: int = 1  # parts in which each batch is computed, more than one after memory ran out
+    best_acc1: float = -1.0
+    history: list = field(default_factory=list)  # one dict for each finished epoch
+
+    COUNTERS = ("epoch", "pictures", "seconds", "skipped", "skipped_in_a_row", "pieces", "best_acc1", "history")
+
+    def start_epoch(self):
+        self.totals = torch.zeros(4, device=self.device)
+        self.pictures, self.seconds, self.skipped = 0, 0.0, 0
+
+    def state(self):
+        """What a checkpoint holds: plain types and tensors."""
+        return dict(
+            state_dict=unwrap(self.model).state_dict(),
+            state_dict_ema=None if self.ema is None else self.ema.ema.state_dict(),
+            ema_updates=0 if self.ema is None else self.ema.updates,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            totals=self.totals,
+            **{name: getattr(self, name) for name in self.COUNTERS},
+        )
+
+    def load(self, checkpoint):
+        """Continue from a checkpoint; ValueError if its optimizer has other groups of parameters."""
+        self.model.load_state_dict(checkpoint["state_dict"])
+        if self.ema is not None:
+            self.ema.load(checkpoint["state_dict_ema"] or checkpoint["state_dict"], checkpoint["ema_updates"])
+        # The groups' constants are those of this call, not those of the checkpoint.
+        constants = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, constants):
+            group.update(own)
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        for name in self.COUNTERS:
+            setattr(self, name, checkpoint.get(name, getattr(self, name)))
+        if "totals" in checkpoint:
+            self.totals = checkpoint["totals"].to(self.device)
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C came, and what was begun is finished."""
+
+
+def prepare_batch(run, batch, number, mixup):
+    """Batch `number` of the whole run on the device: images (N, 3, H, W), labels (N,), targets (N, classes)."""
+    seed_everything(SEED, "step", number)  # Mixup, dropout and stochastic depth depend on the batch's number only
+    images, labels = (tensor.to(run.device, non_blocking=True, copy=True) for tensor in batch)  # Mixup works in place
+    if CHANNELS_LAST:
+        images = images.contiguous(memory_format=torch.channels_last)
+    images, targets = mix(mixup, images, labels)
+    return images, labels, targets
+
+
+def compute_gradients(run, network, batches, numbers, mixup, amp_dtype):
+    """Forward and backward pass of one step; the mean gradient of all processes is left in the parameters.
 
     Returns:
-        dict: train_loss; train_acc1 in percent, on the pictures that were not mixed; img_per_s.
+        Tensor (4,): loss, right among the unmixed, unmixed, pictures, each summed over the step's pictures.
+    """
+    totals = torch.zeros(4, device=run.device)
+    for batch, number in zip(batches, numbers):
+        images, labels, targets = prepare_batch(run, batch, number, mixup)
+        parts = list(zip(images.chunk(run.pieces), labels.chunk(run.pieces), targets.chunk(run.pieces)))
+        for part, (x, y, target) in enumerate(parts):
+            last = number == numbers[-1] and part == len(parts) - 1
+            # The processes exchange gradients once a step, with the last part.
+            wait = network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext()
+            with wait:
+                with torch.autocast(run.device.type, amp_dtype, enabled=amp_dtype is not None):
+                    logits = network(x)
+                    loss = F.cross_entropy(logits, target)
+                run.scaler.scale(loss * (len(x) / len(images) / len(batches))).backward()
+            with torch.no_grad():
+                unmixed = target.gather(1, y[:, None]).squeeze(1) > 1 - SMOOTHING - 1e-4
+                right = (logits.argmax(1) == y) & unmixed
+                ones = torch.tensor(float(len(x)), device=run.device)
+                totals += torch.stack([loss.detach() * ones, right.sum(), unmixed.sum(), ones])
+    return totals
+
+
+def is_out_of_memory(error):
+    """Whether PyTorch's error says that the GPU's or the computer's memory is full."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def explain_not_finite(run, loader, step, batches, numbers, mixup, amp_dtype):
+    """Where the loss or gradient of a step that was left out comes from, in words."""
+    sampler, pictures = loader.batch_sampler, loader.dataset.pictures
+    sampler.start = step * ACCUMULATE
+    paths = [[pictures.samples[index][0] for _, index in keys] for keys, _ in zip(sampler, batches)]
+    origin = "the output of every layer is finite, but not the loss or the gradient"
+    for batch, number, names in zip(batches, numbers, paths):
+        broken = [name for name, image in zip(names, batch[0]) if not image.isfinite().all()]
+        if broken:
+            return f"not finite after the augmentation: {', '.join(broken[:4])}; look at MEAN and STD"
+        images, _, _ = prepare_batch(run, batch, number, mixup)
+        with torch.autocast(run.device.type, amp_dtype, enabled=amp_dtype is not None):
+            layer = first_non_finite_layer(unwrap(run.model), images)
+        if layer is not None:
+            origin = f"the first layer with a non-finite output is {layer}"
+            break
+    names = [name for batch in paths for name in batch]
+    others = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return (
+        f"{origin}; pictures {', '.join(names[:4])}{others}. Lower LEARNING_RATE, set CLIP_GRAD above 0, or set AMP to "
+        '"off"'
+    )
+
+
+def train_one_epoch(run, loader, mixup, amp_dtype, interrupt, save):
+    """One pass over data/train, or what is left of it in a run that is continued.
+
+    Args:
+        run: changed in place.
+        interrupt: the `Interrupt` that is obeyed between two steps.
+        save: function that writes a checkpoint.
+
+    Returns:
+        dict: lr of the last step; train_loss; train_acc1 in percent, on the pictures that were not mixed; number of
+        skipped steps; img_per_s.
 
     Raises:
-        UserError: if the loss is no longer finite.
+        Stopped: after SIGTERM or Ctrl-C; what was trained is in `run`.
+        UserError: if MAX_SKIPPED steps in a row have no finite loss and gradient; if memory runs out for good.
     """
-    model.train()
+    epoch = run.epoch + 1
+    model = run.model.train()
     if epoch <= FREEZE_EPOCHS:
         model.eval()  # frozen batch norms keep their statistics, too
         unwrap(model).get_classifier().train()
     for parameter in unwrap(model).parameters():
         parameter.requires_grad_(epoch > FREEZE_EPOCHS)
     unwrap(model).get_classifier().requires_grad_(True)
+    # Made anew in each epoch, since it notes which parameters learn.
+    sampler = loader.batch_sampler
+    network = DistributedDataParallel(model) if sampler.ranks > 1 else model
 
-    steps_per_epoch = math.ceil(len(loader) / ACCUMULATE)
-    step = (epoch - 1) * steps_per_epoch
-    totals = torch.zeros(3, device=device)  # loss, right among the unmixed, unmixed; fetched rarely, it makes us wait
-    started = time.perf_counter()
-    bar = tqdm(loader, desc=f"epoch {epoch}/{EPOCHS}", unit="batch", leave=False)
-    for batch, (images, labels) in enumerate(bar):
-        if batch % ACCUMULATE == 0:
-            seed_everything(SEED, "step", step)  # Mixup, dropout and stochastic depth depend on the step only
-            lr = learning_rate(step, EPOCHS * steps_per_epoch, round(WARMUP_EPOCHS * steps_per_epoch))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            batches_of_step = min(ACCUMULATE, len(loader) - batch)
+    pictures_per_step = sampler.batch_size * sampler.ranks * ACCUMULATE
+    steps = math.ceil(len(loader) / ACCUMULATE)
+    first_step = min(run.pictures // pictures_per_step, steps)
+    sampler.epoch, sampler.start = epoch, first_step * ACCUMULATE
+    reader = iter(loader)
+    buffers = list(model.buffers())
+    buffers_before = [buffer.clone() for buffer in buffers]
+    started, saved = time.perf_counter() - run.seconds, time.perf_counter()
+    bar = dict(desc=f"epoch {epoch}/{EPOCHS}", unit="step", total=steps, initial=first_step, leave=False)
+    bar = tqdm(range(first_step, steps), disable=sampler.rank > 0, **bar)
+    for step in bar:
+        batches = [next(reader) for _ in range(min(ACCUMULATE, len(loader) - step * ACCUMULATE))]
+        # A batch has the same number, and so the same Mixup, however many processes share the work.
+        first = (epoch - 1) * (sampler.length // sampler.batch_size) + step * ACCUMULATE * sampler.ranks + sampler.rank
+        numbers = [first + index * sampler.ranks for index in range(len(batches))]
+        lr = learning_rate((epoch - 1) * steps + step, EPOCHS * steps, round(WARMUP_EPOCHS * steps))
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
-        images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
-        if CHANNELS_LAST:
-            images = images.contiguous(memory_format=torch.channels_last)
-        images, targets = mix(mixup, images, labels)
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = model(images)
-            loss = F.cross_entropy(logits, targets)
-        scaler.scale(loss / batches_of_step).backward()
+        torch._foreach_copy_(buffers_before, buffers)
+        while True:
+            try:
+                totals = compute_gradients(run, network, batches, numbers, mixup, amp_dtype)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if not SPLIT_BATCHES or sampler.ranks > 1 or run.pieces >= sampler.batch_size:
+                    raise UserError(
+                        "memory is full; lower BATCH_SIZE, and raise ACCUMULATE to keep the same step, lower IMG_SIZE, "
+                        "or set GRAD_CHECKPOINTING"
+                    ) from error
+            # Not inside `except`: there the error still holds the memory of the pass that failed.
+            run.optimizer.zero_grad(set_to_none=True)
+            torch._foreach_copy_(buffers, buffers_before)
+            run.pieces *= 2
+            if run.device.type == "cuda":
+                torch.cuda.empty_cache()
+            bar.write(
+                f"memory is full: each batch of {sampler.batch_size} is now computed in {run.pieces} parts; the steps "
+                "stay the same, but for the batch norms, which see one part at a time"
+            )
 
-        if batch % ACCUMULATE == batches_of_step - 1:
-            if CLIP_GRAD:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            if ema is not None:
-                ema.update(model)
-
-        with torch.no_grad():
-            unmixed = targets.gather(1, labels[:, None]).squeeze(1) > 1 - SMOOTHING - 1e-4
-            right = (logits.argmax(1) == labels) & unmixed
-            totals += torch.stack([loss.detach() * len(images), right.sum(), unmixed.sum()]).float()
-        if batch % 20 == 0 or batch == len(loader) - 1:
-            mean_loss = totals[0].item() / ((batch + 1) * len(images))
-            bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{lr:.1e}")
-            if not math.isfinite(mean_loss):
+        run.scaler.unscale_(run.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD or math.inf)
+        stop = interrupt.signal is not None
+        bad_loss, bad_gradient, stop = distributed.any_rank([~totals[0].isfinite(), ~norm.isfinite(), stop], run.device)
+        # fp16's scaler looks for the largest scale by going too far now and then, and leaves such a step out itself.
+        if bad_gradient and not bad_loss and run.scaler.get_scale() > 1:
+            run.totals += totals
+            run.scaler.step(run.optimizer)
+        elif bad_loss or bad_gradient:
+            torch._foreach_copy_(buffers, buffers_before)
+            run.skipped += 1
+            run.skipped_in_a_row += 1
+            what = "loss" if bad_loss else "gradient"
+            if run.skipped == 1:
+                bar.write(f"warning: epoch {epoch}, step {step + 1}: the {what} is not finite; the step is left out")
+            if run.skipped_in_a_row >= MAX_SKIPPED:
+                why = explain_not_finite(run, loader, step, batches, numbers, mixup, amp_dtype)
                 raise UserError(
-                    f"the loss became {mean_loss} in epoch {epoch}, batch {batch + 1}; what was saved is from before. "
-                    'Lower LEARNING_RATE, set CLIP_GRAD above 0, or set AMP to "off", and start again'
+                    f"the {what} was not finite in {run.skipped_in_a_row} steps in a row, the last of them epoch "
+                    f"{epoch}, step {step + 1}: {why}; none of them reached the weights, and what was saved is good"
                 )
+        else:
+            run.totals += totals
+            run.skipped_in_a_row = 0
+            run.scaler.step(run.optimizer)
+            if run.ema is not None:
+                run.ema.update(model)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
 
-    pictures = len(loader) * len(images)
-    _, right, unmixed = totals.tolist()
+        run.pictures = (step + 1) * pictures_per_step
+        run.seconds = time.perf_counter() - started
+        if step % 20 == 0 or step == steps - 1:
+            bar.set_postfix(loss=f"{(run.totals[0] / run.totals[3]).item():.3f}", lr=f"{lr:.1e}")
+        if stop:
+            raise Stopped
+        if SAVE_MINUTES and time.perf_counter() - saved >= 60 * SAVE_MINUTES:
+            save()
+            saved = time.perf_counter()
+
+    loss, right, unmixed, pictures = distributed.total(run.totals).tolist()
     return dict(
-        lr=lr,
-        train_loss=mean_loss,
+        lr=learning_rate(epoch * steps - 1, EPOCHS * steps, round(WARMUP_EPOCHS * steps)),
+        train_loss=loss / pictures if pictures else None,
         train_acc1=100 * right / unmixed if unmixed else None,
-        img_per_s=pictures / (time.perf_counter() - started),
+        skipped=run.skipped,
+        img_per_s=pictures / run.seconds if run.seconds else None,
     )
 
 
 @torch.inference_mode()
-def validate(model, loader, amp_dtype, device, description):
-    """One pass over data/val.
+def validate(model, loader, amp_dtype, device, description, interrupt=None):
+    """One pass over data/val; each process takes a part, and all get the figures of the whole.
 
     Returns:
         (dict: loss, acc1 and acc5 in percent, each weighted by picture; true labels; predicted labels).
+
+    Raises:
+        Stopped: after SIGTERM or Ctrl-C.
     """
     model.eval()
     loss, labels_seen, top_classes = 0.0, [], []
-    for images, labels in tqdm(loader, desc=description, unit="batch", leave=False):
+    for images, labels in tqdm(loader, desc=description, unit="batch", leave=False, disable=distributed.rank() > 0):
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         if CHANNELS_LAST:
@@ -355,12 +560,16 @@ def validate(model, loader, amp_dtype, device, description):
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(images)
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
-        labels_seen.append(labels)
-        top_classes.append(logits.topk(min(5, logits.shape[1])).indices)
-    labels, top_classes = torch.cat(labels_seen), torch.cat(top_classes)
+        labels_seen += labels.tolist()
+        top_classes += logits.topk(min(5, logits.shape[1])).indices.tolist()
+        # Several processes must take the same number of batches, or they wait for each other forever.
+        if interrupt is not None and interrupt.signal and not dist.is_initialized():
+            raise Stopped
+    losses, labels_seen, top_classes = zip(*distributed.gather((float(loss), labels_seen, top_classes)))
+    labels, top_classes = torch.tensor(sum(labels_seen, [])), torch.tensor(sum(top_classes, []))
     hits = top_classes == labels[:, None]  # (pictures, 5)
     figures = dict(
-        loss=float(loss) / len(labels),
+        loss=sum(losses) / len(labels),
         acc1=100 * hits[:, 0].float().mean().item(),
         acc5=100 * hits.any(1).float().mean().item(),
     )
@@ -368,17 +577,54 @@ def validate(model, loader, amp_dtype, device, description):
 
 
 def load_resume(folder, classes):
-    """The checkpoint that RESUME asks for, or None for a new run."""
-    path = folder / "last.pth" if RESUME == "auto" else Path(RESUME)
-    if not RESUME or (RESUME == "auto" and not path.is_file()):
+    """The checkpoint that RESUME asks for, as it is or the newest before it that is whole; None for a new run."""
+    if not RESUME:
         return None
-    checkpoint = load_checkpoint(path)
+    if RESUME == "auto":
+        checkpoint, path = load_newest(folder / "last.pth")
+    else:
+        checkpoint, path = load_checkpoint(RESUME), Path(RESUME)
+    if checkpoint is None:
+        return None
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} holds no optimizer state, so it cannot be continued; set PRETRAINED to it instead")
-    for name, here, there in (("MODEL", MODEL, checkpoint["arch"]), ("the classes", classes, checkpoint["classes"])):
+    layer_scale = checkpoint.get("config", {}).get("LAYER_SCALE", LAYER_SCALE)
+    for name, here, there in (
+        ("MODEL", MODEL, checkpoint["arch"]),
+        ("the classes", classes, checkpoint["classes"]),
+        ("having a layer scale", bool(LAYER_SCALE), bool(layer_scale)),
+    ):
         if here != there:
             raise UserError(f"cannot continue {path}: {name} there is {there}, here {here}")
+    begun = f", {checkpoint['pictures']} pictures of the next" if checkpoint.get("pictures") else ""
+    print(f"resume      {path}: {checkpoint['epoch']} epochs finished{begun}")
     return checkpoint
+
+
+def describe_changes(checkpoint, about):
+    """Say what differs from the run that is continued, and what follows.
+
+    Args:
+        checkpoint: of the run that is continued.
+        about: what `about_run` returned for this one.
+    """
+    old, new = checkpoint.get("config", {}), about["config"]
+    exact = True
+    for name in (name for name in new if name in old and old[name] != new[name] and name not in NO_EFFECT):
+        if name in ONLY_AT_THE_START:
+            print(f"changed     {name}: without effect, since the weights come from the checkpoint")
+            continue
+        print(f"changed     {name} was {old[name]!r}, is {new[name]!r} from here on")
+        exact = False
+    for name, value in about["versions"].items():
+        if checkpoint.get("versions", {}).get(name, value) != value:
+            print(f"changed     {name} was {checkpoint['versions'][name]}, is {value}")
+            exact = False
+    if checkpoint.get("pictures_fingerprint", about["pictures_fingerprint"]) != about["pictures_fingerprint"]:
+        print(f"changed     other pictures in {DATA}/train; they come in another order")
+        exact = False
+    if not exact:
+        print("            so the end will not be, to the last bit, what it would have been")
 
 
 def prepare_folder(folder):
@@ -393,7 +639,7 @@ def prepare_folder(folder):
 def write_history(history, folder):
     """Write log.csv, loss.png and acc.png from one dict per epoch."""
     with open(folder / "log.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, history[0].keys())
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in history for name in row))
         writer.writeheader()
         writer.writerows(history)
     plot_curves(history, folder)
@@ -408,21 +654,122 @@ def format_row(row):
     columns += [("img_per_s", "9.1f"), ("seconds", "7.1f")]
     if row is None:
         return "  ".join(f"{name:>{spec[:-1].split('.')[0]}}" for name, spec in columns)
-    cells = [("-" if row[name] is None else format(row[name], spec), spec) for name, spec in columns]
+    cells = [("-" if row.get(name) is None else format(row[name], spec), spec) for name, spec in columns]
     return "  ".join(f"{cell:>{spec[:-1].split('.')[0]}}" for cell, spec in cells)
 
 
+def about_run(classes, mean, std, model_args, pictures, ranks):
+    """What a checkpoint tells about its run, besides the run's state."""
+    return dict(
+        arch=MODEL,
+        model_args=model_args,
+        classes=classes,
+        mean=mean,
+        std=std,
+        img_size=IMG_SIZE,
+        config={name: globals()[name] for name in read_constants(__file__)},
+        pictures_train=len(pictures),
+        pictures_fingerprint=fingerprint(Path(path).relative_to(DATA).as_posix() for path, _ in pictures.samples),
+        versions=dict(
+            python=platform.python_version(),
+            torch=str(torch.__version__),
+            torchvision=str(torchvision.__version__),
+            timm=timm.__version__,
+            processes=ranks,
+            threads=torch.get_num_threads(),
+        ),
+    )
+
+
+def save(run, about, path, keep=1):
+    """Write a checkpoint, unless its weights are not finite: then the one before is the better one."""
+    state = run.state()
+    for weights in (state["state_dict"], state["state_dict_ema"] or {}):
+        name = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+        if name is not None:
+            raise UserError(f"{name} is no longer finite, so nothing is saved over what is there; lower LEARNING_RATE")
+    save_checkpoint(about | state, path, keep)
+
+
+def write_best(run, about, figures, labels, predictions, folder):
+    """Write best.pth, result.json and classification_report.txt."""
+    save(run, about, folder / "best.pth")
+    classes = about["classes"]
+    report = classification_report(
+        labels, predictions, labels=range(len(classes)), target_names=classes, digits=4, zero_division=0
+    )
+    (folder / "classification_report.txt").write_text(report, encoding="utf-8")
+    result = dict(arch=MODEL, epoch=run.epoch, **figures, weights="ema" if USE_EMA else "raw")
+    result |= dict(train_pictures=about["pictures_train"], val_pictures=len(labels))
+    result |= dict(classes=classes, config=about["config"], versions=about["versions"])
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    (folder / "result.json").write_text(text + "\n", encoding="utf-8")
+
+
+def finish_epoch(run, row, loader, amp_dtype, interrupt, about, folder):
+    """Validate, add the epoch to the history, and save its weights if they are the best.
+
+    Raises:
+        Stopped: after SIGTERM or Ctrl-C, with `run` as it was.
+    """
+    started = time.perf_counter()
+    row = dict(epoch=run.epoch + 1) | row
+    models = dict(val=run.model) | ({} if run.ema is None else dict(ema=run.ema.ema))
+    for prefix, model in models.items():
+        if dist.is_initialized():  # each process validates a part, with the batch norm statistics of the first one
+            distribute_bn(unwrap(model), dist.get_world_size())
+        figures, labels, predictions = validate(model, loader, amp_dtype, run.device, prefix, interrupt)
+        row |= {f"{prefix}_{name}": value for name, value in figures.items()}
+    row["seconds"] = run.seconds + time.perf_counter() - started
+    print(format_row(row))
+
+    # `figures` and `predictions` are those of the weights that test.py will use: the EMA's, where there is one.
+    is_best = figures["acc1"] > run.best_acc1 or not (folder / "best.pth").is_file()
+    run.best_acc1 = max(run.best_acc1, figures["acc1"])
+    run.history.append(row)
+    run.epoch += 1
+    run.start_epoch()
+    # best.pth before last.pth: a run that is killed in between repeats this and finds the epoch the best again.
+    if distributed.rank() == 0 and is_best and math.isfinite(figures["loss"]):
+        write_best(run, about, figures, labels, predictions, folder)
+
+
 def main():
-    if IMG_SIZE < 32 or min(BATCH_SIZE, EPOCHS, ACCUMULATE) < 1:
-        raise UserError("IMG_SIZE must be at least 32; BATCH_SIZE, EPOCHS and ACCUMULATE at least 1")
-    constants = {name: globals()[name] for name in read_constants(__file__)}
+    if IMG_SIZE < 32 or min(BATCH_SIZE, EPOCHS, ACCUMULATE, KEEP, MAX_SKIPPED) < 1:
+        raise UserError("IMG_SIZE must be at least 32; BATCH_SIZE, EPOCHS, ACCUMULATE, KEEP and MAX_SKIPPED at least 1")
     device = choose_device(DEVICE)
+    if distributed.launched() and device.type == "cuda":
+        device = choose_device(f"cuda:{distributed.local_rank()}")
+        torch.cuda.set_device(device)
+    if DETERMINISTIC and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this setting
+        torch.use_deterministic_algorithms(True)
+    # All batches have the same size, so it pays to try cuDNN's algorithms once; which one wins can vary, though.
+    torch.backends.cudnn.benchmark = not DETERMINISTIC
+    rank, ranks = distributed.join(device)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process tells what all do
+    try:
+        return train(device, rank, ranks)
+    except RuntimeError as error:
+        if ranks > 1 and distributed.is_lost_process(error):
+            raise UserError("another process of this run has ended; its message says why") from error
+        raise
+
+
+def train(device, rank, ranks):
+    """Everything after the choice of the device; returns the exit status."""
     amp_dtype = choose_amp(device)
     mean, std, mean_source = choose_mean_and_std()
-    train_loader, sampler, val_loader, classes = open_data(mean, std, device)
+    train_loader, val_loader, classes = open_data(mean, std, device, rank, ranks)
+    pictures = train_loader.dataset.pictures
 
     seed_everything(SEED)
     model, model_args = create_network(len(classes))
+    if SYNC_BATCH_NORM and ranks > 1:
+        if device.type != "cuda":
+            raise UserError("SYNC_BATCH_NORM works on GPUs only; set it to False")
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
     if CHANNELS_LAST:
         model.to(memory_format=torch.channels_last)
@@ -439,98 +786,76 @@ def main():
         label_smoothing=SMOOTHING,
         num_classes=len(classes),
     )
+    run = Run(model, ema, optimizer, scaler, device)
+    run.start_epoch()
+    about = about_run(classes, mean, std, model_args, pictures, ranks)
 
     folder = Path(OUTPUT, MODEL)
+    held = lock(folder) if rank == 0 else None  # noqa: F841  until this function returns
     checkpoint = load_resume(folder, classes)
-    prepare_folder(folder)
-    history, best_acc1, first_epoch = [], -1.0, 1
+    distributed.gather(None)  # all have read before the first one writes
+    if rank == 0:
+        prepare_folder(folder)
     if checkpoint is not None:
-        model.load_state_dict(checkpoint["state_dict"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        if ema is not None and checkpoint["state_dict_ema"] is not None:
-            ema.load(checkpoint["state_dict_ema"], checkpoint["ema_updates"])
-        history, best_acc1 = checkpoint["history"], checkpoint["best_acc1"]
-        first_epoch = checkpoint["epoch"] + 1
+        describe_changes(checkpoint, about)
+        try:
+            run.load(checkpoint)
+        except ValueError as error:
+            raise UserError(
+                "cannot continue: LAYER_DECAY, or WEIGHT_DECAY to or from 0, groups the parameters anew; set them back"
+            ) from error
     if COMPILE:
-        model = torch.compile(model)
+        run.model = torch.compile(model)
 
-    parameters = sum(parameter.numel() for parameter in unwrap(model).parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     amp_name = "float32" if amp_dtype is None else f"autocast {str(amp_dtype).removeprefix('torch.')}"
+    val_pictures = len(val_loader.dataset.dataset)
     print(f"network     {MODEL}, {parameters / 1e6:.1f} million parameters, {IMG_SIZE} x {IMG_SIZE} pixels")
     print(f"large conv  {describe_implementation(device, amp_dtype or torch.float32)}")
     print(f"device      {device}, {amp_name}, torch {torch.__version__}, timm {timm.__version__}")
-    print(f"pictures    {len(train_loader.dataset)} for training, {len(val_loader.dataset)} for validation")
+    if ranks > 1:
+        step_pictures = train_loader.batch_sampler.batch_size * ACCUMULATE * ranks
+        print(f"processes   {ranks}, together {step_pictures} pictures a step")
+    print(f"pictures    {len(pictures)} for training, {val_pictures} for validation")
     print(f"classes     {len(classes)}: {', '.join(classes[:24])}{', ...' if len(classes) > 24 else ''}")
     print(f"mean, std   {[round(v, 4) for v in mean]}, {[round(v, 4) for v in std]} from {mean_source}")
     if CUTOUT and CUTOUT_ERROR:
         print(f"cutout      torchvision's RandomErasing, since torchtoolbox cannot be imported ({CUTOUT_ERROR})")
-    if checkpoint is not None:
-        print(f"resume      epoch {first_epoch} of {EPOCHS}, best acc1 so far {best_acc1:.2f}")
-    (folder / "class_indices.json").write_text(
-        json.dumps(dict(enumerate(classes)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    if rank == 0:
+        names = json.dumps(dict(enumerate(classes)), indent=2, ensure_ascii=False)
+        (folder / "class_indices.json").write_text(names + "\n", encoding="utf-8")
+
+    def save_last():
+        if rank == 0:
+            save(run, about, folder / "last.pth", KEEP)
 
     print(format_row(None))
-    for epoch in range(first_epoch, EPOCHS + 1):
-        started = time.perf_counter()
-        sampler.epoch = epoch
-        row = dict(epoch=epoch)
-        row |= train_one_epoch(model, ema, train_loader, mixup, optimizer, scaler, amp_dtype, device, epoch)
-        figures, labels, predictions = validate(model, val_loader, amp_dtype, device, "val")
-        row |= {f"val_{name}": value for name, value in figures.items()}
-        if ema is not None:
-            figures, labels, predictions = validate(ema.ema, val_loader, amp_dtype, device, "val ema")
-            row |= {f"ema_{name}": value for name, value in figures.items()}
-        row["seconds"] = time.perf_counter() - started
-        history.append(row)
+    for row in run.history:
         print(format_row(row))
-
-        # `figures` and `predictions` are those of the weights that test.py will use: the EMA's, where there is one.
-        is_best = figures["acc1"] > best_acc1 or not (folder / "best.pth").is_file()
-        best_acc1 = max(best_acc1, figures["acc1"])
-        checkpoint = dict(
-            arch=MODEL,
-            model_args=model_args,
-            state_dict=unwrap(model).state_dict(),
-            state_dict_ema=None if ema is None else ema.ema.state_dict(),
-            ema_updates=0 if ema is None else ema.updates,
-            optimizer=optimizer.state_dict(),
-            scaler=scaler.state_dict(),
-            epoch=epoch,
-            best_acc1=best_acc1,
-            history=history,
-            classes=classes,
-            mean=mean,
-            std=std,
-            img_size=IMG_SIZE,
-            config=constants,
-            versions=dict(
-                python=platform.python_version(),
-                torch=str(torch.__version__),
-                torchvision=str(torchvision.__version__),
-                timm=timm.__version__,
-            ),
-        )
-        # best.pth first: a run that is stopped in between repeats this epoch and finds it the best again.
-        if is_best:
-            save_checkpoint(checkpoint, folder / "best.pth")
-            report = classification_report(
-                labels, predictions, labels=range(len(classes)), target_names=classes, digits=4, zero_division=0
+    with Interrupt() as interrupt:
+        try:
+            while run.epoch < EPOCHS:
+                row = train_one_epoch(run, train_loader, mixup, amp_dtype, interrupt, save_last)
+                finish_epoch(run, row, val_loader, amp_dtype, interrupt, about, folder)
+                save_last()
+                if rank == 0:
+                    write_history(run.history, folder)
+        except Stopped:
+            save_last()
+            print(
+                f"stopped in epoch {run.epoch + 1} of {EPOCHS} and saved; the same command with --resume auto goes on"
             )
-            (folder / "classification_report.txt").write_text(report, encoding="utf-8")
-            result = dict(arch=MODEL, epoch=epoch, **figures, weights="ema" if USE_EMA else "raw")
-            result |= dict(train_pictures=len(train_loader.dataset), val_pictures=len(val_loader.dataset))
-            result |= dict(classes=classes, config=constants, versions=checkpoint["versions"])
-            text = json.dumps(result, indent=2, ensure_ascii=False)
-            (folder / "result.json").write_text(text + "\n", encoding="utf-8")
-        save_checkpoint(checkpoint, folder / "last.pth")
-        write_history(history, folder)
+            return interrupt.exit_status
 
-    if (folder / "classification_report.txt").is_file():
-        print(f"\n{(folder / 'classification_report.txt').read_text(encoding='utf-8')}")
+    if rank == 0:
+        write_history(run.history, folder)
+        if (folder / "classification_report.txt").is_file():
+            print(f"\n{(folder / 'classification_report.txt').read_text(encoding='utf-8')}")
     weights = "EMA weights" if USE_EMA else "weights"
-    print(f"best acc1 {best_acc1:.2f} % on {len(val_loader.dataset)} validation pictures ({weights}), in {folder}")
+    print(f"best acc1 {run.best_acc1:.2f} % on {val_pictures} validation pictures ({weights}), in {folder}")
+    if ranks > 1:
+        dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import timm
 import torch
+from filelock import FileLock, Timeout
 
 import models  # noqa: F401  registers the UniRepLKNet variants with timm
 from common.options import UserError
@@ -16,14 +18,95 @@ from common.options import UserError
 REQUIRED = ("arch", "model_args", "state_dict", "classes", "mean", "std", "img_size")
 
 
-def save_checkpoint(checkpoint, path):
-    """Write `checkpoint` to `path` in one step: a reader, or a stopped run, finds the old file or the new one."""
-    partial = Path(f"{path}.part")
-    with open(partial, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def save_checkpoint(checkpoint, path, keep=1):
+    """Write `checkpoint` to `path` in one step: a reader, or a stopped run, finds the old file or the new one, whole.
+
+    PyTorch's file is a zip archive with a CRC-32 of each tensor, which `load_file` verifies.
+
+    Args:
+        checkpoint: plain types and tensors.
+        path: the file, such as last.pth.
+        keep: 2 or more keeps the files that were there before: last.1.pth is the one before last.pth, and so on.
+
+    Raises:
+        UserError: if it cannot be written; what was there before is still there, whole.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        for number in reversed(range(1, keep)):
+            newer = earlier_checkpoint(path, number - 1)
+            if newer.is_file():
+                os.replace(newer, earlier_checkpoint(path, number))
+        os.replace(partial, path)
+        if os.name == "posix":  # the new names, too, are to be on the disk
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
+        partial.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"cannot save {path} ({reason}); what was saved before is whole. Make room on the disk, allow writing "
+            "there, or set OUTPUT to another folder"
+        ) from error
+
+
+def earlier_checkpoint(path, number):
+    """Name of the checkpoint `number` saves before `path`: last.1.pth for 1, `path` itself for 0."""
+    return path.with_name(f"{path.stem}.{number}{path.suffix}") if number else path
+
+
+def load_newest(path):
+    """Read `path`, or the newest of the checkpoints before it that is whole; says so where one is damaged.
+
+    Returns:
+        (checkpoint, its path), or (None, `path`) if there is none at all.
+
+    Raises:
+        UserError: if there are some, and each is damaged.
+    """
+    path = Path(path)
+    numbered = (file for file in path.parent.glob(f"{path.stem}.*{path.suffix}") if file.stem.split(".")[-1].isdigit())
+    files = [path] if path.is_file() else []
+    files += sorted(numbered, key=lambda file: int(file.stem.split(".")[-1]))
+    for file in files:
+        try:
+            return load_checkpoint(file), file
+        except UserError as error:
+            if file == files[-1]:
+                raise
+            print(f"warning: {error}; trying the checkpoint before it")
+    return None, path
+
+
+def lock(folder):
+    """Keep other processes from training in `folder` until this process ends, however it ends.
+
+    Returns:
+        The lock: the system frees it with the process, so that a crash leaves none behind.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, which may be renamed while it is held.
+    held = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        held.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another run is training in {folder}; wait for it, end it, or set OUTPUT to another folder"
+        ) from error
+    except NotImplementedError:  # some network drives know no locks
+        print(f"warning: {folder.parent} knows no locks, so nothing keeps a second run out of {folder}")
+    return held
 
 
 def load_file(path):
@@ -36,6 +119,12 @@ def load_file(path):
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; give the path of a file that train.py saved")
     try:
+        # torch.load does not look at the checksums. Files from before PyTorch 1.6 are no zip archives and have none.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the file's pickle protocol
             return torch.load(path, map_location="cpu", weights_only=True)

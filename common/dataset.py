@@ -84,26 +84,41 @@ class SeededPictures(Dataset):
         return self.pictures[index]
 
 
-class EpochSampler(Sampler):
-    """Yields (epoch, index) of every picture in an order that depends on (seed, epoch) only.
+class EpochBatches(Sampler):
+    """Batches of (epoch, index) in an order that depends on (seed, epoch) only.
+
+    Of N processes, process `rank` takes every N-th batch, so that no picture is seen twice and all take as many. What
+    does not fill a batch for each process is dropped; in each epoch that is other pictures.
+
+    Args:
+        length: number of pictures.
+        batch_size: pictures in a batch.
+        seed: any integer.
+        rank, ranks: number of this process, from 0, and how many there are.
 
     Attributes:
         epoch: set it before each pass.
+        start: this process's batches to leave out at the beginning, for an epoch that was interrupted.
     """
 
-    def __init__(self, length, seed):
+    def __init__(self, length, batch_size, seed, rank=0, ranks=1):
         self.length = length
+        self.batch_size = batch_size
         self.seed = seed
+        self.rank = rank
+        self.ranks = ranks
         self.epoch = 0
+        self.start = 0
 
     def __len__(self):
-        return self.length
+        return self.length // (self.batch_size * self.ranks)
 
     def __iter__(self):
-        generator = random.Random(f"{self.seed}/{self.epoch}")
         order = list(range(self.length))
-        generator.shuffle(order)
-        return iter([(self.epoch, index) for index in order])
+        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        for number in range(self.start, len(self)):
+            first = (number * self.ranks + self.rank) * self.batch_size
+            yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
 
 
 class PictureFiles(Dataset):

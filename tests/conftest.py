@@ -17,6 +17,14 @@ from PIL import Image  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import makedata  # noqa: E402
+import train  # noqa: E402
+from common.options import read_constants  # noqa: E402
+
+DEFAULTS = {name: getattr(train, name) for name in read_constants(train.__file__)}
+SMALL = dict(MODEL="unireplknet_a", IMG_SIZE=32, BATCH_SIZE=4, EPOCHS=2, WORKERS=0, WARMUP_EPOCHS=0.5, DEVICE="cpu")
+CLASSES = {"Common wheat": 10, "Maize": 10, "玉米 苗": 10}
+
 
 @pytest.fixture(scope="session")
 def golden():
@@ -76,6 +84,29 @@ def fill_classes(root, counts, size=48):
             paths.append(folder / f"{index:03d}.png")
             draw_picture(f"{name}/{index}", size, colour).save(paths[-1])
     return sorted(paths)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with data1 and data, in which the scripts run."""
+    monkeypatch.chdir(tmp_path)
+    fill_classes(tmp_path / "data1", CLASSES)
+    makedata.main()
+    return tmp_path
+
+
+@pytest.fixture
+def run_train(place, monkeypatch):
+    """Call train.main() with some constants changed; returns the run's folder."""
+
+    def run(status=0, **constants):
+        constants = DEFAULTS | SMALL | constants
+        for name, value in constants.items():
+            monkeypatch.setattr(train, name, value)
+        assert train.main() == status
+        return place / constants["OUTPUT"] / constants["MODEL"]
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,26 +3,37 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 from torchvision import transforms
 
-from common.dataset import EpochSampler, PictureFolder, SeededPictures, open_image_folder, seed_everything
+from common.dataset import EpochBatches, PictureFolder, SeededPictures, open_image_folder, seed_everything
 
 
 def test_every_picture_once_an_epoch_in_another_order():
-    sampler = EpochSampler(50, seed=1)
+    sampler = EpochBatches(50, 5, seed=1)
     orders = []
     for sampler.epoch in (1, 2):
-        keys = list(sampler)
+        keys = [key for batch in sampler for key in batch]
         assert {epoch for epoch, _ in keys} == {sampler.epoch}
         orders.append([index for _, index in keys])
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(50))
     assert orders[0] != orders[1] != list(range(50))
-    sampler.epoch = 1
-    assert [index for _, index in sampler] == orders[0]
-    other = EpochSampler(50, seed=2)
-    other.epoch = 1
-    assert [index for _, index in other] != orders[0]
+    other = EpochBatches(50, 5, seed=2)
+    other.epoch = sampler.epoch = 1
+    assert list(sampler) != list(other)
+    batches = list(sampler)
+    sampler.start = 3
+    assert list(sampler) == batches[3:] and len(sampler) == 10
+
+
+@pytest.mark.parametrize(("length", "size", "ranks"), [(50, 5, 2), (50, 5, 3), (47, 4, 4), (8, 8, 1), (9, 4, 2)])
+def test_processes_share_the_batches_of_one(length, size, ranks):
+    one = EpochBatches(length, size, seed=3)
+    shares = [EpochBatches(length, size, 3, rank, ranks) for rank in range(ranks)]
+    in_turn = [batch for step in zip(*shares) for batch in step]
+    assert len({len(list(share)) for share in shares}) == 1
+    assert in_turn == list(one)[: len(one) // ranks * ranks]
 
 
 def test_augmentation_depends_on_seed_epoch_and_picture_only(tmp_path, make_data1):

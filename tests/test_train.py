@@ -8,6 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import CLASSES
+from kill import differences
 from PIL import Image
 from timm.data import Mixup
 from torch.utils.data import DataLoader, TensorDataset
@@ -15,8 +17,8 @@ from torchvision import transforms
 
 import makedata
 import train
-from common.checkpoint import load_checkpoint, save_checkpoint
-from common.options import UserError, read_constants
+from common.checkpoint import load_checkpoint
+from common.options import UserError
 
 FILES = {
     "last.pth",
@@ -28,62 +30,11 @@ FILES = {
     "class_indices.json",
     "classification_report.txt",
 }
-DEFAULTS = {name: getattr(train, name) for name in read_constants(train.__file__)}
-SMALL = dict(MODEL="unireplknet_a", IMG_SIZE=32, BATCH_SIZE=4, EPOCHS=2, WORKERS=0, WARMUP_EPOCHS=0.5, DEVICE="cpu")
-CLASSES = {"Common wheat": 10, "Maize": 10, "玉米 苗": 10}
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch, make_data1):
-    """A folder with data1 and data, in which the scripts run."""
-    monkeypatch.chdir(tmp_path)
-    make_data1(tmp_path / "data1", CLASSES)
-    makedata.main()
-    return tmp_path
-
-
-@pytest.fixture
-def run_train(place, monkeypatch):
-    """Call train.main() with some constants changed; returns the run's folder."""
-
-    def run(**constants):
-        constants = DEFAULTS | SMALL | constants
-        for name, value in constants.items():
-            monkeypatch.setattr(train, name, value)
-        train.main()
-        return place / constants["OUTPUT"] / constants["MODEL"]
-
-    return run
-
-
-def flat(value, name=""):
-    """{name: leaf} of nested dicts and lists, without what only tells of time."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    else:
-        return {name: value}
-    leaves = {}
-    for key, item in items:
-        if key not in ("seconds", "img_per_s"):
-            leaves |= flat(item, f"{name}/{key}")
-    return leaves
-
-
-def assert_same_run(one, other):
-    """Assert that two checkpoints hold bit-identical weights, EMA, optimizer state and history."""
-    parts = ("state_dict", "state_dict_ema", "ema_updates", "optimizer", "scaler", "epoch", "best_acc1", "history")
-    one, other = (flat({part: checkpoint[part] for part in parts}) for checkpoint in (one, other))
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        same = torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name]
-        assert same, name
 
 
 def test_a_run_learns_and_leaves_its_files(run_train, place, capsys):
     folder = run_train(EPOCHS=8, LEARNING_RATE=2e-3, LAYER_SCALE=1.0, SMOOTHING=0.0)
-    assert {file.name for file in folder.iterdir()} == FILES
+    assert {file.name for file in folder.iterdir()} == FILES | {"last.1.pth"}
     with open(folder / "log.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == list(range(1, 9))
@@ -113,7 +64,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(run_train, monkeypatch
     original = train.train_one_epoch
 
     def stop_in_epoch_3(*arguments):
-        if arguments[-1] == 3:
+        if arguments[0].epoch == 2:
             raise KeyboardInterrupt
         return original(*arguments)
 
@@ -122,14 +73,14 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(run_train, monkeypatch
         run_train(**constants)
     monkeypatch.setattr(train, "train_one_epoch", original)
     folder = run_train(**constants, RESUME="auto")
-    assert_same_run(load_checkpoint(folder / "last.pth"), straight)
+    assert not differences(load_checkpoint(folder / "last.pth"), straight)
     assert len((folder / "log.csv").read_text().splitlines()) == 1 + 4
 
 
 def test_workers_change_nothing(run_train):
     a = load_checkpoint(run_train(EPOCHS=1, OUTPUT="a") / "last.pth")
     b = load_checkpoint(run_train(EPOCHS=1, OUTPUT="b", WORKERS=2) / "last.pth")
-    assert_same_run(a, b)
+    assert not differences(a, b)
 
 
 def test_another_seed_gives_another_run(run_train):
@@ -185,8 +136,10 @@ def test_gradients_are_clipped_after_unscaling(run_train, monkeypatch):
         return norm
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
-    run_train(EPOCHS=3, AMP="fp16", CLIP_GRAD=0.01)
+    folder = run_train(EPOCHS=3, AMP="fp16", CLIP_GRAD=0.01)
     assert len(norms) == 15
+    # Steps that the scaler leaves out while it looks for its scale are no alarm.
+    assert sum(row["skipped"] for row in load_checkpoint(folder / "last.pth")["history"]) == 0
     norms = [(before, after) for before, after in norms if math.isfinite(before)]  # the scaler skips the others
     assert norms
     for before, after in norms:
@@ -350,22 +303,6 @@ def test_resuming_another_network_or_other_classes_is_refused(run_train, place):
         shutil.rmtree(place / "data" / side / "Maize")
     with pytest.raises(UserError, match="the classes there"):
         run_train(RESUME="auto")
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run_train, place):
-    with pytest.raises(UserError, match="Lower LEARNING_RATE"):
-        run_train(LEARNING_RATE=1e20, CLIP_GRAD=0.0, EPOCHS=3, WARMUP_EPOCHS=0.0)
-    file = place / "checkpoints" / "unireplknet_a" / "last.pth"
-    if file.exists():
-        assert all(t.isfinite().all() for t in load_checkpoint(file)["state_dict"].values())
-
-
-def test_a_failed_save_leaves_the_file_before_it(tmp_path):
-    path = tmp_path / "last.pth"
-    save_checkpoint(dict(epoch=1), path)
-    with pytest.raises((AttributeError, TypeError, RuntimeError)):
-        save_checkpoint(dict(epoch=2, tensor=torch.zeros(3), broken=(n for n in "x")), path)
-    assert torch.load(path, weights_only=True) == dict(epoch=1)
 
 
 def test_cutout_falls_back_to_random_erasing(monkeypatch):

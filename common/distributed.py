@@ -1,0 +1,74 @@
+"""One script on several GPUs: what processes that torchrun started must agree on.
+
+    torchrun --nproc_per_node=8 train.py
+
+Without torchrun there is one process, and each function here does the obvious thing.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def launched():
+    """Whether torchrun started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def rank():
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank():
+    """Number of this process on its machine, from 0: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def join(device):
+    """Meet the other processes.
+
+    Args:
+        device: the `torch.device` that this process computes on.
+
+    Returns:
+        (number of this process, from 0; how many there are).
+    """
+    if not launched():
+        return 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def any_rank(flags, device):
+    """For each flag (truth values or scalar tensors) whether it is set on any process: list of bool.
+
+    All flags are fetched from the device at once, since each fetch makes the CPU wait for it.
+    """
+    flags = torch.stack([torch.as_tensor(flag, device=device).float() for flag in flags])
+    if dist.is_initialized():
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.bool().tolist()
+
+
+def total(tensor):
+    """Sum of `tensor` over the processes, as a new tensor."""
+    tensor = tensor.clone()
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(value):
+    """[`value` of process 0, of process 1, ...] for any plain value."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def is_lost_process(error):
+    """Whether `error` of a collective operation says that another process is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
