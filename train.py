@@ -19,6 +19,7 @@ import platform
 import random
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -306,7 +307,7 @@ class Run:
     device: torch.device
     epoch: int = 0  # epochs that are finished
     pictures: int = 0  # pictures of the next epoch that are done, on all processes
-    totals: torch.Tensor = None  # (4,) of these: loss, right among the unmixed, unmixed, pictures
+    totals: list = field(default_factory=lambda: [0.0] * 4)  # of these: loss, right among the unmixed, unmixed, number
     seconds: float = 0.0  # that they took
     skipped: int = 0  # steps of this epoch left out, since loss or gradient was not finite
     skipped_in_a_row: int = 0
@@ -314,11 +315,20 @@ class Run:
     best_acc1: float = -1.0
     history: list = field(default_factory=list)  # one dict for each finished epoch
 
-    COUNTERS = ("epoch", "pictures", "seconds", "skipped", "skipped_in_a_row", "pieces", "best_acc1", "history")
+    COUNTERS = (
+        "epoch",
+        "pictures",
+        "totals",
+        "seconds",
+        "skipped",
+        "skipped_in_a_row",
+        "pieces",
+        "best_acc1",
+        "history",
+    )
 
     def start_epoch(self):
-        self.totals = torch.zeros(4, device=self.device)
-        self.pictures, self.seconds, self.skipped = 0, 0.0, 0
+        self.pictures, self.totals, self.seconds, self.skipped = 0, [0.0] * 4, 0.0, 0
 
     def state(self):
         """What a checkpoint holds: plain types and tensors."""
@@ -328,7 +338,6 @@ class Run:
             ema_updates=0 if self.ema is None else self.ema.updates,
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
-            totals=self.totals,
             **{name: getattr(self, name) for name in self.COUNTERS},
         )
 
@@ -345,8 +354,6 @@ class Run:
         self.scaler.load_state_dict(checkpoint["scaler"])
         for name in self.COUNTERS:
             setattr(self, name, checkpoint.get(name, getattr(self, name)))
-        if "totals" in checkpoint:
-            self.totals = checkpoint["totals"].to(self.device)
 
 
 class Stopped(Exception):
@@ -492,11 +499,13 @@ def train_one_epoch(run, loader, mixup, amp_dtype, interrupt, save):
 
         run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD or math.inf)
-        stop = interrupt.signal is not None
-        bad_loss, bad_gradient, stop = distributed.any_rank([~totals[0].isfinite(), ~norm.isfinite(), stop], run.device)
+        # What all processes must agree on, summed over them, and fetched at once, since the CPU waits for the device.
+        flags = torch.stack([~norm.isfinite(), torch.tensor(interrupt.signal is not None, device=run.device)])
+        *totals, bad_gradient, stop = distributed.total(torch.cat([totals, flags.float()])).tolist()
+        bad_loss = not math.isfinite(totals[0])
         # fp16's scaler looks for the largest scale by going too far now and then, and leaves such a step out itself.
         if bad_gradient and not bad_loss and run.scaler.get_scale() > 1:
-            run.totals += totals
+            run.totals = [before + now for before, now in zip(run.totals, totals)]
             run.scaler.step(run.optimizer)
         elif bad_loss or bad_gradient:
             torch._foreach_copy_(buffers, buffers_before)
@@ -512,7 +521,7 @@ def train_one_epoch(run, loader, mixup, amp_dtype, interrupt, save):
                     f"{epoch}, step {step + 1}: {why}; none of them reached the weights, and what was saved is good"
                 )
         else:
-            run.totals += totals
+            run.totals = [before + now for before, now in zip(run.totals, totals)]
             run.skipped_in_a_row = 0
             run.scaler.step(run.optimizer)
             if run.ema is not None:
@@ -523,14 +532,14 @@ def train_one_epoch(run, loader, mixup, amp_dtype, interrupt, save):
         run.pictures = (step + 1) * pictures_per_step
         run.seconds = time.perf_counter() - started
         if step % 20 == 0 or step == steps - 1:
-            bar.set_postfix(loss=f"{(run.totals[0] / run.totals[3]).item():.3f}", lr=f"{lr:.1e}")
+            bar.set_postfix(loss=f"{run.totals[0] / max(run.totals[3], 1):.3f}", lr=f"{lr:.1e}")
         if stop:
             raise Stopped
         if SAVE_MINUTES and time.perf_counter() - saved >= 60 * SAVE_MINUTES:
             save()
             saved = time.perf_counter()
 
-    loss, right, unmixed, pictures = distributed.total(run.totals).tolist()
+    loss, right, unmixed, pictures = run.totals
     return dict(
         lr=learning_rate(epoch * steps - 1, EPOCHS * steps, round(WARMUP_EPOCHS * steps)),
         train_loss=loss / pictures if pictures else None,
@@ -747,6 +756,8 @@ def main():
     # All batches have the same size, so it pays to try cuDNN's algorithms once; which one wins can vary, though.
     torch.backends.cudnn.benchmark = not DETERMINISTIC
     rank, ranks = distributed.join(device)
+    # Depthwise gradients have other strides than DistributedDataParallel's buffers: it copies them, which is no error.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process tells what all do
     try:
@@ -787,7 +798,6 @@ def train(device, rank, ranks):
         num_classes=len(classes),
     )
     run = Run(model, ema, optimizer, scaler, device)
-    run.start_epoch()
     about = about_run(classes, mean, std, model_args, pictures, ranks)
 
     folder = Path(OUTPUT, MODEL)

@@ -7,7 +7,6 @@ Without torchrun there is one process, and each function here does the obvious t
 
 import os
 
-import torch
 import torch.distributed as dist
 
 
@@ -39,17 +38,6 @@ def join(device):
         return 0, 1
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
-
-
-def any_rank(flags, device):
-    """For each flag (truth values or scalar tensors) whether it is set on any process: list of bool.
-
-    All flags are fetched from the device at once, since each fetch makes the CPU wait for it.
-    """
-    flags = torch.stack([torch.as_tensor(flag, device=device).float() for flag in flags])
-    if dist.is_initialized():
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return flags.bool().tolist()
 
 
 def total(tensor):

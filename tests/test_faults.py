@@ -352,15 +352,17 @@ def test_a_step_that_is_not_finite_reaches_nothing(poison, amp, run_train, monke
     poison(monkeypatch, {3})
     folder = run_train(EPOCHS=1, AMP=amp)  # 5 steps
     saved = load_checkpoint(folder / "last.pth")
-    assert all(torch.equal(before[2][name], before[3][name]) for name in before[2])
+    # In fp16 an infinite gradient with a finite loss is the scaler's way to find its scale, and no alarm; the batch norms
+    # keep what they saw.
+    alarm = (poison, amp) != (poison_gradient, "fp16")
+    unchanged = before[2] if alarm else [name for name in before[2] if "running" not in name and "tracked" not in name]
+    assert all(torch.equal(before[2][name], before[3][name]) for name in unchanged)
     if amp != "fp16":
         assert not torch.equal(before[3]["head.weight"], before[4]["head.weight"])
     assert all(tensor.isfinite().all() for part in ("state_dict", "state_dict_ema") for tensor in saved[part].values())
     assert torch.isfinite(torch.tensor(saved["history"][0]["train_loss"]))
-    # In fp16 an infinite gradient with a finite loss is the scaler's way to find its scale.
-    skipped = 0 if (poison, amp) == (poison_gradient, "fp16") else 1
-    assert saved["history"][0]["skipped"] == skipped
-    assert ("step 3" in capsys.readouterr().out) == bool(skipped)
+    assert saved["history"][0]["skipped"] == alarm
+    assert ("step 3" in capsys.readouterr().out) == alarm
 
 
 @pytest.mark.parametrize(
