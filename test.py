@@ -13,6 +13,7 @@ Exit status: 0; 1 an error; 2 a wrong option; 3 done, but some pictures could no
 
 import csv
 import glob
+import os
 import time
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def find_pictures():
         if not found:
             raise UserError(f"{name} is no picture, no folder with pictures and no pattern that matches any")
         paths += found
-    return list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
+    # Not by Path.resolve, which fails for symbolic links that lead in a circle.
+    return list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
 
 
 @torch.inference_mode()
@@ -96,7 +98,7 @@ def predict(model, paths, transform, device):
 def write_predictions(paths, probabilities, classes, folder):
     """Print the TOP_K classes of each picture and write them to predictions.csv, with a byte order mark for Excel."""
     top = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP_K]
-    with open(folder / "predictions.csv", "w", newline="", encoding="utf-8-sig") as file:
+    with open(folder / "predictions.csv", "w", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         writer = csv.writer(file)
         ranks = range(1, top.shape[1] + 1)
         writer.writerow(["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))])

@@ -4,6 +4,7 @@ makedata.py, mean_std.py, train.py and test.py all read pictures by `load_image`
 statistics describe and what is predicted are the same pixels.
 """
 
+import os
 import warnings
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def load_image(path):
             # Pillow only warns between one and two times its limit of pixels; treat that as too large, too.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # odd metadata does not matter here
+            if not os.path.isfile(path) and os.path.exists(path):  # reading a pipe or a device would never end
+                raise ValueError("it is no file")
             with Image.open(path) as image:
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
@@ -106,6 +109,14 @@ def scan_class_folders(root):
                 "or make it a class of its own"
             )
         classes[folder.name] = files
+    lower = {}
+    for name in classes:
+        twin = lower.setdefault(name.lower(), name)
+        if twin != name:
+            raise UserError(
+                f"{root / twin} and {root / name} differ by case only, and Windows and macOS take them for one; put "
+                "their pictures together, or rename one"
+            )
     if not classes:
         raise UserError(f"{root} holds no class folder; put pictures into {root}/<class>/, one folder for each class")
     return classes, [entry for entry in entries if not entry.is_dir()]

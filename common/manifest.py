@@ -14,9 +14,9 @@ def fingerprint(contents):
     """One hash for a set of pictures, whatever their names and order.
 
     Args:
-        contents: SHA-256 of each file, as hex.
+        contents: SHA-256 of each file, as hex, or another text for each.
     """
-    return hashlib.sha256("\n".join(sorted(contents)).encode()).hexdigest()
+    return hashlib.sha256("\n".join(sorted(contents)).encode(errors="surrogateescape")).hexdigest()
 
 
 def read_json(path):

@@ -352,8 +352,8 @@ def test_a_step_that_is_not_finite_reaches_nothing(poison, amp, run_train, monke
     poison(monkeypatch, {3})
     folder = run_train(EPOCHS=1, AMP=amp)  # 5 steps
     saved = load_checkpoint(folder / "last.pth")
-    # In fp16 an infinite gradient with a finite loss is the scaler's way to find its scale, and no alarm; the batch norms
-    # keep what they saw.
+    # In fp16 an infinite gradient with a finite loss is the scaler's way to find its scale, and no alarm; the batch
+    # norms keep what they saw.
     alarm = (poison, amp) != (poison_gradient, "fp16")
     unchanged = before[2] if alarm else [name for name in before[2] if "running" not in name and "tracked" not in name]
     assert all(torch.equal(before[2][name], before[3][name]) for name in unchanged)
