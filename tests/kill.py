@@ -57,7 +57,7 @@ def modified(path):
         return None
 
 
-def kill_and_compare(folder, kills, epochs=4, seed=0, say=print):
+def kill_and_compare(folder, kills, epochs=4, seed=0, device="cpu", say=print):
     """Train in `folder`, which holds data/, twice; returns the `differences` of the two ends and the number of kills.
 
     Args:
@@ -65,10 +65,11 @@ def kill_and_compare(folder, kills, epochs=4, seed=0, say=print):
         kills: how often the second run is killed.
         epochs: length of both runs.
         seed: of the moments.
+        device: "cpu", or "cuda" with deterministic algorithms.
         say: function that takes one line for each kill.
     """
     options = f"--model unireplknet_a --img-size 32 --batch-size 4 --epochs {epochs} --mix-prob 0.7 --drop-path 0.3"
-    options += " --workers 0 --device cpu --resume auto --save-minutes 1e-9 --accumulate 2"
+    options += f" --workers 0 --device {device} --deterministic --resume auto --save-minutes 1e-9 --accumulate 2"
     command = [sys.executable, str(ROOT / "train.py"), *options.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = dict(cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
@@ -118,6 +119,7 @@ def main():
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT / "tests"))
     from conftest import fill_classes
@@ -125,7 +127,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         fill_classes(Path(folder, "data1"), {"a": 20, "b": 20, "c": 20})
         subprocess.run([sys.executable, str(ROOT / "makedata.py")], cwd=folder, check=True, capture_output=True)
-        different, done = kill_and_compare(folder, options.kills, options.epochs, options.seed)
+        different, done = kill_and_compare(folder, options.kills, options.epochs, options.seed, options.device)
     print(f"{done} kills; different from the run left alone: {', '.join(different) or 'nothing'}")
     return 1 if different else 0
 
