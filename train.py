@@ -397,6 +397,12 @@ def compute_gradients(run, network, batches, numbers, mixup, amp_dtype):
     return totals
 
 
+def copy_tensors(source, target):
+    """Copy a list of tensors into another one, all at once."""
+    if source:  # a network without batch norms has no buffers
+        torch._foreach_copy_(target, source)
+
+
 def is_out_of_memory(error):
     """Whether PyTorch's error says that the GPU's or the computer's memory is full."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
@@ -460,7 +466,7 @@ def train_one_epoch(run, loader, mixup, amp_dtype, interrupt, save):
     sampler.epoch, sampler.start = epoch, first_step * ACCUMULATE
     reader = iter(loader)
     buffers = list(model.buffers())
-    buffers_before = [buffer.clone() for buffer in buffers]
+    buffers_before = [buffer.clone() for buffer in buffers]  # a forward pass changes those of batch norms
     started, saved = time.perf_counter() - run.seconds, time.perf_counter()
     bar = dict(desc=f"epoch {epoch}/{EPOCHS}", unit="step", total=steps, initial=first_step, leave=False)
     bar = tqdm(range(first_step, steps), disable=sampler.rank > 0, **bar)
@@ -473,7 +479,7 @@ def train_one_epoch(run, loader, mixup, amp_dtype, interrupt, save):
         for group in run.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
-        torch._foreach_copy_(buffers_before, buffers)
+        copy_tensors(buffers, buffers_before)
         while True:
             try:
                 totals = compute_gradients(run, network, batches, numbers, mixup, amp_dtype)
@@ -488,7 +494,7 @@ def train_one_epoch(run, loader, mixup, amp_dtype, interrupt, save):
                     ) from error
             # Not inside `except`: there the error still holds the memory of the pass that failed.
             run.optimizer.zero_grad(set_to_none=True)
-            torch._foreach_copy_(buffers, buffers_before)
+            copy_tensors(buffers_before, buffers)
             run.pieces *= 2
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -508,7 +514,7 @@ def train_one_epoch(run, loader, mixup, amp_dtype, interrupt, save):
             run.totals = [before + now for before, now in zip(run.totals, totals)]
             run.scaler.step(run.optimizer)
         elif bad_loss or bad_gradient:
-            torch._foreach_copy_(buffers, buffers_before)
+            copy_tensors(buffers_before, buffers)
             run.skipped += 1
             run.skipped_in_a_row += 1
             what = "loss" if bad_loss else "gradient"
@@ -734,12 +740,13 @@ def finish_epoch(run, row, loader, amp_dtype, interrupt, about, folder):
 
     # `figures` and `predictions` are those of the weights that test.py will use: the EMA's, where there is one.
     is_best = figures["acc1"] > run.best_acc1 or not (folder / "best.pth").is_file()
-    run.best_acc1 = max(run.best_acc1, figures["acc1"])
+    is_best = is_best and math.isfinite(figures["loss"])
+    run.best_acc1 = figures["acc1"] if is_best else run.best_acc1
     run.history.append(row)
     run.epoch += 1
     run.start_epoch()
     # best.pth before last.pth: a run that is killed in between repeats this and finds the epoch the best again.
-    if distributed.rank() == 0 and is_best and math.isfinite(figures["loss"]):
+    if distributed.rank() == 0 and is_best:
         write_best(run, about, figures, labels, predictions, folder)
 
 

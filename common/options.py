@@ -16,6 +16,7 @@ value gets one sentence. The constants stay the primary interface: the command l
 import argparse
 import ast
 import difflib
+import errno
 import sys
 import types
 import typing
@@ -129,6 +130,8 @@ def run(main, positional=None):
         message = str(error).strip()
         if "Traceback (most recent call last)" in message:  # a DataLoader's worker puts it in front of its error
             message = message.splitlines()[-1].split("Error: ", 1)[-1]
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # which names no file when a write fails
+            message += "; make room on the disk and give the same command again"
         sys.exit(f"error: {message}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

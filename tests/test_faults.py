@@ -129,6 +129,22 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_the_run_still_saves(pl
     assert run.returncode == 130 and "saved" in out and "Traceback" not in errors, errors
 
 
+def test_figures_that_are_not_finite_make_no_best_checkpoint(run_train, monkeypatch):
+    original, results = train.validate, []
+
+    def validate(*arguments):
+        figures, labels, predictions = original(*arguments)
+        results.append(figures["acc1"])
+        if len(results) in (1, 3):
+            figures = dict(figures, loss=float("nan"), acc1=100.0)
+        return figures, labels, predictions
+
+    monkeypatch.setattr(train, "validate", validate)
+    folder = run_train(EPOCHS=3, USE_EMA=False)
+    assert load_checkpoint(folder / "best.pth")["epoch"] == 2
+    assert load_checkpoint(folder / "last.pth")["best_acc1"] == results[1]
+
+
 def test_a_finished_run_that_is_continued_stays_as_it_is(run_train, straight, capsys):
     folder = run_train(**RUN)
     before = (folder / "last.pth").read_bytes()
@@ -243,7 +259,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays_whole(place):
                 pytest.fail("the disk is not full")
         out, errors = run.communicate(timeout=60)
         assert run.returncode == 1 and "Traceback" not in errors
-        assert "No space left on device" in errors and "Make room on the disk" in errors, errors
+        assert "No space left on device" in errors and "make room on the disk" in errors.lower(), errors
         assert load_newest(folder / "last.pth")[0]["epoch"] >= 1
         assert not list(folder.glob("*.part"))
         filler.unlink()

@@ -222,7 +222,8 @@ def throw(error):
     "error, status, message",
     [
         (UserError("a.jpg is broken; remove it"), 1, "error: a.jpg is broken; remove it\n"),
-        (OSError(28, "No space left on device", "a.pth"), 1, "No space left on device: 'a.pth'\n"),
+        (OSError(28, "No space left on device", "a.pth"), 1,
+         "No space left on device: 'a.pth'; make room on the disk and give the same command again\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
         (UserError("a.jpg cannot be read (OSError: cut off); remove it"), 1,
          "error: a.jpg cannot be read (OSError: cut off); remove it\n"),

@@ -157,6 +157,7 @@ def test_gradients_are_clipped_after_unscaling(run_train, monkeypatch):
         dict(MIXUP=0.0, CUTMIX=0.0, MIX_PROB=1.0),
         dict(MIXUP=0.0, MIX_PROB=1.0),
         dict(MODEL="resnet18"),
+        dict(MODEL="convnext_atto", LEARNING_RATE=1e-4),
     ],
     ids=lambda constants: ",".join(constants),
 )
