@@ -871,7 +871,9 @@ def train(device, rank, ranks):
     weights = "EMA weights" if USE_EMA else "weights"
     print(f"best acc1 {run.best_acc1:.2f} % on {val_pictures} validation pictures ({weights}), in {folder}")
     if ranks > 1:
-        dist.destroy_process_group()
+        distributed.gather(None)  # none leaves while another one still needs it
+        if device.type == "cuda":  # NCCL asks for it; gloo's threads may hang in it with PyTorch 2.6
+            dist.destroy_process_group()
     return 0
 
 
