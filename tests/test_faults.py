@@ -75,13 +75,14 @@ def test_killed_while_training_and_while_saving_the_run_ends_the_same(place):
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     number, status, step, run_train, straight, monkeypatch, capsys
 ):
+    before = signal.getsignal(signal.SIGINT)
     at_step(monkeypatch, step, lambda run: os.kill(os.getpid(), number))
     folder = run_train(status, **RUN)
     saved = load_checkpoint(folder / "last.pth")
     # A signal in an epoch's last step (3) stops the validation; the epoch counts as not finished.
     assert saved["epoch"] == (step - 1) // 3 and saved["pictures"] == 8 * (step - 3 * saved["epoch"])
     assert "--resume auto goes on" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     monkeypatch.chdir(folder.parent.parent)
     assert not differences(load_checkpoint(run_train(**RUN, RESUME="auto") / "last.pth"), straight)

@@ -55,10 +55,11 @@ def test_files_named_in_the_readme_exist(readme):
         assert (ROOT / path).exists(), path
 
 
-def test_ci_runs_the_readme_s_test_command():
-    command = "python -m pip install -r tests/requirements.txt && python -m pytest tests"
-    assert command in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_ci_runs_the_readme_s_test_command(readme):
+    command = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
+    assert "pytest" in command
+    assert command in (ROOT / readme).read_text(encoding="utf-8").splitlines()
 
 
 def test_options_in_the_readme_s_commands_are_known():
