@@ -10,6 +10,7 @@ added. Identical files land on the same side. data/manifest.json records what wa
 Exit status: 0 all pictures used; 1 an error, nothing changed; 2 a wrong option; 3 done, but some files were left out.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.images import EXTENSIONS, SYSTEM_FILES, ImageError, is_image, load_image, scan_class_folders
-from common.manifest import MANIFEST, STATISTICS, fingerprint, read_json
+from common.manifest import CACHE, CACHE_FILES, MANIFEST, STATISTICS, fingerprint, read_json
 from common.options import UserError, run
 
 SOURCE: str = "data1"  # folder that holds <class>/<picture>
@@ -106,7 +107,12 @@ def find_foreign_file(target):
         ) from error
     for file in sorted(target.rglob("*")):
         name = file.relative_to(target).as_posix()
-        if file.is_dir() or file.name.lower() in SYSTEM_FILES or name in (MANIFEST, STATISTICS):
+        if (
+            file.is_dir()
+            or file.name.lower() in SYSTEM_FILES
+            or name in (MANIFEST, STATISTICS)
+            or CACHE_FILES.fullmatch(name)
+        ):
             continue
         if name not in ours:
             return file
@@ -226,6 +232,8 @@ def replace_target(source, target, files):
             old.rename(target)
         shutil.rmtree(new, ignore_errors=True)
         raise
+    with contextlib.suppress(OSError):  # decoded pictures that are still right; else they are decoded again
+        (old / CACHE).rename(target / CACHE)
     shutil.rmtree(old, ignore_errors=True)
 
 

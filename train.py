@@ -40,12 +40,13 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from common import distributed
+from common.cache import open_cache
 from common.checkpoint import load_checkpoint, load_file, load_newest, lock, save_checkpoint
 from common.dataset import EpochBatches, SeededPictures, eval_transform, open_image_folder, seed_everything
 from common.device import choose_device, choose_workers
 from common.finite import first_non_finite_layer
 from common.interrupt import Interrupt, leave_signals_to_the_main_process
-from common.manifest import MANIFEST, STATISTICS, fingerprint, read_json
+from common.manifest import CACHE, MANIFEST, STATISTICS, fingerprint, read_json
 from common.options import UserError, read_constants, run
 from common.plots import plot_curves
 from ema import ModelEma, unwrap
@@ -65,6 +66,7 @@ del np.int
 DATA: str = "data"  # folder that holds train/<class> and val/<class>; makedata.py makes it
 IMG_SIZE: int = 224  # edge in pixels to which every picture is resized; at least 32
 BATCH_SIZE: int = 32  # pictures that pass through the network at once, on each GPU
+CACHE_GB: float = 8.0  # largest size of data/cache, which keeps pictures decoded and resized; 0: decode in each epoch
 WORKERS: int = -1  # processes that read pictures; -1: one for each core, up to 8, beside a GPU, else 0; 0: none
 MEAN: list[float] | None = None  # of each channel, pixels from 0 to 1; None: from mean_std.py, else ImageNet's
 STD: list[float] | None = None  # likewise
@@ -123,7 +125,7 @@ KEEP: int = 2  # newest checkpoints to keep: last.pth, last.1.pth, ...; one that
 SEED: int = 42  # first weights, order of the pictures and augmentation
 
 # --- what a constant that was changed does to a run that is continued
-NO_EFFECT = ("WORKERS", "OUTPUT", "RESUME", "SAVE_MINUTES", "KEEP", "MAX_SKIPPED")
+NO_EFFECT = ("CACHE_GB", "WORKERS", "OUTPUT", "RESUME", "SAVE_MINUTES", "KEEP", "MAX_SKIPPED")
 ONLY_AT_THE_START = ("PRETRAINED", "LAYER_SCALE")
 
 
@@ -202,6 +204,8 @@ def open_data(mean, std, device, rank, ranks):
     if len(train_set.classes) < 2:
         raise UserError(f"{DATA}/train holds one class only, {train_set.classes[0]}; a classifier needs two or more")
 
+    if CACHE_GB:
+        cache_pictures(train_set, val_set)
     workers = choose_workers(WORKERS, device)
     loading = dict(
         num_workers=workers,
@@ -220,6 +224,21 @@ def open_data(mean, std, device, rank, ranks):
     train_loader = DataLoader(SeededPictures(train_set, SEED), batch_sampler=batches, **loading)
     val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), ranks)), BATCH_SIZE, **loading)
     return train_loader, val_loader, train_set.classes
+
+
+def cache_pictures(*picture_sets):
+    """Let later epochs read resized pixels instead of decoding the files again, as far as CACHE_GB and the disk go."""
+    folder, in_use, kept = Path(DATA, CACHE), [], 0
+    for pictures in picture_sets:
+        paths = [path for path, _ in pictures.samples]
+        pictures.cache, result = open_cache(paths, IMG_SIZE, folder, CACHE_GB * 1e9, in_use)
+        if pictures.cache is None:
+            print(f"cache       {kept} pictures; the others are decoded in each epoch ({result})")
+            return
+        kept += pictures.cache.count
+        in_use.append(result)
+    size = sum(path.stat().st_size for path in in_use)
+    print(f"cache       {kept} of {sum(map(len, picture_sets))} pictures in {folder}, {size / 1e9:.2f} GB")
 
 
 def create_network(num_classes):

@@ -20,10 +20,20 @@ class PictureFolder(ImageFolder):
     Args:
         root: folder that holds <class>/<picture>.
         transform: function on PIL RGB pictures.
+
+    Attributes:
+        cache: a `Cache` of the pictures, resized as the transform's first step does; None reads the files.
     """
 
     def __init__(self, root, transform=None):
         super().__init__(root, transform, loader=load_image, is_valid_file=is_image)
+        self.cache = None
+
+    def __getitem__(self, index):
+        picture = None if self.cache is None else self.cache.get(index)
+        if picture is None:
+            return super().__getitem__(index)
+        return self.transform(picture), self.targets[index]
 
     def find_classes(self, directory):
         classes = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir() and not is_hidden(entry))

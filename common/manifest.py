@@ -1,13 +1,16 @@
-"""The record that makedata.py leaves in data/manifest.json of what it put there, and mean_std.py's in mean_std.json."""
+"""What lies in data besides pictures: makedata.py's record of what it put there, mean_std.py's result, train.py's cache."""
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from common.options import UserError
 
 MANIFEST = "manifest.json"
 STATISTICS = "mean_std.json"
+CACHE = "cache"  # folder of common/cache.py
+CACHE_FILES = re.compile(rf"{CACHE}/(\d+-[0-9a-f]{{16}}\.npy(\.part)?|contents\.json(\.\d+)?|lock)")
 
 
 def fingerprint(contents):

@@ -1,0 +1,202 @@
+"""Pictures kept decoded and resized, in data/cache, so that they are decoded once and not in every epoch.
+
+Resize is the first step of training and validation, and nothing before it is random: what follows gets the same pixels
+in every epoch, and decoding a large PNG takes longer than anything that comes after it.
+
+data/cache/<size>-<hash>.npy holds one set of pictures, a uint8 array (pictures, size, size, 3) in the set's order. The
+hash is that of the files' contents, so that a changed picture means another file, and the file is written beside and
+renamed, so that it is whole if it is there. contents.json remembers the hash of each file by its size and time of
+change, as git does, so that a run does not read all pictures just to find out that they are the same.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import PIL
+from filelock import FileLock
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from tqdm import tqdm
+
+from common.images import load_image
+from common.interrupt import leave_signals_to_the_main_process
+from common.manifest import CACHE, CACHE_FILES
+
+# Names of files here stand in common/manifest.py's CACHE_FILES, too: makedata.py must know what is not the user's.
+CONTENTS, LOCK = "contents.json", "lock"
+WORTH_PROCESSES = 256  # pictures; for fewer, starting processes costs more than it saves
+
+
+class ResizedPictures(Dataset):
+    """Each file as uint8 array (img_size, img_size, 3), resized as for the network.
+
+    Args:
+        paths: the files.
+        img_size: edge in pixels.
+    """
+
+    def __init__(self, paths, img_size):
+        self.paths = paths
+        self.resize = transforms.Resize((img_size, img_size))
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return np.asarray(self.resize(load_image(self.paths[index])))
+
+
+class Cache:
+    """The first pictures of a set, decoded and resized.
+
+    Args:
+        path: .npy file, uint8 (pictures, size, size, 3).
+        count: number of its pictures.
+    """
+
+    def __init__(self, path, count):
+        self.path = path
+        self.count = count
+        self.rows = None  # mapped at the first use, in each process
+
+    def __getstate__(self):
+        return self.__dict__ | dict(rows=None)  # a started worker maps the file itself instead of getting a copy
+
+    def get(self, index):
+        """Picture `index` as PIL RGB, or None if it is not kept here."""
+        if index >= self.count:
+            return None
+        if self.rows is None:
+            try:
+                self.rows = np.load(self.path, mmap_mode="r")
+            except OSError:  # removed since, to make room or by hand
+                self.count = 0
+                return None
+        return Image.fromarray(np.array(self.rows[index]))
+
+
+def hash_contents(paths, folder):
+    """SHA-256 of each file, as hex.
+
+    Args:
+        paths: the files.
+        folder: where contents.json is; it is brought up to date if that is possible.
+    """
+    memory = folder / CONTENTS
+    try:
+        known = dict(json.loads(memory.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # none, or a damaged one: it only saves time
+        known = {}
+
+    def look_up(path):
+        status = os.stat(path)
+        stamp = [status.st_size, status.st_mtime_ns]
+        entry = known.get(os.fsencode(path).hex())
+        if isinstance(entry, list) and entry[:2] == stamp:
+            return entry
+        return [*stamp, hashlib.sha256(Path(path).read_bytes()).hexdigest()]
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        entries = list(tqdm(pool.map(look_up, paths), total=len(paths), desc="hashing", unit="img", leave=False))
+    new = known | {os.fsencode(path).hex(): entry for path, entry in zip(paths, entries)}
+    if new != known:
+        part = memory.with_name(f"{CONTENTS}.{os.getpid()}")
+        try:
+            part.write_text(json.dumps(new), encoding="utf-8")
+            part.replace(memory)
+        except OSError:  # read-only or full: the next run hashes again
+            part.unlink(missing_ok=True)
+    return [entry[2] for entry in entries]
+
+
+def write_rows(paths, img_size, path):
+    """Decode and resize all `paths` in parallel into the .npy file `path`, which is there only when it is whole."""
+    part = path.with_name(f"{path.name}.part")
+    workers = 0 if len(paths) < WORTH_PROCESSES else min(os.cpu_count() or 1, 8)
+    loader = DataLoader(
+        ResizedPictures(paths, img_size),
+        batch_size=16,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=leave_signals_to_the_main_process,
+    )
+    header = dict(descr="|u1", fortran_order=False, shape=(len(paths), img_size, img_size, 3))
+    try:
+        # Written, not mapped: where the disk is full, writing to a map kills the process.
+        with open(part, "wb") as file, tqdm(total=len(paths), desc="caching", unit="img", leave=False) as bar:
+            np.lib.format.write_array_header_1_0(file, header)
+            for rows in loader:
+                for row in rows:
+                    file.write(row.tobytes())
+                bar.update(len(rows))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def make_room(folder, size, limit, in_use):
+    """Remove the sets that were not used for longest, but those `in_use`, until `size` more bytes stay within `limit`."""
+    files = sorted(folder.glob("*.npy"), key=lambda file: file.stat().st_mtime)
+    total = sum(file.stat().st_size for file in files) + size
+    for file in files:
+        if total <= limit:
+            return
+        if file not in in_use and CACHE_FILES.fullmatch(f"{CACHE}/{file.name}"):
+            total -= file.stat().st_size
+            file.unlink()
+
+
+def open_cache(paths, img_size, folder, limit, in_use=()):
+    """Keep pictures decoded and resized: find the file that holds them, or make it.
+
+    Args:
+        paths: the files, in order.
+        img_size: edge in pixels.
+        folder: data/cache.
+        limit: bytes that the folder may hold in all. If the set is larger, the first pictures of it are kept.
+        in_use: files of other sets that are to stay.
+
+    Returns:
+        (`Cache`, its file), or (None, the reason why there is none).
+
+    Raises:
+        ImageError: if a picture cannot be read.
+    """
+    picture_bytes = 3 * img_size**2
+    try:
+        paths = paths[: max(0, int(limit) - sum(file.stat().st_size for file in in_use)) // picture_bytes]
+        if not paths:
+            return None, "CACHE_GB is full"
+        folder.mkdir(parents=True, exist_ok=True)
+        contents = hash_contents(paths, folder)
+        # Another version of Pillow may decode or resize differently.
+        key = hashlib.sha256("\n".join([PIL.__version__, *contents]).encode()).hexdigest()[:16]
+        path = folder / f"{img_size}-{key}.npy"
+        size = 128 + len(paths) * picture_bytes  # 128: the header
+
+        def is_whole():
+            return path.is_file() and path.stat().st_size == size
+
+        if not is_whole():
+            with FileLock(folder / LOCK):  # a second run waits, and finds it then
+                if not is_whole():
+                    for left_over in folder.glob("*.npy.part"):  # of a run that was killed
+                        left_over.unlink()
+                    make_room(folder, size, limit, in_use)
+                    free = shutil.disk_usage(folder).free
+                    if size > free / 2:  # the checkpoints need room, too
+                        return None, f"it needs {size / 1e9:.1f} GB, and only {free / 1e9:.1f} are free"
+                    write_rows(paths, img_size, path)
+        if os.access(path, os.W_OK):
+            os.utime(path)  # used now
+    except (OSError, NotImplementedError) as error:  # read-only or full; some network drives know no locks
+        return None, str(error) or type(error).__name__
+    return Cache(path, len(paths)), path
