@@ -787,7 +787,10 @@ def main():
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process tells what all do
     try:
-        return train(device, rank, ranks)
+        status = train(device, rank, ranks)
+        if ranks > 1:
+            distributed.leave(device, status)
+        return status
     except RuntimeError as error:
         if ranks > 1 and distributed.is_lost_process(error):
             raise UserError("another process of this run has ended; its message says why") from error
@@ -889,10 +892,6 @@ def train(device, rank, ranks):
             print(f"\n{(folder / 'classification_report.txt').read_text(encoding='utf-8')}")
     weights = "EMA weights" if USE_EMA else "weights"
     print(f"best acc1 {run.best_acc1:.2f} % on {val_pictures} validation pictures ({weights}), in {folder}")
-    if ranks > 1:
-        distributed.gather(None)  # none leaves while another one still needs it
-        if device.type == "cuda":  # NCCL asks for it; gloo's threads may hang in it with PyTorch 2.6
-            dist.destroy_process_group()
     return 0
 
 

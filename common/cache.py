@@ -143,7 +143,7 @@ def write_rows(paths, img_size, path):
 
 
 def make_room(folder, size, limit, in_use):
-    """Remove the sets that were not used for longest, but those `in_use`, until `size` more bytes stay within `limit`."""
+    """Remove the sets not used for longest, but those `in_use`, until `size` more bytes stay within `limit`."""
     files = sorted(folder.glob("*.npy"), key=lambda file: file.stat().st_mtime)
     total = sum(file.stat().st_size for file in files) + size
     for file in files:

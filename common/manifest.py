@@ -1,4 +1,4 @@
-"""What lies in data besides pictures: makedata.py's record of what it put there, mean_std.py's result, train.py's cache."""
+"""What lies in data besides pictures: makedata.py's record, mean_std.py's result and train.py's cache."""
 
 import hashlib
 import json
