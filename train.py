@@ -365,8 +365,11 @@ class Run:
         self.model.load_state_dict(checkpoint["state_dict"])
         if self.ema is not None:
             self.ema.load(checkpoint["state_dict_ema"] or checkpoint["state_dict"], checkpoint["ema_updates"])
-        # The groups' constants are those of this call, not those of the checkpoint.
-        constants = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        # The groups' constants are those of this call; lr is not one of them, but what the last step used.
+        constants = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for group, own in zip(self.optimizer.param_groups, constants):
             group.update(own)
