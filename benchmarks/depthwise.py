@@ -19,7 +19,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from tqdm import tqdm
 
 from common.options import UserError, run
-from models import VARIANTS, depthwise
+from models import VARIANTS, depthwise, depthwise_cpu
 from models.depthwise import DepthwiseConv2d
 
 MODEL: str = "unireplknet_t"  # whose shapes to time: unireplknet_a f p n t s b l xl
@@ -46,7 +46,7 @@ def find_shapes(model):
 
     def note(conv, inputs, _):
         kernel_size, dilation = conv.kernel_size[0], conv.dilation[0]
-        if depthwise.fast_gradients("cpu", torch.float32, kernel_size, dilation):
+        if depthwise_cpu.fast_gradients("cpu", torch.float32, kernel_size, dilation):
             shapes[conv.in_channels, inputs[0].shape[-1], kernel_size, dilation] = None
 
     for module in model.modules():
@@ -66,7 +66,7 @@ def compare(channels, edge, kernel_size, dilation):
     weight = torch.randn(channels, 1, kernel_size, kernel_size)
     settings = dict(padding=reach * dilation, dilation=dilation, groups=channels)
     inputs = [tensor.requires_grad_() for tensor in (x, weight)]
-    out = depthwise.depthwise_conv2d(x, weight, dilation)
+    out = depthwise_cpu.depthwise_conv2d(x, weight, dilation)
     theirs_x, theirs_w, ours = seconds(
         [
             lambda: conv2d_input(x.shape, weight, grad, **settings),
