@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.images import EXTENSIONS, SYSTEM_FILES, ImageError, is_image, load_image, scan_class_folders
+from common.images import EXTENSIONS, SYSTEM_FILES, ImageError, is_image, level_sums, load_image, scan_class_folders
 from common.manifest import CACHE, CACHE_FILES, MANIFEST, STATISTICS, fingerprint, read_json
 from common.options import UserError, run
 
@@ -36,14 +36,15 @@ DEMO_IMAGES: int = 80  # drawn pictures of each class
 
 
 def check_picture(path):
-    """Read one file: (SHA-256 of its content as hex, "") or, if it is no usable picture, ("", reason)."""
+    """Read one file: (what the manifest holds of its content, "") or, if it is no usable picture, (None, reason)."""
     if not is_image(path):
-        return "", f"{path} is not named like a picture ({', '.join(EXTENSIONS)})"
+        return None, f"{path} is not named like a picture ({', '.join(EXTENSIONS)})"
     try:
-        load_image(path)
-        return hashlib.sha256(path.read_bytes()).hexdigest(), ""
+        sums = level_sums(load_image(path)).tolist()  # for mean_std.py, which then need not decode it once more
+        content = path.read_bytes()
     except ImageError as error:
-        return "", str(error)
+        return None, str(error)
+    return dict(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), sums=sums), ""
 
 
 def check_pictures(paths, workers):
@@ -151,7 +152,8 @@ def main():
     left_out += [f"{path} does not lie in a class folder" for path in beside if is_image(path)]
     for reason in left_out:
         print(f"left out: {reason}")
-    contents = {path: content for path, (content, reason) in zip(paths, results) if not reason}
+    checked = {path: content for path, (content, reason) in zip(paths, results) if not reason}
+    contents = {path: content["sha256"] for path, content in checked.items()}
     duplicates = find_duplicates(contents)
 
     files = []
@@ -165,14 +167,7 @@ def main():
         val = choose_val(mine.values(), VAL_RATIO, SEED)
         for path, content in mine.items():
             side = "val" if content in val else "train"
-            files.append(
-                dict(
-                    path=f"{side}/{name}/{path.name}",
-                    source=path.as_posix(),
-                    sha256=content,
-                    bytes=path.stat().st_size,
-                )
-            )
+            files.append(dict(path=f"{side}/{name}/{path.name}", source=path.as_posix(), **checked[path]))
 
     replace_target(source, target, files)
     report(classes, files, duplicates)

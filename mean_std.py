@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from common.dataset import open_image_folder
-from common.images import ImageError
-from common.manifest import fingerprint
+from common.images import ImageError, level_sums
+from common.manifest import MANIFEST, fingerprint, read_json
 from common.options import UserError, run
 
 SOURCE: str = "data1"  # folder that holds <class>/<picture>
@@ -31,7 +31,6 @@ OUTPUT: str = "data/mean_std.json"  # file for the result; "" writes none
 WORKERS: int = -1  # processes that read pictures; -1: one for each core, where it pays; 0: read in the main process
 
 SECONDS_TO_START = 1.0  # what starting processes costs about: for less reading than this it does not pay
-POWERS_OF_LEVELS = np.arange(256.0)[:, None] ** [0, 1, 2]  # (256, 3)
 
 
 def moments(picture):
@@ -44,40 +43,62 @@ def moments(picture):
         float64 array (5, 3): mean, standard deviation (0 for a single pixel), pixels, sum, sum of squares.
     """
     if isinstance(picture, Image.Image):
-        # The histogram is one pass in C, and sums of integers over its 256 levels lose nothing to rounding.
-        histogram = np.array(picture.histogram(), dtype=np.float64).reshape(3, 256)
-        n, total, squares = (histogram @ POWERS_OF_LEVELS).T / [[1], [255], [255**2]]
-    else:
-        values = picture.double().flatten(1).numpy()
-        n, total = np.full(3, values.shape[1]), values.sum(1)
-        squares = np.einsum("ij,ij->i", values, values)
+        return moments_of_sums(level_sums(picture))
+    values = picture.double().flatten(1).numpy()
+    return moments_of_values(np.full(3, values.shape[1]), values.sum(1), np.einsum("ij,ij->i", values, values))
+
+
+def moments_of_sums(sums):
+    """`moments` of a picture whose `level_sums` are known; sums of integers lose nothing to rounding."""
+    return moments_of_values(*(sums / np.array([[1], [255], [255**2]])))
+
+
+def moments_of_values(n, total, squares):
+    """`moments` from the pixels, sums and sums of squares of each channel."""
     mean = total / n
     std = np.sqrt(np.maximum(squares - total * mean, 0) / np.maximum(n - 1, 1))
     return np.stack([mean, std, n, total, squares])
 
 
 class Moments(Dataset):
-    """For each picture of `dataset` its `moments` and its file's SHA-256, or the reason why it cannot be read."""
+    """For each picture of `dataset` its `moments` and its file's SHA-256, or the reason why it cannot be read.
 
-    def __init__(self, dataset):
+    Args:
+        dataset: see `get_mean_and_std`.
+        known: {SHA-256: `level_sums`} of pictures that were read before and need not be decoded again.
+    """
+
+    def __init__(self, dataset, known):
         self.dataset = dataset
+        self.known = known
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, index):
-        try:
-            result = moments(self.dataset[index][0])
-        except ImageError as error:
-            return None, str(error)
         samples = getattr(self.dataset, "samples", None)
         content = hashlib.sha256(Path(samples[index][0]).read_bytes()).hexdigest() if samples else ""
-        return result, content
+        if content in self.known:
+            return moments_of_sums(self.known[content]), content
+        try:
+            return moments(self.dataset[index][0]), content
+        except ImageError as error:
+            return None, str(error)
 
 
-def measure(dataset, workers):
+def known_sums(path):
+    """{SHA-256: `level_sums`} of the pictures that makedata.py has read; empty if it was not run yet.
+
+    Args:
+        path: makedata.py's manifest.
+    """
+    files = read_json(path)["files"] if path.is_file() else []
+    return {file["sha256"]: np.array(file["sums"]) for file in files if "sums" in file}
+
+
+def measure(dataset, workers, known):
     """`moments` and content hash of every picture of `dataset`, read in parallel: [(moments or None, text), ...]."""
-    pictures = Moments(dataset)
+    pictures = Moments(dataset, known)
     started = time.perf_counter()
     results = [pictures[index] for index in range(min(len(pictures), 8))]
     seconds_left = (time.perf_counter() - started) / max(len(results), 1) * (len(pictures) - len(results))
@@ -114,7 +135,7 @@ def get_mean_and_std(dataset, workers=-1):
     Raises:
         UserError: if a picture cannot be read, or there is none.
     """
-    results = measure(dataset, workers)
+    results = measure(dataset, workers, known={})
     broken = [reason for result, reason in results if result is None]
     if broken or not results:
         raise UserError(broken[0] if broken else "the data set holds no picture; put some there")
@@ -124,7 +145,7 @@ def get_mean_and_std(dataset, workers=-1):
 
 def main():
     dataset = open_image_folder(SOURCE)
-    results = measure(dataset, WORKERS)
+    results = measure(dataset, WORKERS, known_sums(Path(OUTPUT or "data/").parent / MANIFEST))
     for result, reason in results:
         if result is None:
             print(f"left out: {reason}")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from common.checkpoint import build_network, load_checkpoint
 from common.dataset import PictureFiles, eval_transform
-from common.device import choose_device, choose_workers
+from common.device import choose_device, choose_layout, choose_workers, has_bfloat16, keep_freed_memory
 from common.images import is_image, load_image
 from common.options import UserError, run
 from common.plots import plot_confusion_matrix, plot_mistakes
@@ -34,11 +34,15 @@ IMAGES: list[str] = []  # files, folders or patterns; []: test/ if it exists, el
 CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth
 TOP_K: int = 3  # how many of the likeliest classes to show for each picture
 MERGE: bool = True  # merge the network into its inference structure: the same answers, faster
+AMP: str = "auto"  # "auto": bf16 on a CPU that has it, where it gives the answers of float32; "bf16"; "off": float32
 BATCH_SIZE: int = 32  # pictures that pass through the network at once
-WORKERS: int = -1  # processes that read pictures; -1: one for each core, up to 8, beside a GPU, else 0; 0: none
+WORKERS: int = -1  # processes that read pictures; -1: one for each core, up to 8, where it pays; 0: none
 DEVICE: str = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
 MISTAKES: int = 24  # wrong answers in mistakes.png, the surest first
 OUTPUT: str = "results"  # folder for the files that are written; those of an earlier call are replaced
+
+MAX_DIFFERENCE = 0.02  # of a probability in bf16 from that in float32, with which AMP "auto" takes bf16
+SECONDS_TO_START = 3.0  # what starting processes may cost: for less reading than this it does not pay
 
 
 def find_checkpoint():
@@ -71,28 +75,62 @@ def find_pictures():
 
 
 @torch.inference_mode()
+def compute(model, images, dtype):
+    """Probabilities (N, classes) of images (N, 3, H, W), computed by autocast in `dtype`, but for the head."""
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        features = model.forward_features(images)
+    return model.forward_head(features.float()).softmax(1)
+
+
+def choose_dtype(model, images):
+    """The dtype to compute in, by what it answers to the first batch: bf16 if that is close to float32, else float32."""
+    choices = {"bf16": torch.bfloat16, "off": torch.float32}
+    if AMP in choices:
+        return choices[AMP]
+    if images.device.type != "cpu" or not has_bfloat16():
+        return torch.float32
+    exact, fast = (compute(model, images, dtype) for dtype in (torch.float32, torch.bfloat16))
+    same = torch.equal(exact.argmax(1), fast.argmax(1)) and (exact - fast).abs().max() <= MAX_DIFFERENCE
+    return torch.bfloat16 if same else torch.float32
+
+
+def choose_readers(pictures, device):
+    """How many processes read `pictures`: WORKERS, or for -1 as many as pay."""
+    if WORKERS < 0 and device.type == "cpu":  # there they take the cores from the network, so only for large pictures
+        started = time.perf_counter()
+        pictures[0]
+        seconds = (time.perf_counter() - started) * len(pictures)
+        return (os.cpu_count() or 1) if seconds > SECONDS_TO_START else 0
+    return min(choose_workers(WORKERS, device), len(pictures) // BATCH_SIZE)  # a few pictures are not worth a process
+
+
+@torch.inference_mode()
 def predict(model, paths, transform, device):
     """Probabilities for every picture.
 
     Returns:
-        (paths that could be read, float array (pictures, classes) in their order, [why the others could not]).
+        (paths that could be read, float array (pictures, classes) in their order, [why the others could not],
+        dtype that was computed in).
     """
-    workers = choose_workers(WORKERS, device)
-    workers = min(workers, len(paths) // BATCH_SIZE)  # a process is not worth starting for a few pictures
-    loader = DataLoader(PictureFiles(paths, transform), BATCH_SIZE, num_workers=workers, collate_fn=list)
-    reasons, probabilities = [], []
+    pictures = PictureFiles(paths, transform)
+    loader = DataLoader(pictures, BATCH_SIZE, num_workers=choose_readers(pictures, device), collate_fn=list)
+    reasons, probabilities, dtype = [], [], None
+    # To find out whether bf16 gives the same answers takes as long as two batches.
+    if AMP == "auto" and len(paths) <= 2 * BATCH_SIZE:
+        dtype = torch.float32
     with tqdm(total=len(paths), desc="test", unit="img", leave=False) as bar:
         for batch in loader:
             reasons += [reason for _, reason in batch]
             images = [image for image, _ in batch if image is not None]
             if images:
-                logits = model(torch.stack(images).to(device))
-                probabilities.append(logits.float().softmax(1).cpu().numpy())
+                images = torch.stack(images).to(device, memory_format=choose_layout(device))
+                dtype = dtype or choose_dtype(model, images)
+                probabilities.append(compute(model, images, dtype).cpu().numpy())
             bar.update(len(batch))
     if not probabilities:
         raise UserError(f"none of the {len(paths)} pictures can be read; the first: {reasons[0]}")
     read = [path for path, reason in zip(paths, reasons) if not reason]
-    return read, np.concatenate(probabilities), list(filter(None, reasons))
+    return read, np.concatenate(probabilities), list(filter(None, reasons)), dtype
 
 
 def write_predictions(paths, probabilities, classes, folder):
@@ -148,8 +186,12 @@ def main():
     checkpoint = load_checkpoint(path)
     classes = checkpoint["classes"]
     paths = find_pictures()
+    if AMP not in ("auto", "bf16", "off"):
+        raise UserError(f'AMP must be "auto", "bf16" or "off", got {AMP!r}')
     device = choose_device(DEVICE)
-    model = build_network(checkpoint, MERGE).to(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    model = build_network(checkpoint, MERGE).to(device, memory_format=choose_layout(device))
     transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
     weights = "EMA weights" if checkpoint.get("state_dict_ema") else "weights"
     structure = "merged" if MERGE else "training structure"
@@ -158,13 +200,16 @@ def main():
     folder = Path(OUTPUT)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    read, probabilities, broken = predict(model, paths, transform, device)
+    read, probabilities, broken, dtype = predict(model, paths, transform, device)
     seconds = time.perf_counter() - started
     write_predictions(read, probabilities, classes, folder)
     evaluate(read, probabilities, classes, folder)
     for reason in broken:
         print(f"left out: {reason}")
-    print(f"{len(read)} pictures in {seconds:.1f} s, {len(read) / seconds:.1f} a second; files in {folder}")
+    print(
+        f"{len(read)} pictures in {seconds:.1f} s, {len(read) / seconds:.1f} a second, "
+        f"{str(dtype).removeprefix('torch.')}; files in {folder}"
+    )
     return 3 if broken else 0
 
 

@@ -43,7 +43,7 @@ from common import distributed
 from common.cache import open_cache
 from common.checkpoint import load_checkpoint, load_file, load_newest, lock, save_checkpoint
 from common.dataset import EpochBatches, SeededPictures, eval_transform, open_image_folder, seed_everything
-from common.device import choose_device, choose_workers
+from common.device import choose_device, choose_layout, choose_workers, has_bfloat16, keep_freed_memory
 from common.finite import first_non_finite_layer
 from common.interrupt import Interrupt, leave_signals_to_the_main_process
 from common.manifest import CACHE, MANIFEST, STATISTICS, fingerprint, read_json
@@ -110,8 +110,8 @@ MAX_SKIPPED: int = 10  # steps in a row with a loss or gradient that is not fini
 
 # --- machine
 DEVICE: str = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
-AMP: str = "auto"  # mixed precision: "auto": bf16 or else fp16 on cuda, off elsewhere; "bf16", "fp16", "off"
-CHANNELS_LAST: bool = False  # keep pictures as NHWC in memory
+AMP: str = "auto"  # mixed precision: "auto": bf16 where the device has it, else fp16 on cuda; "bf16", "fp16", "off"
+CHANNELS_LAST: str = "auto"  # keep pictures as NHWC in memory: "auto": on a CPU, where it is faster; "on", "off"
 COMPILE: bool = False  # torch.compile: a slow start, faster steps afterwards
 SPLIT_BATCHES: bool = True  # where memory runs out, compute each batch in halves, quarters, ...; still one step
 DETERMINISTIC: bool = False  # on a GPU: slower kernels that add in a fixed order, so that a run can be repeated exactly
@@ -137,7 +137,7 @@ def choose_amp(device):
     if AMP != "auto":
         raise UserError(f'AMP must be "auto", "bf16", "fp16" or "off", got {AMP!r}')
     if device.type != "cuda":
-        return None
+        return torch.bfloat16 if device.type == "cpu" and has_bfloat16() else None
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
@@ -386,8 +386,7 @@ def prepare_batch(run, batch, number, mixup):
     """Batch `number` of the whole run on the device: images (N, 3, H, W), labels (N,), targets (N, classes)."""
     seed_everything(SEED, "step", number)  # Mixup, dropout and stochastic depth depend on the batch's number only
     images, labels = (tensor.to(run.device, non_blocking=True, copy=True) for tensor in batch)  # Mixup works in place
-    if CHANNELS_LAST:
-        images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=choose_layout(run.device, CHANNELS_LAST))
     images, targets = mix(mixup, images, labels)
     return images, labels, targets
 
@@ -592,8 +591,7 @@ def validate(model, loader, amp_dtype, device, description, interrupt=None):
     for images, labels in tqdm(loader, desc=description, unit="batch", leave=False, disable=distributed.rank() > 0):
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
-        if CHANNELS_LAST:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=choose_layout(device, CHANNELS_LAST))
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(images)
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
@@ -784,6 +782,8 @@ def main():
         torch.use_deterministic_algorithms(True)
     # All batches have the same size, so it pays to try cuDNN's algorithms once; which one wins can vary, though.
     torch.backends.cudnn.benchmark = not DETERMINISTIC
+    if device.type == "cpu":
+        keep_freed_memory()
     rank, ranks = distributed.join(device)
     # Depthwise gradients have other strides than DistributedDataParallel's buffers: it copies them, which is no error.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -813,12 +813,10 @@ def train(device, rank, ranks):
         if device.type != "cuda":
             raise UserError("SYNC_BATCH_NORM works on GPUs only; set it to False")
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(device)
-    if CHANNELS_LAST:
-        model.to(memory_format=torch.channels_last)
+    model.to(device, memory_format=choose_layout(device, CHANNELS_LAST))
     ema = ModelEma(model, EMA_DECAY) if USE_EMA else None
     optimizer = create_optimizer_v2(
-        model, "adamw", LEARNING_RATE, WEIGHT_DECAY, layer_decay=LAYER_DECAY if LAYER_DECAY != 1 else None
+        model, "adamw", LEARNING_RATE, WEIGHT_DECAY, layer_decay=LAYER_DECAY if LAYER_DECAY != 1 else None, fused=True
     )
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     mixup = Mixup(

@@ -1,6 +1,8 @@
-"""The device that a script computes on, and how many processes read pictures for it."""
+"""The device that a script computes on, what suits it, and how many processes read pictures for it."""
 
+import ctypes
 import os
+import sys
 
 import torch
 
@@ -25,6 +27,19 @@ def choose_device(name):
     return torch.device(name)
 
 
+def choose_layout(device, channels_last="auto"):
+    """The memory format in which pictures and weights are kept on `device`.
+
+    Args:
+        device: a `torch.device`.
+        channels_last: "on", "off", or "auto": on a CPU, where it is faster.
+    """
+    if channels_last not in ("auto", "on", "off"):
+        raise UserError(f'CHANNELS_LAST must be "auto", "on" or "off", got {channels_last!r}')
+    last = channels_last == "on" or channels_last == "auto" and device.type == "cpu"
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def choose_workers(number, device):
     """The number of processes that read pictures: `number`, or for -1 what suits `device`.
 
@@ -34,3 +49,23 @@ def choose_workers(number, device):
     if number >= 0:
         return number
     return 0 if device.type == "cpu" else min(os.cpu_count() or 1, 8)
+
+
+def has_bfloat16():
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX-512 BF16, AMX, or Arm's BF16)."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # before PyTorch 2.9
+
+
+def keep_freed_memory():
+    """Let this process keep the memory that tensors on the CPU free, for the next ones.
+
+    By default glibc, the C library of most Linux systems, gives large blocks back to the system at once, which fills
+    them with zeros again whenever they are asked for: a fifth to a third of a training step (benchmarks/README.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.depthwise_cpu import depthwise_conv2d, fast_gradients
+from models import depthwise_cpu
 
 MIN_IMPLICIT_GEMM_KERNEL = 7  # below this the extension has no kernel that is worth it (UniRepLKNet, Section 3.1)
 
@@ -102,13 +102,17 @@ class DepthwiseConv2d(nn.Conv2d):
         dilation = self.dilation[0]
         reach = [min(half, (edge - 1) // dilation) for edge in x.shape[-2:]]  # taps beside the middle, (rows, columns)
         rows, columns = (slice(half - taps, half + taps + 1) for taps in reach)
-        weight = self.weight[:, :, rows, columns]
-        learns = self.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        if learns and fast_gradients(x.device, x.dtype, self.kernel_size[0], dilation):
-            out = depthwise_conv2d(x, weight, dilation)
-            return out if self.bias is None else out + self.bias[:, None, None]
-        padding = [taps * dilation for taps in reach]
-        return F.conv2d(x, weight, self.bias, 1, padding, self.dilation, self.groups)
+        weight, padding = self.weight[:, :, rows, columns], [taps * dilation for taps in reach]
+        if x.device.type != "cpu":
+            return F.conv2d(x, weight, self.bias, 1, padding, self.dilation, self.groups)
+
+        if max(weight.shape[-2:]) > depthwise_cpu.MAX_CHANNELS_LAST_KERNEL:
+            x = x.contiguous()
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if self.training and torch.is_grad_enabled() and depthwise_cpu.fast_gradients(x.device, dtype):
+            out = depthwise_cpu.depthwise_conv2d(x.to(dtype), weight.to(dtype), dilation)
+            return out if self.bias is None else out + self.bias.to(dtype)[:, None, None]
+        return depthwise_cpu.conv2d(x, weight, self.bias, 1, padding, dilation)
 
 
 def describe_implementation(device="cuda", dtype=torch.float16, kernel_size=13):
@@ -125,7 +129,7 @@ def describe_implementation(device="cuda", dtype=torch.float16, kernel_size=13):
     import_error = import_implicit_gemm()[1]
     if import_error and import_error not in reason:
         reason = f"{reason}; nor can it be imported: {import_error}"
-    ours = ", gradients by matrix products" if fast_gradients(device, dtype, kernel_size, dilation=1) else ""
+    ours = ", with fast gradients" if depthwise_cpu.fast_gradients(device, dtype) else ""
     return f"PyTorch's depthwise convolution{ours} (not depthwise_conv2d_implicit_gemm: {reason})"
 
 

@@ -1,12 +1,42 @@
-"""Gradients of the depthwise convolution that are fast on a CPU.
+"""The depthwise convolution on a CPU: kept on the fast routine, and with gradients that run on it, too.
 
-PyTorch's forward pass runs near the peak of a CPU there, but its gradients have no fast routines for large or dilated
-kernels and take 20 to 35 times as long. `depthwise_conv2d` is the same forward pass as an operator of its own whose
-gradients are the same sums in another order (figures: benchmarks/README.md).
+oneDNN, which computes PyTorch's convolutions on a CPU, has a depthwise forward routine near the peak of the machine. Its
+gradients have none for large or dilated kernels, and take 10 to 35 times as long as the forward pass. But both gradients
+are depthwise convolutions themselves, so here they are computed as forward passes: the same sums in another order
+(figures: benchmarks/README.md).
 """
 
 import torch
 import torch.nn.functional as F
+from torch.nn.grad import conv2d_weight
+
+# Beyond these, oneDNN leaves its fast routine, and a convolution takes 10 to 30 times as long (oneDNN's
+# jit_avx512_common dw kernel; measured with PyTorch 2.14 by `python -m benchmarks.cpu`).
+MAX_PADDING = 6  # to the left and to the right, in pixels
+MAX_STRIDE = 3  # from left to right
+# With kernels up to this edge the routine is faster on NHWC, above it on NCHW, the conversion included.
+MAX_CHANNELS_LAST_KERNEL = 7
+
+
+def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1):
+    """`F.conv2d` for one group for each channel, with a wide padding written out so that it stays fast.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (C, 1, kh, kw).
+        bias: (C,) or None.
+        stride, padding: (rows, columns).
+        dilation: one number.
+    """
+    rows, columns = padding
+    if columns > MAX_PADDING:
+        x, columns = F.pad(x, (columns, columns)), 0
+    return F.conv2d(x, weight, bias, stride, (rows, columns), dilation, x.shape[1])
+
+
+def same_padding(kernel_size, dilation):
+    """Padding (rows, columns) that keeps the size of the map under a kernel (kh, kw)."""
+    return tuple(edge // 2 * dilation for edge in kernel_size)
 
 
 @torch.library.custom_op("unireplknet::depthwise_conv2d", mutates_args=(), device_types="cpu")
@@ -22,8 +52,7 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, dilation: int) -> to
     Returns:
         (N, C, H, W).
     """
-    padding = [edge // 2 * dilation for edge in weight.shape[-2:]]
-    return F.conv2d(x, weight, None, 1, padding, dilation, x.shape[1])
+    return conv2d(x, weight, padding=same_padding(weight.shape[-2:], dilation), dilation=dilation)
 
 
 @depthwise_conv2d.register_fake
@@ -39,52 +68,47 @@ def save_for_gradients(ctx, inputs, output):
 def gradients(ctx, grad):
     """Gradients of `depthwise_conv2d` for x, weight and dilation (none)."""
     x, weight = ctx.saved_tensors
-    grad = grad.contiguous()
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    grad = grad.contiguous(memory_format=layout)
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
-        # PyTorch's input gradient has no fast routine; the same sums are a forward pass with the kernel turned by 180
-        # degrees, which has.
+        # A forward pass with the kernel turned by 180 degrees.
         grad_x = depthwise_conv2d(grad, weight.flip(2, 3), ctx.dilation)
     if ctx.needs_input_grad[1]:
-        grad_weight = weight_gradient(x, grad, weight.shape[-2:], ctx.dilation)
+        grad_weight = weight_gradient(x, grad, weight.shape, ctx.dilation)
     return grad_x, grad_weight, None
 
 
-def weight_gradient(x, grad, kernel_size, dilation):
-    """Weight gradient of a depthwise convolution by matrix products.
+def weight_gradient(x, grad, shape, dilation):
+    """Weight gradient of a depthwise convolution with "same" padding, as a depthwise convolution.
 
-    For one row of taps i, the products of all columns of `grad` with all columns of the rows of `x` that it meets are
-    one matrix product over pictures and rows. The taps of the row are sums along that (W, W) matrix's diagonals. This
-    does W / kw times the necessary multiplications, at many times the speed.
+    The tap (i, j) of one channel's gradient is the sum over all pixels of `grad` times x shifted to that tap: x
+    convolved with `grad` as its kernel. So each channel of each picture becomes a channel of one large convolution,
+    whose stride is the dilation, since neighbouring taps lie that far apart.
 
     Args:
         x: (N, C, H, W) input.
         grad: (N, C, H, W) gradient of the output.
-        kernel_size: (kh, kw).
+        shape: (C, 1, kh, kw) of the weight.
         dilation: distance between neighbouring taps in pixels.
 
     Returns:
         (C, 1, kh, kw).
     """
+    padding = same_padding(shape[-2:], dilation)
+    if max(shape[-2:]) <= 3 and dilation == 1:  # PyTorch has a fast routine for this one
+        return conv2d_weight(x, shape, grad, padding=padding, groups=shape[0])
     n, channels, height, width = x.shape
-    # Picture by picture within each row, so that any range of rows is one block: (C, H * N, W).
-    x, grad = (tensor.permute(1, 2, 0, 3).reshape(channels, height * n, width) for tensor in (x, grad))
-    products = []
-    for i in range(kernel_size[0]):
-        shift = (i - kernel_size[0] // 2) * dilation
-        first, last = max(0, -shift), min(height, height - shift)  # rows of `grad` whose tap lies on the map
-        rows = grad[:, first * n : last * n].transpose(1, 2)
-        products.append(torch.bmm(rows, x[:, (first + shift) * n : (last + shift) * n]))
-    products = torch.stack(products)  # (kh, C, W, W)
-    offsets = [(j - kernel_size[1] // 2) * dilation for j in range(kernel_size[1])]
-    taps = [products.diagonal(offset, 2, 3).sum(2) for offset in offsets]  # kw of (kh, C)
-    return torch.stack(taps, 2).transpose(0, 1).unsqueeze(1)
+    x, kernels = x.reshape(1, n * channels, height, width), grad.reshape(n * channels, 1, height, width)
+    # Where the stride would be too large, more columns of taps are computed than there are.
+    step = max(step for step in range(1, MAX_STRIDE + 1) if dilation % step == 0)
+    taps = conv2d(x, kernels, stride=(dilation, step), padding=padding)[..., :: dilation // step]
+    return taps.reshape(n, *shape).sum(0)
 
 
 depthwise_conv2d.register_autograd(gradients, setup_context=save_for_gradients)
 
 
-def fast_gradients(device, dtype, kernel_size, dilation):
-    """Whether training computes gradients by `depthwise_conv2d`: on a CPU, but for the undilated 3 x 3 kernel."""
-    full_precision = dtype in (torch.float32, torch.float64)
-    return torch.device(device).type == "cpu" and full_precision and (kernel_size > 3 or dilation > 1)
+def fast_gradients(device, dtype):
+    """Whether training computes the gradients by `depthwise_conv2d`: on a CPU, but in float16, which it has not."""
+    return torch.device(device).type == "cpu" and dtype in (torch.float32, torch.float64, torch.bfloat16)

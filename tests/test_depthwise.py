@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import depthwise
+from models import depthwise, depthwise_cpu
 from models.depthwise import DepthwiseConv2d, describe_implementation, why_not_implicit_gemm
 
 
@@ -56,31 +56,51 @@ def test_gradients_on_a_map_smaller_than_the_kernel():
     assert torch.autograd.gradcheck(lambda x, *_: conv(x), (x, *conv.parameters()))
 
 
-@pytest.mark.parametrize(("kernel_size", "dilation", "fast"), [(3, 1, False), (3, 2, True), (5, 1, True)])
-def test_training_on_a_cpu_uses_the_operator_where_it_is_faster(kernel_size, dilation, fast, monkeypatch):
-    operator, calls = depthwise.depthwise_conv2d, []
-    monkeypatch.setattr(depthwise, "depthwise_conv2d", lambda *inputs: calls.append(inputs) or operator(*inputs))
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 1), (3, 2), (13, 1)])
+def test_training_on_a_cpu_uses_the_operator(kernel_size, dilation, monkeypatch):
+    operator, calls = depthwise_cpu.depthwise_conv2d, []
+    monkeypatch.setattr(depthwise_cpu, "depthwise_conv2d", lambda *inputs: calls.append(inputs) or operator(*inputs))
     conv = DepthwiseConv2d(2, kernel_size, dilation, bias=True)
     x = torch.randn(1, 2, 16, 16)
     conv(x)
-    assert bool(calls) == fast
+    assert len(calls) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype == torch.bfloat16
+    assert len(calls) == 2
     calls.clear()
     with torch.no_grad():
         conv(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert conv(x).dtype == torch.bfloat16
-    DepthwiseConv2d(2, kernel_size, dilation).bfloat16()(x.bfloat16())
+    with torch.autocast("cpu", torch.float16):
+        assert conv(x).dtype == torch.float16
     conv.eval()(x)
     assert not calls
-    assert not depthwise.fast_gradients("cuda", torch.float32, kernel_size, dilation)
+    assert not depthwise_cpu.fast_gradients("cuda", torch.float32)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("kernel_size", "dilation"), [(3, 1), (3, 4), (3, 5), (3, 7), (5, 1), (7, 2), (9, 2), (13, 1), (17, 1)]
+)
+def test_gradients_in_bfloat16_are_those_of_float64(kernel_size, dilation, layout):
+    """Paddings above 6 and strides above 3 take ways of their own."""
+    x = torch.randn(3, 5, 21, 18).to(memory_format=layout)
+    weight, grad = torch.randn(5, 1, kernel_size, kernel_size), torch.randn(3, 5, 21, 18)
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        inputs = [tensor.bfloat16().to(dtype).requires_grad_() for tensor in (x, weight)]
+        out = depthwise_cpu.depthwise_conv2d(*inputs, dilation)
+        results.append([out, *torch.autograd.grad(out, inputs, grad.bfloat16().to(dtype))])
+    for expected, actual in zip(*results):
+        assert actual.dtype == torch.bfloat16
+        assert (actual - expected).abs().max() < 2e-2 * expected.abs().max()
 
 
 def test_the_operator_is_a_sound_citizen_of_pytorch():
-    for height, width, kernel_size, dilation in ((8, 8, 5, 1), (9, 6, 3, 2)):
+    for height, width, kernel_size, dilation in ((8, 8, 5, 1), (9, 6, 3, 2), (9, 8, 3, 1), (8, 9, 3, 7), (9, 9, 3, 4)):
         x = torch.randn(2, 3, height, width, dtype=torch.float64, requires_grad=True)
         weight = torch.randn(3, 1, kernel_size, kernel_size, dtype=torch.float64, requires_grad=True)
-        torch.library.opcheck(depthwise.depthwise_conv2d, (x, weight, dilation))
-        operator = lambda x, weight, dilation=dilation: depthwise.depthwise_conv2d(x, weight, dilation)  # noqa: E731
+        torch.library.opcheck(depthwise_cpu.depthwise_conv2d, (x, weight, dilation))
+        operator = lambda x, weight, dilation=dilation: depthwise_cpu.depthwise_conv2d(x, weight, dilation)  # noqa: E731
         assert torch.autograd.gradcheck(operator, (x, weight))
         assert torch.autograd.gradgradcheck(operator, (x, weight))
         layout = x.detach().to(memory_format=torch.channels_last).requires_grad_()

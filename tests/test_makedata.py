@@ -8,11 +8,13 @@ import shutil
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import makedata
 from common.demo import SPECIES, draw_data_set, draw_seedling
+from common.images import level_sums, load_image
 from common.options import UserError
 
 CLASSES = {"Common wheat": 10, "玉米 苗": 7, "Moutarde frisée": 2}
@@ -142,7 +144,12 @@ def test_many_pictures_are_checked_in_parallel_with_the_same_result(make_data1):
     paths[50].write_bytes(b"broken")
     results = makedata.check_pictures(paths, 2)
     assert results == makedata.check_pictures(paths, 0)
-    assert [content for content, _ in results] == ["" if path == paths[50] else sha256(path) for path in paths]
+    assert results[50][0] is None
+    del results[50], paths[50]
+    for path, (content, _) in zip(paths, results, strict=True):
+        assert (content["sha256"], content["bytes"]) == (sha256(path), path.stat().st_size)
+        levels = np.asarray(Image.open(path)).reshape(-1, 3).astype(int)
+        assert content["sums"] == [[64] * 3, levels.sum(0).tolist(), (levels**2).sum(0).tolist()]
 
 
 def test_pictures_are_hard_links(make, make_data1):

@@ -204,3 +204,29 @@ def test_the_command_line(run_script, pictures):
     done = run_script("mean_std.py", "--workers", "0")
     assert done.returncode == 3 and "Traceback" not in done.stderr
     assert str(Path("data1/a/broken.jpg")) in done.stdout and written()["pictures"] == len(SIZES)
+
+
+def test_pictures_that_makedata_has_read_are_not_decoded_again(make_data1, monkeypatch, capsys):
+    paths = make_data1("data1", {"a": 5, "b": 4})
+    mean_std.main()
+    expected = written()
+    makedata.main()
+    calls = []
+    monkeypatch.setattr(mean_std, "moments", lambda picture: calls.append(1) or moments(picture))
+    mean_std.main()
+    assert not calls
+    assert written() == expected  # to the last bit
+    change(paths[3])
+    mean_std.main()
+    assert len(calls) == 1 and written()["mean"] != expected["mean"]
+
+
+def test_a_manifest_of_an_earlier_version_has_no_sums(make_data1):
+    make_data1("data1", {"a": 3, "b": 3})
+    makedata.main()
+    manifest = json.loads(Path("data/manifest.json").read_text(encoding="utf-8"))
+    for file in manifest["files"]:
+        del file["sums"]
+    Path("data/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert mean_std.main() == 0
+    assert written()["fingerprint"] == manifest["fingerprint"]

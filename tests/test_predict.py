@@ -59,6 +59,7 @@ def run_test(place, monkeypatch):
         with open(place / script.OUTPUT / "predictions.csv", encoding="utf-8-sig", newline="") as file:
             return status, list(csv.DictReader(file))
 
+    run.script = script
     return run
 
 
@@ -186,3 +187,38 @@ def test_from_the_command_line(run_script, trained, monkeypatch, tmp_path):
     assert str(photo) in done.stdout and "training structure" in done.stdout
     wrong = run_script("test.py", "nowhere.jpg")
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: nowhere.jpg") and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize(("difference", "expected"), [(0.0, "bfloat16"), (0.5, "float32")])
+def test_bfloat16_is_taken_only_where_it_gives_the_same_answers(difference, expected, run_test, monkeypatch, capsys):
+    """On a CPU that has it; a network whose answers differ in bfloat16 is played by noise."""
+    script = run_test.script
+    monkeypatch.setattr(script, "has_bfloat16", lambda: True)
+    exact = script.compute
+
+    def compute(model, images, dtype):
+        probabilities = exact(model, images, dtype)
+        return probabilities - difference * (dtype == torch.bfloat16)
+
+    monkeypatch.setattr(script, "compute", compute)
+    _, auto = run_test("data/val", BATCH_SIZE=2)
+    assert f", {expected};" in capsys.readouterr().out
+    _, rows = run_test("data/val", BATCH_SIZE=2, AMP="off")
+    assert ", float32;" in capsys.readouterr().out
+    for row, other in zip(rows, auto, strict=True):
+        assert row["class_1"] == other["class_1"]
+        assert abs(float(row["probability_1"]) - float(other["probability_1"])) < 0.02
+    run_test("data/val", BATCH_SIZE=9)  # so few pictures are not worth finding out
+    assert ", float32;" in capsys.readouterr().out
+    with pytest.raises(UserError, match='AMP must be "auto"'):
+        run_test("data/val", AMP="fp8")
+
+
+def test_large_pictures_are_read_by_processes(run_test, place, monkeypatch):
+    script = run_test.script
+    pictures = script.PictureFiles(sorted(Path("data/val").rglob("*.png")), np.asarray)
+    for name, value in dict(WORKERS=-1, SECONDS_TO_START=1e-9).items():
+        monkeypatch.setattr(script, name, value)
+    assert script.choose_readers(pictures, torch.device("cpu")) == os.cpu_count()
+    monkeypatch.setattr(script, "SECONDS_TO_START", 100.0)
+    assert script.choose_readers(pictures, torch.device("cpu")) == 0

@@ -18,6 +18,7 @@ from torchvision import transforms
 import makedata
 import train
 from common.checkpoint import load_checkpoint
+from common.device import choose_layout
 from common.options import UserError
 
 FILES = {
@@ -152,7 +153,7 @@ def test_gradients_are_clipped_after_unscaling(run_train, monkeypatch):
     [
         dict(AMP="bf16"),
         dict(USE_EMA=False, CLIP_GRAD=0.0),
-        dict(CHANNELS_LAST=True, GRAD_CHECKPOINTING=True),
+        dict(CHANNELS_LAST="off", GRAD_CHECKPOINTING=True),
         dict(LAYER_DECAY=0.7, LAYER_SCALE=0.0, CUTOUT=0.0, HFLIP=0.0, VFLIP=0.0, COLOR_JITTER=0.0, ROTATION=30.0),
         dict(MIXUP=0.0, CUTMIX=0.0, MIX_PROB=1.0),
         dict(MIXUP=0.0, MIX_PROB=1.0),
@@ -329,3 +330,33 @@ def test_from_the_command_line(run_script, place):
     assert "best acc1" in done.stdout and "Traceback" not in done.stderr
     wrong = run_script("train.py", "--epoch", "3")
     assert wrong.returncode == 2 and "did you mean --epochs?" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_the_cpu_chooses_its_dtype_and_layout(monkeypatch, run_train, capsys):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(train, "AMP", "auto")
+    for has, dtype in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(train, "has_bfloat16", lambda has=has: has)
+        assert train.choose_amp(cpu) == dtype
+    layouts = {
+        (device.type, name): choose_layout(device, name) for device in (cpu, cuda) for name in ("auto", "on", "off")
+    }
+    last = {key for key, layout in layouts.items() if layout == torch.channels_last}
+    assert last == {("cpu", "auto"), ("cpu", "on"), ("cuda", "on")}
+    with pytest.raises(UserError, match="CHANNELS_LAST must be .*got 'yes'"):
+        choose_layout(cpu, "yes")
+    seen = []
+    original = train.prepare_batch
+    monkeypatch.setattr(train, "prepare_batch", lambda *arguments: seen.append(original(*arguments)) or seen[-1])
+    monkeypatch.setattr(train, "has_bfloat16", lambda: True)
+    run_train(EPOCHS=1, AMP="auto")
+    assert "autocast bfloat16" in capsys.readouterr().out
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _, _ in seen)
+
+
+def test_both_layouts_learn_the_same(run_train):
+    runs = [
+        load_checkpoint(run_train(EPOCHS=1, CHANNELS_LAST=last, OUTPUT=last) / "last.pth") for last in ("on", "off")
+    ]
+    figures = [run["history"][0]["train_loss"] for run in runs]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
