@@ -210,6 +210,7 @@ def test_manifest_lists_every_file(make, make_data1):
     assert files.keys() == tree("data").keys() - {"manifest.json"} and len(files) == len(manifest["files"]) == 19
     for path, file in files.items():
         placed = Path("data", path)
+        assert file.pop("sums") == level_sums(load_image(placed)).tolist()
         assert file == dict(path=path, source=file["source"], sha256=sha256(placed), bytes=placed.stat().st_size)
         assert sha256(file["source"]) == file["sha256"]
     joined = "\n".join(contents("data1"))
