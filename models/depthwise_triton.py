@@ -12,10 +12,11 @@ window of WINDOW_ROWS x WINDOW_COLUMNS input pixels. Then
 
 where m counts the blocks of all pictures, o the pixels of a block and q those of its window. `taps` is a Toeplitz
 matrix: taps[q, o] is the kernel's tap that lies between o and q, or 0 where there is none. It is the same for all
-blocks of a channel, so it is gathered from the kernel once for a whole tile of blocks. Pixels outside the map are read
-as 0, which is the padding. The larger the block, the fewer times a pixel is read, and the more products fall on zeros
-of `taps`; `cut` weighs the two.
+blocks of a channel, so it is gathered once for a whole tile of blocks. Pixels outside the map are read as 0, which is
+the padding. The larger the block, the fewer times a pixel is read, and the more products fall on zeros of `taps`; `cut`
+weighs the two.
 
+- `spread_kernel` writes the kernel with zeros between and around its taps, from which `taps` is gathered.
 - `convolve_kernel` computes y, and with the kernel turned by 180 degrees (FLIP) the gradient of x.
 - `product_kernel` computes P[o, q] = sum over m of grad[m, o] * x[m, q]. The weight gradient's tap (i, j) is the sum of
   those P[o, q] whose pixels are (i, j) apart, which `gather_kernel` adds up. Nothing is added by atomics, so the same
@@ -30,20 +31,22 @@ and shared memory on three generations of GPUs).
 """
 
 import functools
+import math
 from typing import NamedTuple, Optional
 
 import torch
 import triton
 import triton.language as tl
 
-MAX_PIXELS = 128  # of a block; as many columns as one tensor-core instruction takes on sm_90, halved, and fp32 sums fit
+MAX_PIXELS = 128  # of a block: with MAX_TILE, the sums that fit into the registers of 8 warps
 MAX_PIXELS_GRADIENT = 64  # of a block of the weight gradient, whose sums go through memory
 MAX_TILE = 128  # blocks that one program computes
 CHUNK = 32  # pixels of the window that are multiplied at once
 CHUNK_GRADIENT = 128  # pixels of the window in one program of the weight gradient
 TILE_GRADIENT = 64  # blocks that are multiplied at once for the weight gradient
 PROGRAMS = 1024  # programs that keep a large GPU busy; a constant, so that sums have the same order on every GPU
-LOAD_COST = 32  # what reading one pixel costs, in multiplications of the tensor cores (by counting instructions)
+LOAD_COST = 64  # what reading one pixel alone costs, in multiplications of the tensor cores (counted in machine code)
+BLOCK_COST = 4096  # what beginning and storing a block costs, likewise
 
 
 class Blocks(NamedTuple):
@@ -70,6 +73,11 @@ class Blocks(NamedTuple):
     @property
     def per_map(self):
         return self.STEP * self.GROUPS * self.TILES
+
+    @property
+    def band(self):
+        """Lines, and their length, of the table of taps: all distances between a pixel of a block and its window."""
+        return self.WINDOW_ROWS + self.ROWS - 1, self.WINDOW_COLUMNS + self.COLUMNS - 1
 
 
 def power_of_2(number, smallest=16):
@@ -98,7 +106,9 @@ def cut(height, width, kernel_size, dilation, chunk, max_pixels):
                 groups, window_rows, top = cut_edge(lines, rows, reach)
                 choice = Blocks(rows, columns, step, groups, side[0], window_rows, side[1], top, side[2])
                 window = triton.cdiv(choice.window, chunk) * chunk
-                choices.append((choice.per_map * window * (power_of_2(choice.pixels) + LOAD_COST), choice))
+                at_once = math.gcd(8, width * rows if step == 1 and columns == width else columns)
+                cost = window * (power_of_2(choice.pixels) + LOAD_COST // at_once) + BLOCK_COST
+                choices.append((choice.per_map * cost, choice))
     return min(choices)[1]
 
 
@@ -140,25 +150,52 @@ def pixels_at(
 
 
 @triton.jit
+def spread_kernel(
+    weight, band, SIZE, K: tl.constexpr, DILATION: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, STEP: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, LENGTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write a kernel with zeros between and around its taps, so that `convolve_kernel` reads it without questions.
+
+    weight (C, K, K); band (C, SIZE) holds lines of LENGTH: the tap between a block's last pixel and its window's first
+    one comes first, the tap between the block's first pixel and the window's last one last.
+    """
+    SPREAD: tl.constexpr = DILATION // STEP  # rows between two taps, in steps
+    channel = tl.program_id(1)
+    at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    i = at // LENGTH - (ROWS - 1) + TOP + K // 2 * SPREAD
+    j = at % LENGTH - (COLUMNS - 1) + LEFT + K // 2 * DILATION
+    tap = i // SPREAD * K + j // DILATION
+    there = (i >= 0) & (i < K * SPREAD) & (i % SPREAD == 0) & (j >= 0) & (j < K * DILATION) & (j % DILATION == 0)
+    if FLIP:
+        tap = K * K - 1 - tap
+    value = tl.load(weight + channel * (K * K) + tap, mask=there & (at < SIZE), other=0.0)
+    tl.store(band + channel * SIZE + at, value.to(band.dtype.element_ty), mask=at < SIZE)
+
+
+@triton.jit
 def convolve_kernel(
-    x, weight, bias, y, blocks, C,
-    H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, FLIP: tl.constexpr,
+    x, band, bias, y, blocks, C,
+    H: tl.constexpr, W: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr,
     WINDOW_ROWS: tl.constexpr, WINDOW_COLUMNS: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
     TILE: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """y = x convolved with the kernel, for one channel and TILE blocks.
 
-    x, y (N, C, H, W); weight (C, K, K); bias (C,) or None; `blocks` is their number in all pictures.
+    x, y (N, C, H, W); band from `spread_kernel`; bias (C,) or None; `blocks` is their number in all pictures.
     """
     WINDOW: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
-    SPREAD: tl.constexpr = DILATION // STEP  # rows between two taps, in steps
+    LENGTH: tl.constexpr = WINDOW_COLUMNS + COLUMNS - 1
+    SIZE: tl.constexpr = (WINDOW_ROWS + ROWS - 1) * LENGTH
     channel = tl.program_id(1)
     m = tl.program_id(0) * TILE + tl.arange(0, TILE)
     picture, top, left = locate(m, GROUPS, TILES, ROWS, COLUMNS, STEP)
     plane = ((picture.to(tl.int64) * C + channel) * (H * W))[:, None]
     top, left, known = top[:, None], left[:, None], (m < blocks)[:, None]
-    o = tl.arange(0, PIXELS)[None, :]
+    o = tl.arange(0, PIXELS)
+    last = tl.minimum(o, ROWS * COLUMNS - 1)  # what lies beyond the block or the window must not be read from the band
+    behind = channel * SIZE + (ROWS - 1 - last // COLUMNS) * LENGTH + COLUMNS - 1 - last % COLUMNS
 
     total = tl.zeros((TILE, PIXELS), tl.float32)
     for start in range(0, WINDOW, CHUNK):
@@ -167,25 +204,14 @@ def convolve_kernel(
             plane, top + TOP * STEP, left + LEFT, q[None, :], known, WINDOW, WINDOW_COLUMNS, H, W, STEP
         )
         window = tl.load(x + at, mask=inside, other=0.0)
-
-        # The tap between each two pixels, counted from the kernel's first one; between two taps there is none.
-        q = q[:, None]
-        i = q // WINDOW_COLUMNS - o // COLUMNS + (TOP + K // 2 * SPREAD)
-        j = q % WINDOW_COLUMNS - o % COLUMNS + (LEFT + K // 2 * DILATION)
-        tap = i // SPREAD * K + j // DILATION
-        there = (i >= 0) & (i < K * SPREAD) & (j >= 0) & (j < K * DILATION)
-        if SPREAD > 1:
-            there = there & (i % SPREAD == 0)
-        if DILATION > 1:
-            there = there & (j % DILATION == 0)
-        if FLIP:
-            tap = K * K - 1 - tap
-        taps = tl.load(weight + channel * (K * K) + tap, mask=there, other=0.0).to(window.dtype)
+        last = tl.minimum(q, WINDOW - 1)
+        ahead = last // WINDOW_COLUMNS * LENGTH + last % WINDOW_COLUMNS
+        taps = tl.load(band + ahead[:, None] + behind[None, :])
         total = tl.dot(window, taps, total, input_precision="ieee")
 
     if bias is not None:
         total += tl.load(bias + channel).to(tl.float32)
-    at, inside = pixels_at(plane, top, left, o, known, ROWS * COLUMNS, COLUMNS, H, W, STEP)
+    at, inside = pixels_at(plane, top, left, o[None, :], known, ROWS * COLUMNS, COLUMNS, H, W, STEP)
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
@@ -253,7 +279,7 @@ def plan_convolution(pictures, height, width, kernel_size, dilation):
     blocks = cut(height, width, kernel_size, dilation, CHUNK, MAX_PIXELS)
     number = pictures * blocks.per_map
     tile, pixels = min(power_of_2(number), MAX_TILE), power_of_2(blocks.pixels)
-    warps = 8 if tile * pixels > 64 * 128 else 4
+    warps = 8 if tile * pixels >= 64 * 64 else 4
     return blocks, number, dict(TILE=tile, PIXELS=pixels, CHUNK=CHUNK, num_warps=warps)
 
 
@@ -276,13 +302,20 @@ def convolve(x, weight, bias, dilation, flip):
     y = torch.empty_like(x)
     pictures, channels, height, width = x.shape
     kernel_size = weight.shape[-1]
-    if x.numel():
-        blocks, number, arguments = plan_convolution(pictures, height, width, kernel_size, dilation)
-        with torch.cuda.device_of(x):
-            convolve_kernel[triton.cdiv(number, arguments["TILE"]), channels](
-                x, weight, bias, y, number, channels, height, width, kernel_size, dilation, flip,
-                **blocks._asdict(), **arguments,
-            )  # fmt: skip
+    if not x.numel():
+        return y
+    blocks, number, arguments = plan_convolution(pictures, height, width, kernel_size, dilation)
+    lines, length = blocks.band
+    band = x.new_empty(channels, lines, length)
+    where = blocks._asdict()
+    with torch.cuda.device_of(x):
+        spread_kernel[triton.cdiv(lines * length, 1024), channels](
+            weight, band, lines * length, kernel_size, dilation, flip,
+            **{name: where[name] for name in ("ROWS", "COLUMNS", "STEP", "TOP", "LEFT")}, LENGTH=length, CHUNK=1024,
+        )  # fmt: skip
+        convolve_kernel[triton.cdiv(number, arguments["TILE"]), channels](
+            x, band, bias, y, number, channels, height, width, **where, **arguments
+        )
     return y
 
 
