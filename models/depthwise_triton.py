@@ -85,6 +85,11 @@ def power_of_2(number, smallest=16):
     return max(smallest, triton.next_power_of_2(number))
 
 
+def round_up(window, chunk):
+    """Pixels of a window that are multiplied: whole chunks, or the next power of 2 below that."""
+    return triton.cdiv(window, chunk) * chunk if window > chunk else power_of_2(window)
+
+
 def cut_edge(edge, block, reach):
     """Cut `edge` pixels into blocks: (number of blocks, length of the window, its start relative to the block)."""
     if block >= edge:
@@ -105,9 +110,9 @@ def cut(height, width, kernel_size, dilation, chunk, max_pixels):
             for rows in range(1, min(lines, max_pixels // columns) + 1):
                 groups, window_rows, top = cut_edge(lines, rows, reach)
                 choice = Blocks(rows, columns, step, groups, side[0], window_rows, side[1], top, side[2])
-                window = triton.cdiv(choice.window, chunk) * chunk
-                at_once = math.gcd(8, width * rows if step == 1 and columns == width else columns)
-                cost = window * (power_of_2(choice.pixels) + LOAD_COST // at_once) + BLOCK_COST
+                window = round_up(choice.window, chunk)
+                line = width * rows if step == 1 and columns == width else math.gcd(columns, side[1], side[2])
+                cost = window * (power_of_2(choice.pixels) + LOAD_COST // math.gcd(line, 8)) + BLOCK_COST
                 choices.append((choice.per_map * cost, choice))
     return min(choices)[1]
 
@@ -194,8 +199,10 @@ def convolve_kernel(
     plane = ((picture.to(tl.int64) * C + channel) * (H * W))[:, None]
     top, left, known = top[:, None], left[:, None], (m < blocks)[:, None]
     o = tl.arange(0, PIXELS)
-    last = tl.minimum(o, ROWS * COLUMNS - 1)  # what lies beyond the block or the window must not be read from the band
-    behind = channel * SIZE + (ROWS - 1 - last // COLUMNS) * LENGTH + COLUMNS - 1 - last % COLUMNS
+    # What lies beyond the block or the window has no place in the band: take that of the last pixel instead.
+    pixel = tl.minimum(o, ROWS * COLUMNS - 1)
+    behind = (ROWS - 1 - pixel // COLUMNS) * LENGTH + COLUMNS - 1 - pixel % COLUMNS
+    band += channel * SIZE
 
     total = tl.zeros((TILE, PIXELS), tl.float32)
     for start in range(0, WINDOW, CHUNK):
@@ -204,9 +211,10 @@ def convolve_kernel(
             plane, top + TOP * STEP, left + LEFT, q[None, :], known, WINDOW, WINDOW_COLUMNS, H, W, STEP
         )
         window = tl.load(x + at, mask=inside, other=0.0)
-        last = tl.minimum(q, WINDOW - 1)
-        ahead = last // WINDOW_COLUMNS * LENGTH + last % WINDOW_COLUMNS
-        taps = tl.load(band + ahead[:, None] + behind[None, :])
+        if WINDOW % CHUNK != 0:
+            q = tl.minimum(q, WINDOW - 1)
+        ahead = q // WINDOW_COLUMNS * LENGTH + q % WINDOW_COLUMNS
+        taps = tl.load(band + (ahead[:, None] + behind[None, :]))
         total = tl.dot(window, taps, total, input_precision="ieee")
 
     if bias is not None:
@@ -287,8 +295,7 @@ def plan_gradient(pictures, channels, height, width, kernel_size, dilation):
     """How `product_kernel` is run: (blocks of each map, blocks in all, splits, keyword arguments)."""
     blocks = cut(height, width, kernel_size, dilation, CHUNK_GRADIENT, MAX_PIXELS_GRADIENT)
     number = pictures * blocks.per_map
-    chunk = min(power_of_2(blocks.window), CHUNK_GRADIENT)
-    window = triton.cdiv(blocks.window, chunk) * chunk
+    chunk, window = min(power_of_2(blocks.window), CHUNK_GRADIENT), round_up(blocks.window, CHUNK_GRADIENT)
     tile = min(power_of_2(number), TILE_GRADIENT)
     # More programs keep the GPU busy, but each of them should add up at least four tiles.
     splits = min(PROGRAMS // (channels * window // chunk), number // (4 * tile))
