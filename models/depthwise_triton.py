@@ -400,7 +400,7 @@ def convolution_gradients(ctx, grad):
         pair = (grad, x) if ctx.flip else (x, grad)  # a turned kernel swaps what is read and what is written
         grad_weight = depthwise_weight(*pair, weight.shape[-1], ctx.dilation).to(weight.dtype)
     if ctx.needs_input_grad[2]:
-        grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
+        grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
     return grad_x, grad_weight, grad_bias, None, None
 
 

@@ -163,7 +163,7 @@ class DilatedReparamBlock(nn.Module):
         self.lk_origin = DepthwiseConv2d(dim, kernel_size, bias=deploy, attempt_use_lk_impl=attempt_use_lk_impl)
         self.origin_bn = nn.Identity() if deploy else norm_layer(dim)
         for k, r in self.branches:
-            self.add_module(f"dil_conv_k{k}_{r}", DepthwiseConv2d(dim, k, r, attempt_use_lk_impl=False))
+            self.add_module(f"dil_conv_k{k}_{r}", DepthwiseConv2d(dim, k, r, attempt_use_lk_impl=attempt_use_lk_impl))
             self.add_module(f"dil_bn_k{k}_{r}", norm_layer(dim))
 
     def branch(self, k, r):
@@ -328,7 +328,7 @@ class UniRepLKNet(nn.Module):
         kernel_sizes: for each stage the kernel size of each block; None means the published ones for `depths`.
         deploy: True builds the merged structure for inference.
         with_cp: gradient checkpointing, less memory for a second forward pass.
-        attempt_use_lk_impl: False keeps to PyTorch's convolution where depthwise_conv2d_implicit_gemm is installed.
+        attempt_use_lk_impl: which implementation of the depthwise convolutions runs, see `DepthwiseConv2d`.
         use_sync_bn: batch norms that synchronise over processes.
 
     Raises:
