@@ -130,7 +130,7 @@ def locate(m, GROUPS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, COL
 @triton.jit
 def pixels_at(
     plane, top, left, q, known, SIZE: tl.constexpr, LENGTH: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-    STEP: tl.constexpr,
+    STEP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Where the pixels q of a block or window lie, whose lines have LENGTH of its SIZE pixels.
 
@@ -143,7 +143,7 @@ def pixels_at(
     Returns:
         (M, Q) offsets, (M, Q) whether each pixel lies in the block and on the map.
     """
-    if LENGTH == W and STEP == 1:  # whole lines lie behind each other; written so, Triton can read several at once
+    if TILES == 1 and STEP == 1:  # whole lines lie behind each other; written so, Triton can read several at once
         offset = top * W + q
         inside = (offset >= 0) & (offset < H * W)
     else:
@@ -208,7 +208,7 @@ def convolve_kernel(
     for start in range(0, WINDOW, CHUNK):
         q = start + tl.arange(0, CHUNK)
         at, inside = pixels_at(
-            plane, top + TOP * STEP, left + LEFT, q[None, :], known, WINDOW, WINDOW_COLUMNS, H, W, STEP
+            plane, top + TOP * STEP, left + LEFT, q[None, :], known, WINDOW, WINDOW_COLUMNS, H, W, STEP, TILES
         )
         window = tl.load(x + at, mask=inside, other=0.0)
         if WINDOW % CHUNK != 0:
@@ -219,7 +219,7 @@ def convolve_kernel(
 
     if bias is not None:
         total += tl.load(bias + channel).to(tl.float32)
-    at, inside = pixels_at(plane, top, left, o[None, :], known, ROWS * COLUMNS, COLUMNS, H, W, STEP)
+    at, inside = pixels_at(plane, top, left, o[None, :], known, ROWS * COLUMNS, COLUMNS, H, W, STEP, TILES)
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
@@ -245,11 +245,12 @@ def product_kernel(
         picture, top, left = locate(m, GROUPS, TILES, ROWS, COLUMNS, STEP)
         plane = ((picture.to(tl.int64) * C + channel) * (H * W))[:, None]
         top, left, known = top[:, None], left[:, None], (m < blocks)[:, None]
+        size: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
         at, inside = pixels_at(
-            plane, top + TOP * STEP, left + LEFT, q, known, WINDOW_ROWS * WINDOW_COLUMNS, WINDOW_COLUMNS, H, W, STEP
+            plane, top + TOP * STEP, left + LEFT, q, known, size, WINDOW_COLUMNS, H, W, STEP, TILES
         )
         window = tl.load(x + at, mask=inside, other=0.0)
-        at, inside = pixels_at(plane, top, left, o[None, :], known, ROWS * COLUMNS, COLUMNS, H, W, STEP)
+        at, inside = pixels_at(plane, top, left, o[None, :], known, ROWS * COLUMNS, COLUMNS, H, W, STEP, TILES)
         block = tl.load(grad + at, mask=inside, other=0.0)
         total = tl.dot(tl.trans(block), window, total, input_precision="ieee")
     first = (channel.to(tl.int64) + split * C) * (PIXELS * WINDOW)
@@ -299,7 +300,7 @@ def plan_gradient(pictures, channels, height, width, kernel_size, dilation):
     tile = min(power_of_2(number), TILE_GRADIENT)
     # More programs keep the GPU busy, but each of them should add up at least four tiles.
     splits = min(PROGRAMS // (channels * window // chunk), number // (4 * tile))
-    arguments = dict(TILE=tile, PIXELS=power_of_2(blocks.pixels), CHUNK=chunk, WINDOW=window, num_warps=4)
+    arguments = dict(TILE=tile, PIXELS=power_of_2(blocks.pixels), CHUNK=chunk, WINDOW=window, num_warps=8)
     return blocks, number, max(splits, 1), arguments
 
 

@@ -10,11 +10,12 @@ not run.
 """
 
 import contextlib
+import statistics
+import time
 
 import timm
 import torch
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from common.device import choose_device
@@ -80,7 +81,7 @@ def forward_and_backward(conv, x, seed):
 def largest_error(shape, device, dtype):
     """Largest error of output, input and weight gradient against float64, each relative to the largest value there."""
     conv, x = make_inputs(2, *shape, device, dtype)
-    seed = torch.randn_like(x, requires_grad=False)
+    seed = torch.randn_like(x)
     actual = forward_and_backward(conv, x, seed)
     # float64 on the CPU, since not every device has it; the products' factors are those of `dtype`.
     exact = [tensor.detach().cpu().double().requires_grad_() for tensor in (x, conv.weight.to(dtype))]
@@ -91,16 +92,31 @@ def largest_error(shape, device, dtype):
     )
 
 
-def milliseconds(shape, pictures, device, dtype):
-    """Median time of forward pass and both gradients."""
-    conv, x = make_inputs(pictures, *shape, device, dtype)
-    timer = Timer(
-        "forward_and_backward(conv, x, seed)",
-        globals=dict(forward_and_backward=forward_and_backward, conv=conv, x=x, seed=torch.ones_like(x)),
-        num_threads=torch.get_num_threads(),
-    )
-    timer.timeit(2)
-    return 1e3 * timer.blocked_autorange(min_run_time=0.1).median
+def milliseconds(functions, device, repeats=21):
+    """Median milliseconds of each function, timed in turns so that a busy moment meets all of them.
+
+    On a GPU its cache is emptied before each call, since a network does not find its data there either.
+    """
+    cuda = device.type == "cuda"
+    cache = torch.empty(256 * 2**20 if cuda else 0, dtype=torch.int8, device=device)
+    times = [[] for _ in functions]
+    for repeat in range(-2, repeats):  # the first calls are a warm-up
+        for function, results in zip(functions, times):
+            cache.zero_()
+            if cuda:
+                started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                started.record()
+                function()
+                ended.record()
+                ended.synchronize()
+                duration = started.elapsed_time(ended)
+            else:
+                before = time.perf_counter()
+                function()
+                duration = 1e3 * (time.perf_counter() - before)
+            if repeat >= 0:
+                results.append(duration)
+    return [statistics.median(results) for results in times]
 
 
 def examine(shape, pictures, device, dtype):
@@ -109,10 +125,13 @@ def examine(shape, pictures, device, dtype):
     chosen, reasons = depthwise.explain(kernel_size, dilation, device, dtype)
     cells = [f"{channels}, {height} x {width}, {kernel_size}, {dilation}", chosen]
     cells.append(f"{largest_error(shape, device, dtype):.0e}")
+    conv, x = make_inputs(pictures, *shape, device, dtype)
+    seed = torch.ones_like(x)
     for name in NAMES:
         with forced(name):
             if depthwise.choose(kernel_size, dilation, device, dtype) == name:
-                cells.append(f"{milliseconds(shape, pictures, device, dtype):.3f}")
+                [duration] = milliseconds([lambda: forward_and_backward(conv, x, seed)], device)
+                cells.append(f"{duration:.3f}")
             else:
                 cells.append("-")
     return cells, reasons
