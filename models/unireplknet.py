@@ -6,8 +6,9 @@ parallel dilated branches, squeeze-and-excitation, and a two-layer MLP with glob
 inference `fuse()` merges every batch norm, branch and scale into plain convolutions and linear layers.
 
 What is deliberately different from the authors' file: nothing is printed, unknown arguments raise, merging computes
-in float64 and leaves the merged block's original as it was, and gradient checkpointing counts every batch once in the
-batch-norm statistics.
+in float64 and leaves the merged block's original as it was, gradient checkpointing counts every batch once in the
+batch-norm statistics, and under bfloat16 autocast the residual stream and GRN stay in bfloat16 (see
+`published_arithmetic`).
 
     import models, timm
     model = timm.create_model("unireplknet_t", num_classes=12)               # training structure
@@ -92,16 +93,55 @@ def frozen_statistics(module):
             norm.num_batches_tracked.copy_(num_batches_tracked)
 
 
+class LowPrecisionGRN(torch.autograd.Function):
+    """GRN of a bfloat16 tensor: sums are float32, but no float32 tensor of x's size is made, in neither direction.
+
+    x (N, H, W, C), gamma and beta (1, 1, 1, C), beta may be None -> (N, H, W, C) in x's dtype.
+    """
+
+    @staticmethod
+    def statistics(gx, gamma):
+        """Mean norm (N, 1, 1, 1), norms relative to it, and the factor on x, both (N, 1, 1, C)."""
+        mean = gx.mean(dim=-1, keepdim=True) + 1e-6
+        return mean, gx / mean, gamma * (gx / mean) + 1
+
+    @staticmethod
+    def forward(ctx, x, gamma, beta):
+        precise = torch.promote_types(x.dtype, torch.float32)
+        gx = torch.linalg.vector_norm(x, 2, (1, 2), keepdim=True, dtype=precise)  # (N, 1, 1, C)
+        ctx.save_for_backward(x, gamma, gx)
+        ctx.beta_dtype = None if beta is None else beta.dtype
+        scale = LowPrecisionGRN.statistics(gx, gamma)[2].to(x.dtype)
+        return x * scale if beta is None else torch.addcmul(beta.to(x.dtype), x, scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, gamma, gx = ctx.saved_tensors
+        mean, nx, scale = LowPrecisionGRN.statistics(gx, gamma)
+        grad_scale = (grad * x).sum((1, 2), keepdim=True, dtype=gx.dtype)
+        grad_nx = grad_scale * gamma
+        grad_gx = (grad_nx - (grad_nx * nx).mean(dim=-1, keepdim=True)) / mean
+        factor = torch.where(gx > 0, grad_gx / gx, 0)  # on x, since the norm's gradient is x / gx
+        grad_x = torch.addcmul(grad * scale.to(x.dtype), x, factor.to(x.dtype))
+        grad_gamma = (grad_scale * nx).sum(0, keepdim=True).to(gamma.dtype)
+        if ctx.beta_dtype is None:
+            return grad_x, grad_gamma, None
+        return grad_x, grad_gamma, grad.sum((0, 1, 2), keepdim=True, dtype=ctx.beta_dtype)
+
+
 class GRNwithNHWC(nn.Module):
     """Global response normalisation (ConvNeXt V2, arXiv:2301.00808, Section 3): (N, H, W, C) -> (N, H, W, C).
 
     Args:
         dim: C.
         use_bias: whether `beta` is added; the merged structure has it in the next linear layer.
+        published_arithmetic: see `UniRepLKNet`.
     """
 
-    def __init__(self, dim, use_bias=True):
+    def __init__(self, dim, use_bias=True, published_arithmetic=False):
         super().__init__()
+        self.published_arithmetic = published_arithmetic
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
         if use_bias:
             self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
@@ -109,6 +149,8 @@ class GRNwithNHWC(nn.Module):
             self.register_parameter("beta", None)
 
     def forward(self, x):
+        if x.dtype == torch.bfloat16 and not self.published_arithmetic:
+            return LowPrecisionGRN.apply(x, self.gamma, self.beta)
         gx = torch.norm(x, p=2, dim=(1, 2), keepdim=True)  # (N, 1, 1, C)
         nx = gx / (gx.mean(dim=-1, keepdim=True) + 1e-6)
         x = (self.gamma * nx + 1) * x
@@ -203,6 +245,7 @@ class UniRepLKNetBlock(nn.Module):
         with_cp: gradient checkpointing, less memory for a second forward pass.
         use_sync_bn: batch norms that synchronise over processes.
         ffn_factor: width of the MLP as a multiple of C.
+        published_arithmetic: see `UniRepLKNet`.
 
     Raises:
         ValueError: for a kernel size that the paper does not define.
@@ -220,6 +263,7 @@ class UniRepLKNetBlock(nn.Module):
         with_cp=False,
         use_sync_bn=False,
         ffn_factor=4,
+        published_arithmetic=False,
     ):
         super().__init__()
         # Everything that `fuse` needs to build the merged twin.
@@ -230,9 +274,11 @@ class UniRepLKNetBlock(nn.Module):
             with_cp=with_cp,
             use_sync_bn=use_sync_bn,
             ffn_factor=ffn_factor,
+            published_arithmetic=published_arithmetic,
         )
         self.deploy = deploy
         self.with_cp = with_cp
+        self.published_arithmetic = published_arithmetic
         norm_layer = nn.SyncBatchNorm if use_sync_bn else nn.BatchNorm2d
         ffn_dim = int(ffn_factor * dim)
 
@@ -246,7 +292,7 @@ class UniRepLKNetBlock(nn.Module):
         self.norm = nn.Identity() if deploy else norm_layer(dim)
         self.se = SEBlock(dim, dim // 4)
         self.pwconv1 = nn.Sequential(NCHWtoNHWC(), nn.Linear(dim, ffn_dim))  # -> (N, H, W, 4C)
-        self.act = nn.Sequential(nn.GELU(), GRNwithNHWC(ffn_dim, use_bias=not deploy))
+        self.act = nn.Sequential(nn.GELU(), GRNwithNHWC(ffn_dim, not deploy, published_arithmetic))
         self.pwconv2 = nn.Sequential(nn.Linear(ffn_dim, dim, bias=deploy), NHWCtoNCHW())  # -> (N, C, H, W)
         if not deploy:
             self.pwconv2.append(norm_layer(dim))
@@ -267,8 +313,12 @@ class UniRepLKNetBlock(nn.Module):
         """The block without gradient checkpointing."""
         y = self.se(self.norm(self.dwconv(x)))
         y = self.pwconv2(self.act(self.pwconv1(y)))
-        if self.gamma is not None:
-            y = self.gamma.view(1, -1, 1, 1) * y
+        gamma = self.gamma
+        if y.dtype == torch.bfloat16 and not self.published_arithmetic:
+            # The float32 layer scale and stream would turn everything from here on to float32.
+            x, gamma = x.to(y.dtype), None if gamma is None else gamma.to(y.dtype)
+        if gamma is not None:
+            y = gamma.view(1, -1, 1, 1) * y
         return x + self.drop_path(y)
 
     @torch.no_grad()
@@ -330,6 +380,11 @@ class UniRepLKNet(nn.Module):
         with_cp: gradient checkpointing, less memory for a second forward pass.
         attempt_use_lk_impl: which implementation of the depthwise convolutions runs, see `DepthwiseConv2d`.
         use_sync_bn: batch norms that synchronise over processes.
+        published_arithmetic: True computes under bfloat16 autocast as the authors' code does: layer scale, GRN and the
+            residual stream turn tensors to float32, which is half of the memory traffic of a training step. False keeps
+            them in bfloat16, with float32 sums. The two differ by rounding: a residual that is smaller than 1/512 of
+            the stream is lost, so take True to train with a layer scale as small as the paper's 1e-6. Without
+            autocast, and in float16, whose range is too small, both are the same.
 
     Raises:
         ValueError: where sizes do not fit together; the message names the remedy.
@@ -352,6 +407,7 @@ class UniRepLKNet(nn.Module):
         with_cp=False,
         attempt_use_lk_impl=True,
         use_sync_bn=False,
+        published_arithmetic=False,
     ):
         super().__init__()
         depths, dims = tuple(depths), tuple(dims)
@@ -402,6 +458,7 @@ class UniRepLKNet(nn.Module):
                         attempt_use_lk_impl=attempt_use_lk_impl,
                         with_cp=with_cp,
                         use_sync_bn=use_sync_bn,
+                        published_arithmetic=published_arithmetic,
                     )
                     for kernel_size in stage_kernel_sizes
                 ]

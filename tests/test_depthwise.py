@@ -1,6 +1,5 @@
 """The large-kernel convolution: which implementation runs, and that it computes what nn.Conv2d computes."""
 
-import os
 import subprocess
 import sys
 import types
