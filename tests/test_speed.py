@@ -11,6 +11,7 @@ import torch
 from timm.optim import create_optimizer_v2
 
 import train
+from benchmarks import depthwise, throughput
 from common.device import prefetch
 from common.options import UserError
 
@@ -129,3 +130,18 @@ def test_batches_are_copied_one_ahead_and_waited_for(monkeypatch):
         *("wait 2", "keep 2", "use 2"),
     ]
     assert list(prefetch(iter([1, 2]), CPU)) == [1, 2] and list(prefetch([], CUDA)) == []
+
+
+@pytest.mark.parametrize("script", [depthwise, throughput])
+def test_benchmarks_run_on_a_cpu(script, monkeypatch, capsys):
+    small = dict(MODELS=["unireplknet_a"], DEVICE="cpu", REPEATS=1)
+    small |= dict(IMG_SIZE=32, BATCH_SIZES=[2], PEER="") if script is throughput else dict(IMG_SIZES=[32], BATCH_SIZE=2)
+    for name, value in small.items():
+        monkeypatch.setattr(script, name, value)
+    script.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == (5 if script is throughput else 19)
+    assert "Error" not in "".join(rows)
+    monkeypatch.setattr(script, "MODELS", ["resnet18"])
+    with pytest.raises(UserError, match="MODELS"):
+        script.main()
