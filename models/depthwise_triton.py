@@ -23,8 +23,8 @@ weighs the two.
   input gives the same bits.
 
 A dilated kernel sees only every `dilation`-th row, so a block may hold rows that are STEP = dilation apart, and its
-window too: then no row is read for nothing. Products are bf16 or fp16, sums fp32. Where x is infinite or NaN, outputs of
-the same block may become NaN that the plain sum leaves finite.
+window too: then no row is read for nothing. Products are bf16 or fp16, sums fp32. Where x is infinite or NaN, outputs
+of the same block may become NaN that the plain sum leaves finite.
 
 Verified without a GPU by tests/test_depthwise_triton.py (in Triton's interpreter) and tests/compile_ahead.py (registers
 and shared memory on three generations of GPUs).
@@ -246,9 +246,7 @@ def product_kernel(
         plane = ((picture.to(tl.int64) * C + channel) * (H * W))[:, None]
         top, left, known = top[:, None], left[:, None], (m < blocks)[:, None]
         size: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
-        at, inside = pixels_at(
-            plane, top + TOP * STEP, left + LEFT, q, known, size, WINDOW_COLUMNS, H, W, STEP, TILES
-        )
+        at, inside = pixels_at(plane, top + TOP * STEP, left + LEFT, q, known, size, WINDOW_COLUMNS, H, W, STEP, TILES)
         window = tl.load(x + at, mask=inside, other=0.0)
         at, inside = pixels_at(plane, top, left, o[None, :], known, ROWS * COLUMNS, COLUMNS, H, W, STEP, TILES)
         block = tl.load(grad + at, mask=inside, other=0.0)

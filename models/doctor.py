@@ -87,9 +87,7 @@ def largest_error(shape, device, dtype):
     exact = [tensor.detach().cpu().double().requires_grad_() for tensor in (x, conv.weight.to(dtype))]
     out = F.conv2d(*exact, None, 1, conv.padding, conv.dilation, conv.groups)
     expected = out, *torch.autograd.grad(out, exact, seed.cpu().double())
-    return max(
-        ((a.detach().cpu().double() - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected)
-    )
+    return max(((a.detach().cpu().double() - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected))
 
 
 def milliseconds(functions, device, repeats=21):

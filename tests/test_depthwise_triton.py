@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_weight
 
 pytest.importorskip("triton")
 
-from models import depthwise_triton  # noqa: E402
+from models import depthwise, depthwise_triton, doctor  # noqa: E402
+from models.unireplknet import UniRepLKNetBlock  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,6 +40,29 @@ def test_the_golden_blocks_and_merged_network_are_the_same_with_the_kernels():
     """
     tests = "merged_form[13] or merged_form[17] or golden_merged_network[reparameterize_model]"
     assert run_pytest("tests/test_unireplknet.py", "-k", tests, UNIREPLKNET_DEPTHWISE="triton") == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_on_a_gpu(dtype):
+    """All shapes of unireplknet_t, edges, and a compiled block; factors are rounded alike, so only the sums differ."""
+    if depthwise.why_not_triton(13, "cuda", dtype):
+        pytest.skip(depthwise.why_not_triton(13, "cuda", dtype))
+    with torch.device("meta"):
+        shapes = doctor.find_shapes(timm.create_model("unireplknet_t"), 224)
+    shapes += [(3, height, width, 13, 1) for height, width in ((1, 1), (5, 33), (2, 128), (96, 96))]
+    for shape in shapes:
+        with doctor.forced("triton"):
+            assert doctor.largest_error(shape, torch.device("cuda"), dtype) < 0.01, shape
+    block = UniRepLKNetBlock(32, 13).cuda().train()
+    x = torch.randn(4, 32, 14, 14, device="cuda")
+    for network in (block, torch.compile(block, fullgraph=True)):
+        results = []
+        for name in ("triton", "pytorch"):
+            with doctor.forced(name), torch.autocast("cuda", dtype):
+                torch.compiler.reset()
+                results.append(network(x).float())
+        assert (results[0] - results[1]).abs().max() < 0.05 * results[1].abs().max()
 
 
 def reference(x, weight, bias, dilation, flip):
@@ -68,7 +93,7 @@ def test_the_formulas_of_all_gradients_in_float64(monkeypatch, height, width, di
 
 
 def test_kernels_compiled_ahead_of_time_spill_nothing(tmp_path, monkeypatch):
-    """The shapes of unireplknet_t at 224 pixels with the largest kernel and one dilated; all of them: compile_ahead.py"""
+    """Three shapes of unireplknet_t at 224 pixels; compile_ahead.py takes all of them."""
     compile_ahead = pytest.importorskip("tests.compile_ahead")
     if not compile_ahead.ASSEMBLER.is_file():
         pytest.skip("this Triton comes without NVIDIA's assembler")
