@@ -86,7 +86,7 @@ def power_of_2(number, smallest=16):
 
 
 def round_up(window, chunk):
-    """Pixels of a window that are multiplied: whole chunks, or the next power of 2 below that."""
+    """Pixels of a window that are multiplied: whole chunks, or for less than one the next power of 2."""
     return triton.cdiv(window, chunk) * chunk if window > chunk else power_of_2(window)
 
 
@@ -236,6 +236,7 @@ def product_kernel(
     x, grad (N, C, H, W); products (SPLITS, C, PIXELS, WINDOW) float32, WINDOW a multiple of CHUNK. Split s adds the
     tiles s, s + SPLITS, ... of the blocks.
     """
+    SIZE: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
     channel, split = tl.program_id(1), tl.program_id(2)
     q = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)[None, :]
     o = tl.arange(0, PIXELS)
@@ -245,8 +246,7 @@ def product_kernel(
         picture, top, left = locate(m, GROUPS, TILES, ROWS, COLUMNS, STEP)
         plane = ((picture.to(tl.int64) * C + channel) * (H * W))[:, None]
         top, left, known = top[:, None], left[:, None], (m < blocks)[:, None]
-        size: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
-        at, inside = pixels_at(plane, top + TOP * STEP, left + LEFT, q, known, size, WINDOW_COLUMNS, H, W, STEP, TILES)
+        at, inside = pixels_at(plane, top + TOP * STEP, left + LEFT, q, known, SIZE, WINDOW_COLUMNS, H, W, STEP, TILES)
         window = tl.load(x + at, mask=inside, other=0.0)
         at, inside = pixels_at(plane, top, left, o[None, :], known, ROWS * COLUMNS, COLUMNS, H, W, STEP, TILES)
         block = tl.load(grad + at, mask=inside, other=0.0)
