@@ -83,7 +83,7 @@ def compute(model, images, dtype):
 
 
 def choose_dtype(model, images):
-    """The dtype to compute in, by what it answers to the first batch: bf16 if that is close to float32, else float32."""
+    """The dtype to compute in, by what it answers to the first batch: bf16 if that is close to float32, else that."""
     choices = {"bf16": torch.bfloat16, "off": torch.float32}
     if AMP in choices:
         return choices[AMP]

@@ -43,7 +43,7 @@ from common import distributed
 from common.cache import open_cache
 from common.checkpoint import load_checkpoint, load_file, load_newest, lock, save_checkpoint
 from common.dataset import EpochBatches, SeededPictures, eval_transform, open_image_folder, seed_everything
-from common.device import choose_device, choose_layout, choose_workers, has_bfloat16, keep_freed_memory
+from common.device import choose_device, choose_layout, choose_workers, has_bfloat16, keep_freed_memory, prefetch
 from common.finite import first_non_finite_layer
 from common.interrupt import Interrupt, leave_signals_to_the_main_process
 from common.manifest import CACHE, MANIFEST, STATISTICS, fingerprint, read_json
@@ -112,7 +112,7 @@ MAX_SKIPPED: int = 10  # steps in a row with a loss or gradient that is not fini
 DEVICE: str = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
 AMP: str = "auto"  # mixed precision: "auto": bf16 where the device has it, else fp16 on cuda; "bf16", "fp16", "off"
 CHANNELS_LAST: str = "auto"  # keep pictures as NHWC in memory: "auto": on a CPU, where it is faster; "on", "off"
-COMPILE: bool = False  # torch.compile: a slow start, faster steps afterwards
+COMPILE: str = "auto"  # torch.compile: "on", "off"; "auto": on cuda under Linux in runs of 5,000 steps or more
 SPLIT_BATCHES: bool = True  # where memory runs out, compute each batch in halves, quarters, ...; still one step
 DETERMINISTIC: bool = False  # on a GPU: slower kernels that add in a fixed order, so that a run can be repeated exactly
 SYNC_BATCH_NORM: bool = False  # on several GPUs: batch norms look at the pictures of all of them
@@ -127,6 +127,8 @@ SEED: int = 42  # first weights, order of the pictures and augmentation
 # --- what a constant that was changed does to a run that is continued
 NO_EFFECT = ("CACHE_GB", "WORKERS", "OUTPUT", "RESUME", "SAVE_MINUTES", "KEEP", "MAX_SKIPPED")
 ONLY_AT_THE_START = ("PRETRAINED", "LAYER_SCALE")
+
+STEPS_TO_COMPILE = 5000  # compiling takes minutes and saves some hundredths of a second a step
 
 
 def choose_amp(device):
@@ -370,6 +372,8 @@ class Run:
             {name: value for name, value in group.items() if name not in ("params", "lr")}
             for group in self.optimizer.param_groups
         ]
+        for group, own in zip(checkpoint["optimizer"]["param_groups"], constants):
+            group["fused"] = own.get("fused")  # which decides where a step's number is kept
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for group, own in zip(self.optimizer.param_groups, constants):
             group.update(own)
@@ -416,6 +420,34 @@ def compute_gradients(run, network, batches, numbers, mixup, amp_dtype):
                 ones = torch.tensor(float(len(x)), device=run.device)
                 totals += torch.stack([loss.detach() * ones, right.sum(), unmixed.sum(), ones])
     return totals
+
+
+def wants_compile(device, steps):
+    """Whether torch.compile is to be used in a run of `steps` steps."""
+    pays = device.type == "cuda" and sys.platform == "linux" and steps >= STEPS_TO_COMPILE and not GRAD_CHECKPOINTING
+    return COMPILE == "on" or (COMPILE == "auto" and pays)
+
+
+def compile_network(model, pictures, device, amp_dtype):
+    """`model` compiled, after one pass with so many black pictures; `model` itself, and one line, where that fails."""
+    started = time.perf_counter()
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    compiled = torch.compile(model.train())
+    images = torch.zeros(pictures, 3, IMG_SIZE, IMG_SIZE, device=device)
+    if CHANNELS_LAST:
+        images = images.contiguous(memory_format=torch.channels_last)
+    try:
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            loss = compiled(images).float().mean()
+        loss.backward()
+        print(f"compile     in {time.perf_counter() - started:.0f} s")
+    except Exception as error:  # no C compiler, a kernel that cannot be built: many kinds
+        if not is_out_of_memory(error):  # a full memory is dealt with in the first step
+            print(f"compile     failed, so it is off: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            compiled = model
+    copy_tensors(buffers, list(model.buffers()))
+    model.zero_grad(set_to_none=True)
+    return compiled
 
 
 def copy_tensors(source, target):
@@ -485,7 +517,7 @@ def train_one_epoch(run, loader, mixup, amp_dtype, interrupt, save):
     steps = math.ceil(len(loader) / ACCUMULATE)
     first_step = min(run.pictures // pictures_per_step, steps)
     sampler.epoch, sampler.start = epoch, first_step * ACCUMULATE
-    reader = iter(loader)
+    reader = prefetch(loader, run.device)
     buffers = list(model.buffers())
     buffers_before = [buffer.clone() for buffer in buffers]  # a forward pass changes those of batch norms
     started, saved = time.perf_counter() - run.seconds, time.perf_counter()
@@ -773,6 +805,8 @@ def finish_epoch(run, row, loader, amp_dtype, interrupt, about, folder):
 def main():
     if IMG_SIZE < 32 or min(BATCH_SIZE, EPOCHS, ACCUMULATE, KEEP, MAX_SKIPPED) < 1:
         raise UserError("IMG_SIZE must be at least 32; BATCH_SIZE, EPOCHS, ACCUMULATE, KEEP and MAX_SKIPPED at least 1")
+    if COMPILE not in ("auto", "on", "off"):
+        raise UserError(f'COMPILE must be "auto", "on" or "off", got {COMPILE!r}')
     device = choose_device(DEVICE)
     if distributed.launched() and device.type == "cuda":
         device = choose_device(f"cuda:{distributed.local_rank()}")
@@ -816,7 +850,12 @@ def train(device, rank, ranks):
     model.to(device, memory_format=choose_layout(device, CHANNELS_LAST))
     ema = ModelEma(model, EMA_DECAY) if USE_EMA else None
     optimizer = create_optimizer_v2(
-        model, "adamw", LEARNING_RATE, WEIGHT_DECAY, layer_decay=LAYER_DECAY if LAYER_DECAY != 1 else None, fused=True
+        model,
+        "adamw",
+        LEARNING_RATE,
+        WEIGHT_DECAY,
+        layer_decay=LAYER_DECAY if LAYER_DECAY != 1 else None,
+        fused=True if device.type in ("cpu", "cuda") else None,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     mixup = Mixup(
@@ -844,8 +883,6 @@ def train(device, rank, ranks):
             raise UserError(
                 "cannot continue: LAYER_DECAY, or WEIGHT_DECAY to or from 0, groups the parameters anew; set them back"
             ) from error
-    if COMPILE:
-        run.model = torch.compile(model)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     amp_name = "float32" if amp_dtype is None else f"autocast {str(amp_dtype).removeprefix('torch.')}"
@@ -868,6 +905,9 @@ def train(device, rank, ranks):
     def save_last():
         if rank == 0:
             save(run, about, folder / "last.pth", KEEP)
+
+    if wants_compile(device, (EPOCHS - run.epoch) * len(train_loader)):
+        run.model = compile_network(model, train_loader.batch_sampler.batch_size, device, amp_dtype)
 
     print(format_row(None))
     for row in run.history:

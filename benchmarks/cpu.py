@@ -4,8 +4,8 @@
     python -m benchmarks.cpu --repeats 1 --batch-size 2
 
 "Published" is what any script gets: float32, NCHW, PyTorch's own convolutions, gradients and memory settings, the
-training structure. "Ours" is what train.py and test.py choose here. Each has a process of its own, since memory settings
-hold for a whole process; they compute in turns, so that a busy moment meets both.
+training structure. "Ours" is what train.py and test.py choose here. Each has a process of its own, since memory
+settings hold for a whole process; they compute in turns, so that a busy moment meets both.
 
 Prints three Markdown tables: the large-kernel convolution, forward and backward; a training step; inference.
 """
@@ -24,7 +24,6 @@ import models  # noqa: F401  registers the variants
 from common.device import choose_layout, has_bfloat16, keep_freed_memory
 from common.options import UserError, run
 from models.depthwise import DepthwiseConv2d
-from models.unireplknet import GRNwithNHWC
 
 BATCH_SIZE: int = 16  # pictures at once
 REPEATS: int = 7  # timings of which the median is taken
@@ -34,18 +33,6 @@ SIZES: list[int] = [224, 128]  # edge of the pictures in pixels, for each of MOD
 # channels and edge of the maps that unireplknet_t's kernels of 13 meet at 224 pixels
 MAPS = ((160, 28), (320, 14), (640, 7))
 CPU = torch.device("cpu")
-
-
-def published_grn(self, x):
-    """`GRNwithNHWC.forward` as in the authors' file."""
-    gx = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
-    nx = gx / (gx.mean(dim=-1, keepdim=True) + 1e-6)
-    x = (self.gamma * nx + 1) * x
-    return x if self.beta is None else x + self.beta
-
-
-def published_convolution(self, x):
-    return nn.Conv2d.forward(self, x)
 
 
 def convolution(ours, channels, edge, batch_size):
@@ -59,7 +46,7 @@ def convolution(ours, channels, edge, batch_size):
 def training(ours, name, size, batch_size):
     """A function that takes one training step, without the optimizer's part."""
     layout = choose_layout(CPU) if ours else torch.contiguous_format
-    model = timm.create_model(name, num_classes=12).train().to(memory_format=layout)
+    model = timm.create_model(name, num_classes=12, published_arithmetic=not ours).train().to(memory_format=layout)
     images = torch.randn(batch_size, 3, size, size).to(memory_format=layout)
     labels = torch.randint(12, (batch_size,))
 
@@ -75,7 +62,7 @@ def training(ours, name, size, batch_size):
 def inference(ours, name, size, batch_size):
     """A function that computes one batch."""
     layout = choose_layout(CPU) if ours else torch.contiguous_format
-    model = timm.create_model(name, num_classes=12).eval()
+    model = timm.create_model(name, num_classes=12, published_arithmetic=not ours).eval()
     model = (timm.utils.reparameterize_model(model) if ours else model).to(memory_format=layout)
     images = torch.randn(batch_size, 3, size, size).to(memory_format=layout)
 
@@ -93,7 +80,7 @@ def serve(connection, ours):
     if ours:
         keep_freed_memory()
     else:
-        GRNwithNHWC.forward, DepthwiseConv2d.forward = published_grn, published_convolution
+        DepthwiseConv2d.forward = nn.Conv2d.forward
     while (task := connection.recv()) is not None:
         if task != "run":
             make, arguments = task

@@ -153,7 +153,7 @@ def main():
     print("|---|---|---|---|---|---|")
     for size, suffix, plain, ours, known, _, decoding in sorted(reading):
         print(f"| {size} {suffix} | {row(plain, ours)} | {ours / decoding:.2f} | {1e3 * known / PICTURES:.2f} |")
-    print("\n| makedata.py | its check, ms a picture | share of decoding alone, on all cores |\n|---|---|---|")
+    print("\n| makedata.py | its check, ms a picture | by decoding alone, on all cores |\n|---|---|---|")
     for size, suffix, _, _, _, check, decoding in sorted(reading):
         print(f"| {size} {suffix} | {1e3 * check / PICTURES:.2f} | {check / decoding:.2f} |")
 

@@ -1,4 +1,4 @@
-"""The device that a script computes on, what suits it, and how many processes read pictures for it."""
+"""The device that a script computes on, what suits it, and how pictures get there."""
 
 import ctypes
 import os
@@ -69,3 +69,31 @@ def keep_freed_memory():
     if mallopt is not None:
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def prefetch(batches, device):
+    """The batches (lists of tensors) on `device`; a GPU copies each while it computes with the one before.
+
+    Reads one batch ahead. Copies overlap where the tensors are in pinned memory.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+
+    stream, waiting = torch.cuda.Stream(device), None
+
+    def hand_over(tensors, copied):
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)
+        for tensor in tensors:
+            tensor.record_stream(current)  # its memory was got by the other stream
+        return tensors
+
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            coming = [tensor.to(device, non_blocking=True) for tensor in batch], stream.record_event()
+        if waiting is not None:
+            yield hand_over(*waiting)
+        waiting = coming
+    if waiting is not None:
+        yield hand_over(*waiting)

@@ -1,9 +1,9 @@
 """The depthwise convolution on a CPU: kept on the fast routine, and with gradients that run on it, too.
 
-oneDNN, which computes PyTorch's convolutions on a CPU, has a depthwise forward routine near the peak of the machine. Its
-gradients have none for large or dilated kernels, and take 10 to 35 times as long as the forward pass. But both gradients
-are depthwise convolutions themselves, so here they are computed as forward passes: the same sums in another order
-(figures: benchmarks/README.md).
+oneDNN, which computes PyTorch's convolutions on a CPU, has a depthwise forward routine near the peak of the machine.
+Its gradients have none for large or dilated kernels, and take 10 to 35 times as long as the forward pass. But both
+gradients are depthwise convolutions themselves, so here they are computed as forward passes: the same sums in another
+order (figures: benchmarks/README.md).
 """
 
 import torch

@@ -6,8 +6,9 @@ parallel dilated branches, squeeze-and-excitation, and a two-layer MLP with glob
 inference `fuse()` merges every batch norm, branch and scale into plain convolutions and linear layers.
 
 What is deliberately different from the authors' file: nothing is printed, unknown arguments raise, merging computes
-in float64 and leaves the merged block's original as it was, and gradient checkpointing counts every batch once in the
-batch-norm statistics.
+in float64 and leaves the merged block's original as it was, gradient checkpointing counts every batch once in the
+batch-norm statistics, and under bfloat16 autocast the residual stream and GRN stay in bfloat16 (see
+`published_arithmetic`).
 
     import models, timm
     model = timm.create_model("unireplknet_t", num_classes=12)               # training structure
@@ -123,18 +124,16 @@ class GlobalResponseNorm(torch.autograd.Function):
 
 
 def sum_pixels(x):
-    """(N, H, W, C) -> (N, 1, 1, C), float32 or float64.
-
-    PyTorch adds float16 and bfloat16 in float32 and rounds the sum once. It would do without that, but 10 times as slow on
-    a CPU, where it makes a float32 copy of x first.
-    """
-    return x.sum((1, 2), keepdim=True).to(torch.promote_types(x.dtype, torch.float32))
+    """(N, H, W, C) -> (N, 1, 1, C), float32 or float64."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type == "cpu":  # adds in float32 in any case; asked for it, PyTorch makes a float32 copy of x first
+        return x.sum((1, 2), keepdim=True).to(dtype)
+    return x.sum((1, 2), keepdim=True, dtype=dtype)
 
 
 def spatial_norms(x):
     """L2 norm of each channel's map (N, 1, 1, C), and its mean over the channels plus epsilon (N, 1, 1, 1)."""
-    # Not by torch.norm, which is 4 times as slow on a CPU. In float16 the squares would overflow from 256 on.
-    gx = sum_pixels((x.float() if x.dtype == torch.float16 else x).square()).sqrt()
+    gx = sum_pixels(x.square()).sqrt()  # not by torch.norm, which is 4 times as slow on a CPU
     return gx, gx.mean(dim=-1, keepdim=True) + 1e-6
 
 
@@ -144,10 +143,12 @@ class GRNwithNHWC(nn.Module):
     Args:
         dim: C.
         use_bias: whether `beta` is added; the merged structure has it in the next linear layer.
+        published_arithmetic: see `UniRepLKNet`.
     """
 
-    def __init__(self, dim, use_bias=True):
+    def __init__(self, dim, use_bias=True, published_arithmetic=False):
         super().__init__()
+        self.published_arithmetic = published_arithmetic
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
         if use_bias:
             self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
@@ -155,7 +156,13 @@ class GRNwithNHWC(nn.Module):
             self.register_parameter("beta", None)
 
     def forward(self, x):
-        return GlobalResponseNorm.apply(x, self.gamma, self.beta)
+        # The squares of float16 overflow from 256 on.
+        if not self.published_arithmetic and x.dtype != torch.float16:
+            return GlobalResponseNorm.apply(x, self.gamma, self.beta)
+        gx = torch.norm(x, p=2, dim=(1, 2), keepdim=True)  # (N, 1, 1, C)
+        nx = gx / (gx.mean(dim=-1, keepdim=True) + 1e-6)
+        x = (self.gamma * nx + 1) * x
+        return x if self.beta is None else x + self.beta
 
 
 class SEBlock(nn.Module):
@@ -206,7 +213,7 @@ class DilatedReparamBlock(nn.Module):
         self.lk_origin = DepthwiseConv2d(dim, kernel_size, bias=deploy, attempt_use_lk_impl=attempt_use_lk_impl)
         self.origin_bn = nn.Identity() if deploy else norm_layer(dim)
         for k, r in self.branches:
-            self.add_module(f"dil_conv_k{k}_{r}", DepthwiseConv2d(dim, k, r, attempt_use_lk_impl=False))
+            self.add_module(f"dil_conv_k{k}_{r}", DepthwiseConv2d(dim, k, r, attempt_use_lk_impl=attempt_use_lk_impl))
             self.add_module(f"dil_bn_k{k}_{r}", norm_layer(dim))
 
     def branch(self, k, r):
@@ -248,6 +255,7 @@ class UniRepLKNetBlock(nn.Module):
         with_cp: gradient checkpointing, less memory for a second forward pass.
         use_sync_bn: batch norms that synchronise over processes.
         ffn_factor: width of the MLP as a multiple of C.
+        published_arithmetic: see `UniRepLKNet`.
 
     Raises:
         ValueError: for a kernel size that the paper does not define.
@@ -265,6 +273,7 @@ class UniRepLKNetBlock(nn.Module):
         with_cp=False,
         use_sync_bn=False,
         ffn_factor=4,
+        published_arithmetic=False,
     ):
         super().__init__()
         # Everything that `fuse` needs to build the merged twin.
@@ -275,9 +284,11 @@ class UniRepLKNetBlock(nn.Module):
             with_cp=with_cp,
             use_sync_bn=use_sync_bn,
             ffn_factor=ffn_factor,
+            published_arithmetic=published_arithmetic,
         )
         self.deploy = deploy
         self.with_cp = with_cp
+        self.published_arithmetic = published_arithmetic
         norm_layer = nn.SyncBatchNorm if use_sync_bn else nn.BatchNorm2d
         ffn_dim = int(ffn_factor * dim)
 
@@ -291,7 +302,7 @@ class UniRepLKNetBlock(nn.Module):
         self.norm = nn.Identity() if deploy else norm_layer(dim)
         self.se = SEBlock(dim, dim // 4)
         self.pwconv1 = nn.Sequential(NCHWtoNHWC(), nn.Linear(dim, ffn_dim))  # -> (N, H, W, 4C)
-        self.act = nn.Sequential(nn.GELU(), GRNwithNHWC(ffn_dim, use_bias=not deploy))
+        self.act = nn.Sequential(nn.GELU(), GRNwithNHWC(ffn_dim, not deploy, published_arithmetic))
         self.pwconv2 = nn.Sequential(nn.Linear(ffn_dim, dim, bias=deploy), NHWCtoNCHW())  # -> (N, C, H, W)
         if not deploy:
             self.pwconv2.append(norm_layer(dim))
@@ -312,8 +323,12 @@ class UniRepLKNetBlock(nn.Module):
         """The block without gradient checkpointing."""
         y = self.se(self.norm(self.dwconv(x)))
         y = self.pwconv2(self.act(self.pwconv1(y)))
-        if self.gamma is not None:
-            y = self.gamma.to(y.dtype).view(1, -1, 1, 1) * y  # not in float32 under autocast: x would become it, too
+        gamma = self.gamma
+        if y.dtype == torch.bfloat16 and not self.published_arithmetic:
+            # The float32 layer scale and stream would turn everything from here on to float32.
+            x, gamma = x.to(y.dtype), None if gamma is None else gamma.to(y.dtype)
+        if gamma is not None:
+            y = gamma.view(1, -1, 1, 1) * y
         return x + self.drop_path(y)
 
     @torch.no_grad()
@@ -373,8 +388,13 @@ class UniRepLKNet(nn.Module):
         kernel_sizes: for each stage the kernel size of each block; None means the published ones for `depths`.
         deploy: True builds the merged structure for inference.
         with_cp: gradient checkpointing, less memory for a second forward pass.
-        attempt_use_lk_impl: False keeps to PyTorch's convolution where depthwise_conv2d_implicit_gemm is installed.
+        attempt_use_lk_impl: which implementation of the depthwise convolutions runs, see `DepthwiseConv2d`.
         use_sync_bn: batch norms that synchronise over processes.
+        published_arithmetic: True computes under bfloat16 autocast as the authors' code does: layer scale, GRN and the
+            residual stream turn tensors to float32, which is half of the memory traffic of a training step. False keeps
+            them in bfloat16, with float32 sums. The two differ by rounding: a residual that is smaller than 1/512 of
+            the stream is lost, so take True to train with a layer scale as small as the paper's 1e-6. In float32
+            the sums of GRN round differently, and float16, whose range is too small, is always as published.
 
     Raises:
         ValueError: where sizes do not fit together; the message names the remedy.
@@ -397,6 +417,7 @@ class UniRepLKNet(nn.Module):
         with_cp=False,
         attempt_use_lk_impl=True,
         use_sync_bn=False,
+        published_arithmetic=False,
     ):
         super().__init__()
         depths, dims = tuple(depths), tuple(dims)
@@ -447,6 +468,7 @@ class UniRepLKNet(nn.Module):
                         attempt_use_lk_impl=attempt_use_lk_impl,
                         with_cp=with_cp,
                         use_sync_bn=use_sync_bn,
+                        published_arithmetic=published_arithmetic,
                     )
                     for kernel_size in stage_kernel_sizes
                 ]

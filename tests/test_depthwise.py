@@ -1,21 +1,51 @@
 """The large-kernel convolution: which implementation runs, and that it computes what nn.Conv2d computes."""
 
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from models import depthwise, depthwise_cpu
-from models.depthwise import DepthwiseConv2d, describe_implementation, why_not_implicit_gemm
+from common.options import UserError
+from models import depthwise, depthwise_cpu, doctor
+from models.depthwise import (
+    NAMES,
+    DepthwiseConv2d,
+    choose,
+    describe_implementation,
+    explain,
+    why_not_implicit_gemm,
+    why_not_triton,
+)
+
+CUDA = torch.device("cuda")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def forget_the_import():
-    depthwise.import_implicit_gemm.cache_clear()
+def forget_what_was_tried(monkeypatch):
+    cached = (depthwise.import_implicit_gemm, depthwise.why_triton_fails)
+    for function in cached:
+        function.cache_clear()
+    monkeypatch.setattr(depthwise, "FORCED", "auto")
     yield
-    depthwise.import_implicit_gemm.cache_clear()
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.fixture
+def no_triton(monkeypatch):
+    monkeypatch.setattr(depthwise, "TRITON_ERROR", "ModuleNotFoundError: No module named 'triton'")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As on a GPU on which Triton works."""
+    monkeypatch.setattr(depthwise, "TRITON_ERROR", "")
+    monkeypatch.setattr(depthwise, "why_triton_fails", lambda device: "")
 
 
 class DepthWiseConv2dImplicitGEMM(nn.Conv2d):
@@ -115,36 +145,113 @@ def test_even_kernels_are_refused():
         DepthwiseConv2d(4, 12)
 
 
-def test_the_extension_is_used_where_it_fits(extension):
-    conv = DepthwiseConv2d(1, 13)
+def test_the_extension_is_used_where_it_fits(extension, no_triton):
     for dtype in (torch.float16, torch.float32):
-        assert why_not_implicit_gemm(conv, "cuda", dtype) == ""
+        assert why_not_implicit_gemm(13, 1, "cuda", dtype) == ""
+        assert choose(13, 1, CUDA, dtype) == "implicit_gemm"
     assert describe_implementation("cuda", torch.float16).startswith("depthwise_conv2d_implicit_gemm")
 
 
 @pytest.mark.parametrize(
-    ("conv", "device", "dtype", "contiguous", "reason"),
+    ("kernel_size", "dilation", "device", "dtype", "contiguous", "reason"),
     [
-        (DepthwiseConv2d(1, 5), "cuda", torch.float16, True, "larger than 5"),
-        (DepthwiseConv2d(1, 7, dilation=2), "cuda", torch.float16, True, "dilation"),
-        (DepthwiseConv2d(1, 13), "cpu", torch.float16, True, "on cpu"),
-        (DepthwiseConv2d(1, 13), "cuda", torch.bfloat16, True, "not bfloat16"),
-        (DepthwiseConv2d(1, 13), "cuda", torch.float64, True, "not float64"),
-        (DepthwiseConv2d(1, 13), "cuda", torch.float16, False, "contiguous"),
+        (5, 1, "cuda", torch.float16, True, "larger than 5"),
+        (7, 2, "cuda", torch.float16, True, "dilation"),
+        (13, 1, "cpu", torch.float16, True, "on cpu"),
+        (13, 1, "cuda", torch.bfloat16, True, "not bfloat16"),
+        (13, 1, "cuda", torch.float64, True, "not float64"),
+        (13, 1, "cuda", torch.float16, False, "contiguous"),
     ],
 )
-def test_the_extension_is_not_used_where_it_does_not_fit(extension, conv, device, dtype, contiguous, reason):
-    assert reason in why_not_implicit_gemm(conv, device, dtype, contiguous)
+def test_the_extension_is_not_used_where_it_does_not_fit(
+    extension, no_triton, kernel_size, dilation, device, dtype, contiguous, reason
+):
+    assert reason in why_not_implicit_gemm(kernel_size, dilation, device, dtype, contiguous)
+    assert choose(kernel_size, dilation, torch.device(device), dtype, contiguous) == "pytorch"
+
+
+def test_triton_comes_first_on_a_gpu_where_it_works(extension, gpu):
+    for dtype in (torch.bfloat16, torch.float16):
+        for kernel_size, dilation in ((3, 1), (3, 5), (7, 2), (13, 1), (31, 1)):
+            assert choose(kernel_size, dilation, CUDA, dtype, contiguous=False) == "triton"
+    assert explain(13, 1, CUDA, torch.float16) == ("triton", {})
+    assert describe_implementation("cuda", torch.float16) == "Triton kernels on tensor cores"
+    assert choose(13, 1, CUDA, torch.float32) == "implicit_gemm"
+    assert choose(33, 1, CUDA, torch.bfloat16) == "pytorch"
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "device", "dtype", "reason"),
+    [
+        (33, "cuda", torch.bfloat16, "larger than 31"),
+        (13, "cpu", torch.bfloat16, "on cpu"),
+        (13, "mps", torch.float16, "on mps"),
+        (13, "cuda", torch.float32, "not float32"),
+        (13, "cuda", torch.float64, "not float64"),
+    ],
+)
+def test_triton_is_not_used_where_it_does_not_fit(gpu, kernel_size, device, dtype, reason):
+    assert reason in why_not_triton(kernel_size, device, dtype)
+
+
+def test_a_gpu_that_is_too_old_or_has_no_compiler_is_told(monkeypatch):
+    monkeypatch.setattr(depthwise, "TRITON_ERROR", "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert why_not_triton(13, "cuda", torch.float16) == "compute capability 7.5 is below 8.0"
+    depthwise.why_triton_fails.cache_clear()
+
+    def fail(device):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
+    assert why_not_triton(13, "cuda", torch.float16) == "RuntimeError: Failed to find C compiler."
+    assert "not triton: RuntimeError: Failed to find C compiler" in describe_implementation("cuda", torch.float16)
+
+
+def test_the_wish_is_followed_where_it_can_be(extension, gpu, monkeypatch):
+    assert choose(13, 1, CUDA, torch.float16, wish="implicit_gemm") == "implicit_gemm"
+    assert choose(13, 1, CUDA, torch.bfloat16, wish="implicit_gemm") == "pytorch"
+    assert choose(13, 1, CUDA, torch.bfloat16, wish="pytorch") == "pytorch"
+    monkeypatch.setattr(depthwise, "FORCED", "pytorch")
+    assert choose(13, 1, CUDA, torch.bfloat16, wish="triton") == "pytorch"
+    assert explain(13, 1, CUDA, torch.float16)[1]["triton"] == "UNIREPLKNET_DEPTHWISE is 'pytorch'"
+    assert [DepthwiseConv2d(1, 3, attempt_use_lk_impl=value).wish for value in (True, False, *NAMES, "auto")] == [
+        "auto",
+        "pytorch",
+        *NAMES,
+        "auto",
+    ]
+    with pytest.raises(ValueError, match="triton, implicit_gemm, pytorch or auto, got 'cudnn'"):
+        DepthwiseConv2d(1, 3, attempt_use_lk_impl="cudnn")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_gives_the_same_numbers_on_a_cpu(monkeypatch, name):
+    conv, x = DepthwiseConv2d(2, 13), torch.randn(1, 2, 9, 9)
+    expected = conv(x)
+    monkeypatch.setattr(depthwise, "FORCED", name)
+    assert torch.equal(conv(x), expected)
+
+
+def test_an_unknown_name_in_the_environment_variable_gets_one_sentence(run_script, monkeypatch):
+    monkeypatch.setenv("UNIREPLKNET_DEPTHWISE", "cudnn")
+    result = run_script("test.py")
+    assert result.returncode == 1 and result.stderr == (
+        "error: the environment variable UNIREPLKNET_DEPTHWISE must be triton, implicit_gemm, pytorch or auto, got "
+        "'cudnn'\n"
+    )
 
 
 def test_the_real_import_error_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "depthwise_conv2d_implicit_gemm", None)
-    assert "ModuleNotFoundError" in describe_implementation("cuda", torch.float16)
+    monkeypatch.setattr(depthwise, "TRITON_ERROR", "OSError: libcuda.so.1: cannot open shared object file")
+    text = describe_implementation("cuda", torch.float16)
+    assert "not triton: OSError: libcuda.so.1" in text and "not implicit_gemm: ModuleNotFoundError" in text
     assert "ModuleNotFoundError" in describe_implementation("cpu", torch.float32)
     assert "on cpu" in describe_implementation("cpu", torch.float32)
 
 
-def test_a_broken_build_is_told_and_passed_over(monkeypatch, tmp_path):
+def test_a_broken_build_is_told_and_passed_over(monkeypatch, tmp_path, no_triton):
     broken = "raise OSError('libcudart.so.11.0: cannot open shared object file')"
     (tmp_path / "depthwise_conv2d_implicit_gemm.py").write_text(broken)
     monkeypatch.syspath_prepend(tmp_path)
@@ -159,5 +266,39 @@ def test_the_extension_gets_the_module_s_own_parameters(extension, monkeypatch):
     expected = conv(x)
     monkeypatch.setattr(depthwise, "why_not_implicit_gemm", lambda *_: "")
     torch.testing.assert_close(conv(x), expected + 1000)
-    conv.attempt_use_lk_impl = False
+    conv.wish = "pytorch"
     torch.testing.assert_close(conv(x), expected)
+
+
+def test_everything_works_without_triton():
+    """As where Triton is not installed: importing it fails."""
+    program = (
+        "import sys; sys.modules['triton'] = None; import torch, models; from models import depthwise;"
+        "assert 'triton' in depthwise.TRITON_ERROR; print(models.describe_implementation('cuda', torch.bfloat16));"
+        "print(models.DepthwiseConv2d(2, 13)(torch.ones(1, 2, 9, 9)).shape)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert "not triton: ModuleNotFoundError" in result.stdout and "[1, 2, 9, 9]" in result.stdout
+
+
+def test_the_doctor_examines_every_shape(monkeypatch, capsys):
+    for name, value in dict(MODEL="unireplknet_a", IMG_SIZE=32, BATCH_SIZE=1, DEVICE="cpu").items():
+        monkeypatch.setattr(doctor, name, value)
+    monkeypatch.setattr(doctor.milliseconds, "__defaults__", (1,))
+    doctor.main()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ") and "channels" not in line]
+    assert rows[0][0] == "| 40, 8 x 8, 3, 1" and len(rows) == 19
+    for row in rows:
+        assert row[1] == "pytorch" and float(row[2]) < 1e-5 and row[3:5] == ["-", "-"] and float(row[5].split()[0]) > 0
+    assert "19 of 19 shapes not triton: " in "\n".join(lines)
+
+
+@pytest.mark.parametrize(("constant", "value"), [("MODEL", "resnet18"), ("IMG_SIZE", 16), ("AMP", "int8")])
+def test_the_doctor_refuses_bad_constants(monkeypatch, constant, value):
+    monkeypatch.setattr(doctor, constant, value)
+    with pytest.raises(UserError, match=constant):
+        doctor.main()

@@ -16,9 +16,8 @@ import makedata
 from common.checkpoint import load_checkpoint
 
 # 51 training pictures: 12 batches of 4, so 3 steps of 16 pictures an epoch.
-OPTIONS = (
-    "--model unireplknet_a --img-size 32 --batch-size 4 --epochs 3 --workers 0 --device cpu --amp off --mix-prob 0.5".split()
-)
+OPTIONS = "--model unireplknet_a --img-size 32 --batch-size 4 --epochs 3 --workers 0 --device cpu".split()
+OPTIONS += "--amp off --mix-prob 0.5".split()
 
 
 @pytest.fixture

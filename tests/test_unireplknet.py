@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from models.unireplknet import DILATED_BRANCHES, KERNEL_SIZES, VARIANTS, UniRepLKNet, UniRepLKNetBlock, load_weights
@@ -241,6 +242,71 @@ def test_float16_autocast_and_bfloat16_agree_roughly(network, tiny):
     expected = network(tiny["input"])
     with torch.autocast("cpu", torch.bfloat16):
         close(network(tiny["input"]).float(), expected, 0.1)
+
+
+def test_grn_has_the_gradients_of_its_published_formula():
+    grn = models.unireplknet.GRNwithNHWC(5, published_arithmetic=True).double()
+    with torch.no_grad():
+        grn.gamma.normal_()
+        grn.beta.normal_()
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    function = models.unireplknet.GlobalResponseNorm.apply
+    for beta in (grn.beta, None):
+        assert torch.autograd.gradcheck(function, (x, grn.gamma, beta))
+    torch.testing.assert_close(function(x, grn.gamma, grn.beta), grn(x))
+    with torch.no_grad():
+        x[0, :, :, 0] = 0  # a channel without response
+    x.grad = None
+    function(x, grn.gamma, grn.beta).square().sum().backward()
+    expected = x.grad.clone()
+    x.grad = None
+    grn(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+class FullPrecisionTensors(TorchDispatchMode):
+    """Counts the float32 results of at least `size` numbers that operators make."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.found = size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else [results]:
+            if torch.is_tensor(result) and result.dtype == torch.float32 and result.numel() >= self.size:
+                self.found += 1
+        return results
+
+
+@pytest.mark.parametrize("kernel_size", [3, 13])
+def test_autocast_makes_no_float32_tensors_of_four_times_the_width(kernel_size):
+    found, errors = {}, {}
+    exact = randomised(UniRepLKNetBlock(8, kernel_size)).train()
+    x = torch.randn(4, 8, 16, 16, requires_grad=True)
+    expected = torch.autograd.grad(exact(x).square().mean(), [x, *exact.parameters()])
+    for published in (False, True):
+        block = UniRepLKNetBlock(8, kernel_size, published_arithmetic=published).train()
+        block.load_state_dict(exact.state_dict())
+        with FullPrecisionTensors(4 * x.numel()) as tensors:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = block(x)
+                assert out.dtype == (torch.float32 if published else torch.bfloat16)
+            gradients = torch.autograd.grad(out.float().square().mean(), [x, *block.parameters()])
+        found[published] = tensors.found
+        scales = [tensor.abs().max().clamp_min(1e-4) for tensor in expected]
+        errors[published] = max(
+            ((a - b).abs().max() / scale).item() for a, b, scale in zip(gradients, expected, scales)
+        )
+    assert found[False] == 0 < found[True]
+    assert errors[False] < max(3 * errors[True], 0.05)  # rounding only
+
+
+def test_published_arithmetic_is_the_authors_and_changes_rounding_only_in_float32(network, tiny):
+    published = UniRepLKNet(**TINY, published_arithmetic=True)
+    published.load_state_dict(network.state_dict())
+    torch.testing.assert_close(published.eval()(tiny["input"]), network(tiny["input"]), rtol=1e-5, atol=1e-5)
+    assert all(block.fuse().published_arithmetic for stage in published.stages for block in stage)
 
 
 # --- timm
