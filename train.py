@@ -444,7 +444,8 @@ def compile_network(model, pictures, device, amp_dtype):
         print(f"compile     in {time.perf_counter() - started:.0f} s")
     except Exception as error:  # no C compiler, a kernel that cannot be built: many kinds
         if not is_out_of_memory(error):  # a full memory is dealt with in the first step
-            print(f"compile     failed, so it is off: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            reason = str(error).strip().partition("\n")[0]
+            print(f"compile     failed, so it is off: {type(error).__name__}: {reason}")
             compiled = model
     copy_tensors(buffers, list(model.buffers()))
     model.zero_grad(set_to_none=True)
