@@ -255,6 +255,8 @@ def create_network(num_classes):
         raise UserError(f"MODEL {MODEL!r} is unknown; choose one of {', '.join(near)}, or another name that timm lists")
     if MODEL.startswith("unireplknet"):
         arguments["layer_scale_init_value"] = LAYER_SCALE
+        # A residual stream in bfloat16 would lose what a layer scale as small as the paper's leaves of each block.
+        arguments["published_arithmetic"] = 0 < LAYER_SCALE < 0.01
     try:
         model = timm.create_model(MODEL, drop_path_rate=DROP_PATH or None, **arguments)
     except TypeError as error:
@@ -443,7 +445,8 @@ def compile_network(model, pictures, device, amp_dtype):
         print(f"compile     in {time.perf_counter() - started:.0f} s")
     except Exception as error:  # no C compiler, a kernel that cannot be built: many kinds
         if not is_out_of_memory(error):  # a full memory is dealt with in the first step
-            print(f"compile     failed, so it is off: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            reason = str(error).strip().partition("\n")[0]
+            print(f"compile     failed, so it is off: {type(error).__name__}: {reason}")
             compiled = model
     copy_tensors(buffers, list(model.buffers()))
     model.zero_grad(set_to_none=True)

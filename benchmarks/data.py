@@ -148,7 +148,7 @@ def main():
     for size, suffix, plain, ours in sorted(epochs):
         print(f"| {size} {suffix} | {row(plain, ours)} |")
     print(
-        "\n| statistics | plain loop, ms a picture | mean_std.py | ratio | share of decoding alone | after makedata.py |"
+        "\n| statistics | plain loop, ms a picture | mean_std.py | ratio | by decoding alone | after makedata.py |"
     )
     print("|---|---|---|---|---|---|")
     for size, suffix, plain, ours, known, _, decoding in sorted(reading):

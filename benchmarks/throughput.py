@@ -117,7 +117,8 @@ def main():
             speed, memory = measure(name, way, task, pictures, repeats, device)
             cells = [f"{speed:.1f}", "-" if memory is None else f"{memory:.1f}"]
         except Exception as error:  # memory full, no C compiler, ...: the others are still worth knowing
-            cells = [f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}", "-"]
+            reason = str(error).strip().partition("\n")[0]
+            cells = [f"{type(error).__name__}: {reason[:80]}", "-"]
         tqdm.write(f"| {task} | {pictures} | {name} | {way} | {' | '.join(cells)} |")
 
 

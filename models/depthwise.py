@@ -75,7 +75,8 @@ def why_triton_fails(device):
         with torch.autocast("cuda", enabled=False):
             error = (y.float() - F.conv2d(x, weight, padding=1)).abs().max().item()
     except Exception as error:  # no GPU, no C compiler, an old driver: many kinds
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        reason = str(error).strip().partition("\n")[0]
+        return f"{type(error).__name__}: {reason}"
     return "" if error < 0.05 else f"it computes wrong numbers here: an error of {error:.2g} in a sum of 9 products"
 
 

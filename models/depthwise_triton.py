@@ -298,7 +298,9 @@ def plan_gradient(pictures, channels, height, width, kernel_size, dilation):
     tile = min(power_of_2(number), TILE_GRADIENT)
     # More programs keep the GPU busy, but each of them should add up at least four tiles.
     splits = min(PROGRAMS // (channels * window // chunk), number // (4 * tile))
-    arguments = dict(TILE=tile, PIXELS=power_of_2(blocks.pixels), CHUNK=chunk, WINDOW=window, num_warps=8)
+    pixels = power_of_2(blocks.pixels)
+    warps = 8 if pixels * chunk >= 64 * 128 else 4
+    arguments = dict(TILE=tile, PIXELS=pixels, CHUNK=chunk, WINDOW=window, num_warps=warps)
     return blocks, number, max(splits, 1), arguments
 
 

@@ -391,10 +391,10 @@ class UniRepLKNet(nn.Module):
         attempt_use_lk_impl: which implementation of the depthwise convolutions runs, see `DepthwiseConv2d`.
         use_sync_bn: batch norms that synchronise over processes.
         published_arithmetic: True computes under bfloat16 autocast as the authors' code does: layer scale, GRN and the
-            residual stream turn tensors to float32, which is half of the memory traffic of a training step. False keeps
-            them in bfloat16, with float32 sums. The two differ by rounding: a residual that is smaller than 1/512 of
-            the stream is lost, so take True to train with a layer scale as small as the paper's 1e-6. In float32
-            the sums of GRN round differently, and float16, whose range is too small, is always as published.
+            residual stream turn tensors to float32, which takes twice the memory. False keeps them in bfloat16, with
+            float32 sums. The two differ by rounding: a residual that is smaller than 1/512 of the stream is lost, so
+            take True to train with a layer scale as small as the paper's 1e-6. In float32 the sums of GRN round
+            differently, and float16, whose range is too small, is always as published.
 
     Raises:
         ValueError: where sizes do not fit together; the message names the remedy.
