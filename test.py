@@ -3,6 +3,7 @@
     python test.py                                       pictures in test/, or in data/val where there is no test/
     python test.py some_photo.jpg more_photos/           files, folders, or patterns such as "photos/*.jpg"
     python test.py --checkpoint checkpoints/unireplknet_t/best.pth some_photo.jpg
+    python test.py --checkpoint exports/unireplknet_t/model.onnx      by onnxruntime, from tools/export.py
 
 Prints the likeliest classes of each picture and writes them to results/predictions.csv. Where the folders carry the
 names of the classes, it also measures the accuracy and writes report.txt, confusion_matrix.csv, confusion_matrix.png
@@ -23,15 +24,16 @@ from sklearn.metrics import classification_report, confusion_matrix
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.checkpoint import build_network, load_checkpoint
+from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import PictureFiles, eval_transform
 from common.device import choose_device, choose_workers
 from common.images import is_image, load_image
+from common.onnx_network import OnnxNetwork
 from common.options import UserError, run
 from common.plots import plot_confusion_matrix, plot_mistakes
 
 IMAGES: list[str] = []  # files, folders or patterns; []: test/ if it exists, else data/val
-CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth
+CHECKPOINT: str = ""  # file of train.py, or .onnx of tools/export.py; "": the newest checkpoints/*/best.pth
 TOP_K: int = 3  # how many of the likeliest classes to show for each picture
 MERGE: bool = True  # merge the network into its inference structure: the same answers, faster
 BATCH_SIZE: int = 32  # pictures that pass through the network at once
@@ -39,16 +41,6 @@ WORKERS: int = -1  # processes that read pictures; -1: one for each core, up to 
 DEVICE: str = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
 MISTAKES: int = 24  # wrong answers in mistakes.png, the surest first
 OUTPUT: str = "results"  # folder for the files that are written; those of an earlier call are replaced
-
-
-def find_checkpoint():
-    """The checkpoint to use: CHECKPOINT, or the newest best.pth."""
-    if CHECKPOINT:
-        return Path(CHECKPOINT)
-    found = sorted(Path("checkpoints").glob("*/best.pth"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError("there is no checkpoints/*/best.pth; run train.py first, or give one with --checkpoint")
-    return found[-1]
 
 
 def find_pictures():
@@ -144,16 +136,19 @@ def evaluate(paths, probabilities, classes, folder):
 def main():
     if TOP_K < 1 or BATCH_SIZE < 1:
         raise UserError(f"TOP_K and BATCH_SIZE must be at least 1, got {TOP_K} and {BATCH_SIZE}")
-    path = find_checkpoint()
-    checkpoint = load_checkpoint(path)
+    path = find_checkpoint(CHECKPOINT)
+    if path.suffix == ".onnx":
+        model, device = OnnxNetwork(path), choose_device("cpu")
+        checkpoint, what = model.about, "onnxruntime"
+    else:
+        checkpoint, device = load_checkpoint(path), choose_device(DEVICE)
+        model = build_network(checkpoint, MERGE).to(device)
+        what = "EMA weights" if checkpoint.get("state_dict_ema") else "weights"
+        what += ", merged" if MERGE else ", training structure"
     classes = checkpoint["classes"]
     paths = find_pictures()
-    device = choose_device(DEVICE)
-    model = build_network(checkpoint, MERGE).to(device)
     transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
-    weights = "EMA weights" if checkpoint.get("state_dict_ema") else "weights"
-    structure = "merged" if MERGE else "training structure"
-    print(f"{path}: {checkpoint['arch']}, {len(classes)} classes, {weights}, {structure}, {device}")
+    print(f"{path}: {checkpoint['arch']}, {len(classes)} classes, {what}, {device}")
 
     folder = Path(OUTPUT)
     folder.mkdir(parents=True, exist_ok=True)
