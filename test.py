@@ -30,7 +30,7 @@ from common.device import choose_device, choose_workers
 from common.images import is_image, load_image
 from common.onnx_network import OnnxNetwork
 from common.options import UserError, run
-from common.plots import plot_confusion_matrix, plot_mistakes
+from common.plots import plot_confusion_matrix, plot_sheet
 
 IMAGES: list[str] = []  # files, folders or patterns; []: test/ if it exists, else data/val
 CHECKPOINT: str = ""  # file of train.py, or .onnx of tools/export.py; "": the newest checkpoints/*/best.pth
@@ -130,7 +130,7 @@ def evaluate(paths, probabilities, classes, folder):
     if wrong:
         pictures = [load_image(paths[known[i]]).resize((192, 192)) for i in wrong]
         captions = [f"{classes[predictions[i]]} {sureness[i]:.2f}\nis {classes[labels[i]]}" for i in wrong]
-        plot_mistakes(pictures, captions, folder / "mistakes.png")
+        plot_sheet(pictures, captions, folder / "mistakes.png")
 
 
 def main():

@@ -299,6 +299,18 @@ def learning_rate(step, steps, warmup_steps):
     return MIN_LEARNING_RATE + (LEARNING_RATE - MIN_LEARNING_RATE) * (1 + math.cos(math.pi * min(progress, 1))) / 2
 
 
+def create_mixup(num_classes):
+    """timm's Mixup with the constants; it also makes the targets of a batch that is not mixed."""
+    return Mixup(
+        mixup_alpha=MIXUP,
+        cutmix_alpha=CUTMIX,
+        prob=MIX_PROB if MIXUP or CUTMIX else 0.0,
+        switch_prob=MIX_SWITCH,
+        label_smoothing=SMOOTHING,
+        num_classes=num_classes,
+    )
+
+
 def mix(mixup, images, labels):
     """Mix a batch and smooth its labels: images (N, 3, H, W), labels (N,) -> images, targets (N, classes).
 
@@ -821,14 +833,7 @@ def train(device, rank, ranks):
         model, "adamw", LEARNING_RATE, WEIGHT_DECAY, layer_decay=LAYER_DECAY if LAYER_DECAY != 1 else None
     )
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    mixup = Mixup(
-        mixup_alpha=MIXUP,
-        cutmix_alpha=CUTMIX,
-        prob=MIX_PROB if MIXUP or CUTMIX else 0.0,
-        switch_prob=MIX_SWITCH,
-        label_smoothing=SMOOTHING,
-        num_classes=len(classes),
-    )
+    mixup = create_mixup(len(classes))
     run = Run(model, ema, optimizer, scaler, device)
     about = about_run(classes, mean, std, model_args, pictures, ranks)
 

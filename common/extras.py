@@ -19,4 +19,4 @@ def require(module, package=None):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"this needs the package {package} ({error}); install it with: pip install {package}") from error
+        raise UserError(f"this needs the package {package} ({error}); pip install {package}") from error
