@@ -40,6 +40,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from common import distributed
+from common.board import Board
 from common.cache import open_cache
 from common.checkpoint import load_checkpoint, load_file, load_newest, lock, save_checkpoint
 from common.dataset import EpochBatches, SeededPictures, eval_transform, open_image_folder, seed_everything
@@ -122,10 +123,11 @@ OUTPUT: str = "checkpoints"  # folder that holds <model>/, where the run leaves 
 RESUME: str = ""  # "": a new run; "auto": continue <model>/last.pth if there is one; a path: continue that checkpoint
 SAVE_MINUTES: float = 10.0  # minutes between checkpoints inside an epoch; each epoch's end has one; 0: there only
 KEEP: int = 2  # newest checkpoints to keep: last.pth, last.1.pth, ...; one that is damaged is passed over
+TENSORBOARD: bool = False  # also write curves, augmentation and confusion matrices for TensorBoard (a package)
 SEED: int = 42  # first weights, order of the pictures and augmentation
 
 # --- what a constant that was changed does to a run that is continued
-NO_EFFECT = ("CACHE_GB", "WORKERS", "OUTPUT", "RESUME", "SAVE_MINUTES", "KEEP", "MAX_SKIPPED")
+NO_EFFECT = ("CACHE_GB", "WORKERS", "OUTPUT", "RESUME", "SAVE_MINUTES", "KEEP", "MAX_SKIPPED", "TENSORBOARD")
 ONLY_AT_THE_START = ("PRETRAINED", "LAYER_SCALE")
 
 
@@ -758,6 +760,9 @@ def write_best(run, about, figures, labels, predictions, folder):
 def finish_epoch(run, row, loader, amp_dtype, interrupt, about, folder):
     """Validate, add the epoch to the history, and save its weights if they are the best.
 
+    Returns:
+        (true labels, predicted labels) of the validation.
+
     Raises:
         Stopped: after SIGTERM or Ctrl-C, with `run` as it was.
     """
@@ -782,6 +787,7 @@ def finish_epoch(run, row, loader, amp_dtype, interrupt, about, folder):
     # best.pth before last.pth: a run that is killed in between repeats this and finds the epoch the best again.
     if distributed.rank() == 0 and is_best:
         write_best(run, about, figures, labels, predictions, folder)
+    return labels, predictions
 
 
 def main():
@@ -871,6 +877,9 @@ def train(device, rank, ranks):
     if rank == 0:
         names = json.dumps(dict(enumerate(classes)), indent=2, ensure_ascii=False)
         (folder / "class_indices.json").write_text(names + "\n", encoding="utf-8")
+    board = Board(folder, run.epoch) if TENSORBOARD and rank == 0 else None
+    if board is not None:
+        board.add_augmentation(run.epoch, pictures, classes, train_transform([0.0] * 3, [1.0] * 3), mixup, mix)
 
     def save_last():
         if rank == 0:
@@ -883,10 +892,12 @@ def train(device, rank, ranks):
         try:
             while run.epoch < EPOCHS:
                 row = train_one_epoch(run, train_loader, mixup, amp_dtype, interrupt, save_last)
-                finish_epoch(run, row, val_loader, amp_dtype, interrupt, about, folder)
+                answers = finish_epoch(run, row, val_loader, amp_dtype, interrupt, about, folder)
                 save_last()
                 if rank == 0:
                     write_history(run.history, folder)
+                if board is not None:
+                    board.add_epoch(run.history[-1], *answers, classes)
         except Stopped:
             save_last()
             print(
