@@ -42,7 +42,7 @@ OUTPUT: str = "results"  # folder for the picture
 class Backbone(nn.Module):
     """Images (N, 3, H, W) -> {name: map (N, out_channels, H / s, W / s)} with s = 4, 8, 16, 32 and 64."""
 
-    def __init__(self, out_channels=128):
+    def __init__(self, out_channels=64):
         super().__init__()
         self.body = timm.create_model(MODEL, features_only=True, pretrained=PRETRAINED)
         self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), out_channels, LastLevelMaxPool())
@@ -55,8 +55,15 @@ class Backbone(nn.Module):
 def create_detector():
     """A Faster R-CNN for `CLASSES`; pictures are neither enlarged nor made smaller."""
     anchors = AnchorGenerator(sizes=((24,), (48,), (96,), (192,), (384,)), aspect_ratios=((0.5, 1.0, 2.0),) * 5)
-    sizes = dict(min_size=min(WIDTH, HEIGHT), max_size=max(WIDTH, HEIGHT))
-    return FasterRCNN(Backbone(), num_classes=len(CLASSES), rpn_anchor_generator=anchors, **sizes)
+    return FasterRCNN(
+        Backbone(),
+        num_classes=len(CLASSES),
+        min_size=min(WIDTH, HEIGHT),
+        max_size=max(WIDTH, HEIGHT),
+        rpn_anchor_generator=anchors,
+        box_batch_size_per_image=64,  # 512 by default: too many for a CPU, and for few objects in a picture
+        rpn_post_nms_top_n_train=200,
+    )
 
 
 def draw_batch(name, count):
