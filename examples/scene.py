@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/
-from common.demo import SPECIES, draw_seedling
+from common.demo import MIN_SIZE, SPECIES, draw_seedling
 
 CLASSES = ("soil", "crop", "weed")
 CROPS = ("Common wheat", "Maize", "Sugar beet")
@@ -35,7 +35,7 @@ def draw_scene(key, width, height):
     boxes, labels = [], []
     for _ in range(rng.randint(2, 5)):
         species = rng.choice(CROPS if rng.random() < 0.5 else [name for name in SPECIES if name not in CROPS])
-        size = rng.randint(min(width, height) // 4, min(width, height) // 2)
+        size = max(rng.randint(min(width, height) // 4, min(width, height) // 2), MIN_SIZE)
         plant = np.asarray(draw_seedling(species, rng, size))
         red, green, blue = plant.astype(int).transpose(2, 0, 1)
         leaves = 2 * green - red - blue > 40  # excess green (Woebbecke et al. 1995)

@@ -36,7 +36,7 @@ def test_segmentation_learns(small, tmp_path, capsys):
 
 
 def test_detection_learns(small, tmp_path, capsys):
-    small(detection, WIDTH=100, HEIGHT=70, STEPS=20)
+    small(detection, WIDTH=100, HEIGHT=70, STEPS=40)
     detection.main()
     start, end = losses(capsys.readouterr().out)
     assert end < 0.9 * start
