@@ -72,7 +72,7 @@ def main():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, ROOT / "tools" / "demo.py", "--checkpoint", checkpoint, "--port", port, "--device", "cpu"]
+    command = [sys.executable, ROOT / "tools" / "demo.py", "--checkpoint", checkpoint, "--port", port]
     server = subprocess.Popen(list(map(str, command)))
     try:
         wait_for(f"http://127.0.0.1:{port}", server)

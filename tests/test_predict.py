@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import CLASSES
 from PIL import Image
 from torchvision import transforms
 
 import train
 from common.checkpoint import load_checkpoint
 from common.options import UserError
-from conftest import CLASSES
+
 
 @pytest.fixture
 def place(trained, tmp_path, monkeypatch):

@@ -26,8 +26,8 @@ PORT: int = 7860  # of http://127.0.0.1:PORT
 SHARE: bool = False  # let everybody see the page under an address of gradio.live, as long as it runs
 
 EXPLANATION = (
-    "Bright in the picture: what speaks for the first class; the line surrounds what counts at least half as much as the "
-    "best place."
+    "Bright in the picture: what speaks for the first class; the line surrounds what counts at least half as much as "
+    "the best place."
 )
 
 
