@@ -1,5 +1,6 @@
 """tools/visualize.py, Grad-CAM and the page of tools/demo.py."""
 
+import csv
 import os
 import shutil
 from types import SimpleNamespace
@@ -38,8 +39,9 @@ def test_all_pictures_of_a_checkpoint(place, capsys):
     for name in names:
         pixels = np.asarray(Image.open(place / "results" / f"{name}.png").convert("L"))
         assert pixels.shape[1] > 400 and pixels.std() > 5, name
-    header, *rows = (place / "results" / "receptive_field.csv").read_text(encoding="utf-8").splitlines()
-    assert [row.split(",")[0] for row in rows] == ["unireplknet_a", "resnet18"] and "pixels" in header
+    with open(place / "results" / "receptive_field.csv", newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert [row[0] for row in rows] == ["unireplknet_a, trained", "resnet18, untrained"] and "pixels" in header[1]
     assert "left out" not in capsys.readouterr().out
 
 
@@ -124,6 +126,11 @@ def test_receptive_field_of_a_convolution_is_its_kernel():
     expected[14:19, 14:19] = conv.weight.detach().sum((0, 1))
     np.testing.assert_allclose(field, expected / expected.sum(), atol=1e-8)
     assert visualize.middle_square(field, 99) == 5
+
+
+def test_an_untrained_network_has_its_residual_branches():
+    network = visualize.open_network("resnet18", "cpu")["resnet18, untrained"]
+    assert all(block.bn2.weight.eq(1).all() for stage in (network.layer1, network.layer4) for block in stage)
 
 
 def test_middle_square():

@@ -6,7 +6,7 @@
 
 Leaves in exports/<model>/:
 
-    model.onnx           float32, batches of any size, for onnxruntime, TensorRT, OpenVINO, ...
+    model.onnx           float32, batches of any size, for onnxruntime and whatever else reads ONNX
     model.int8.onnx      8-bit weights and activations, calibrated on pictures of data/train
     model.pt2            torch.export's program, which needs none of this repository's code
     timm/                model.safetensors and config.json as on the Hugging Face Hub, to train further with timm
@@ -20,7 +20,6 @@ them the accuracy before and after is told instead.
 import contextlib
 import json
 import logging
-import shutil
 import sys
 import tempfile
 import warnings
@@ -47,7 +46,7 @@ TOLERANCE: float = 1e-4  # largest difference of a logit from the trained networ
 CALIBRATION: int = 120  # pictures of train/ from which the ranges of the 8-bit activations are taken
 OUTPUT: str = "exports"  # folder that holds <model>/ for the files; those of an earlier call are replaced
 
-OPSET = 18  # has every operator that is needed; onnxruntime 1.14 and TensorRT 8.6 and later read it
+OPSET = 18  # writes GELU with Erf; from 20 on there is an operator of its own, which fewer runtimes know
 
 
 def describe(checkpoint):
@@ -175,10 +174,13 @@ def muted(name):
 
 
 def replace(new, path):
-    """Put the file or folder `new` where an earlier one may be."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    new.replace(path)
+    """Put the file `new`, or the files in the folder `new`, where earlier ones may be; other files there stay."""
+    if not new.is_dir():
+        new.replace(path)
+        return
+    path.mkdir(exist_ok=True)
+    for file in new.iterdir():
+        file.replace(path / file.name)
 
 
 def main():

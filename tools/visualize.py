@@ -44,7 +44,7 @@ CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/b
 DATA: str = "data"  # folder with val/, for augmentation train/
 PICTURES: int = 600  # pictures of val/ that gradcam and features look at, as many of each class; 0: all
 SHOWN: int = 5  # right and wrong answers of each class in gradcam, and pictures in augmentation
-COMPARE: list[str] = ["resnet50.a1_in1k", "convnext_tiny.fb_in1k"]  # checkpoints, or timm's names, with .tag pretrained
+COMPARE: list[str] = ["resnet50.a1_in1k", "convnext_tiny.fb_in1k"]  # checkpoints, or timm's names, untrained without .tag
 FIELD_SIZE: int = 512  # edge in pixels to which pictures are resized for receptive_field
 FIELD_PICTURES: int = 20  # pictures of val/ over which receptive_field averages
 DEVICE: str = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
@@ -96,17 +96,25 @@ def show_grad_cam(checkpoint, network, paths, labels, device, folder):
 
 
 def open_network(name, device):
-    """The network of a checkpoint, or one that timm knows, in eval mode; None if its weights cannot be downloaded."""
+    """{title: network in eval mode} of a checkpoint, or of a network that timm knows; {} if it cannot be downloaded."""
     if Path(name).is_file():
-        return build_network(load_checkpoint(name)).to(device)
+        return {Path(name).parent.name or name: build_network(load_checkpoint(name)).to(device)}
+    pretrained = "." in name
     try:
-        network = timm.create_model(name, pretrained="." in name)
+        network = timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # an unknown name, no network, a hub that is down: many kinds
         if timm.is_model(name):
             print(f"left out    {name}: its weights cannot be loaded ({type(error).__name__})")
-            return None
+            return {}
         raise UserError(f"COMPARE names {name}, which is neither a checkpoint nor known to timm") from error
-    return timm.utils.reparameterize_model(network.eval()).to(device)
+    if not pretrained:
+        # Residual branches often start scaled to nothing (layer scale 1e-6, a last norm of 0): an untrained network
+        # would look as if it had none. With scales of 1 it shows what its structure reaches.
+        for key, parameter in network.named_parameters():
+            if parameter.ndim == 1 and not key.endswith("bias") and parameter.abs().max() < 0.01:
+                nn.init.ones_(parameter)
+    title = name if pretrained else f"{name}, untrained"
+    return {title: timm.utils.reparameterize_model(network.eval()).to(device)}
 
 
 def receptive_field(network, batches, device):
@@ -139,17 +147,14 @@ def middle_square(field, share):
 
 def show_receptive_field(checkpoint, network, paths, device, folder):
     """Draw receptive_field.png and write receptive_field.csv."""
+    networks = {f"{checkpoint['arch']}, trained": network}
+    for name in COMPARE:
+        networks |= open_network(name, device)
     fields = {}
     transform = eval_transform(FIELD_SIZE, checkpoint["mean"], checkpoint["std"])
-    for name in (None, *COMPARE):
-        if name is not None:
-            network = open_network(name, device)
-        if network is not None:
-            name = checkpoint["arch"] if name is None else name
-            batches = read_batches(paths[:FIELD_PICTURES], transform, 1, name)
-            field = receptive_field(network, batches, device)
-            label = Path(name).parent.name or name if Path(name).is_file() else name
-            fields[label] = field, {share: middle_square(field, share) for share in SHARES}
+    for name, network in networks.items():
+        field = receptive_field(network, read_batches(paths[:FIELD_PICTURES], transform, 1, name), device)
+        fields[name] = field, {share: middle_square(field, share) for share in SHARES}
     path = folder / "receptive_field.png"
     plot_receptive_fields(fields, path)
     with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
