@@ -27,7 +27,8 @@ def place(trained, tmp_path, monkeypatch):
     """A copy of `trained`, in which visualize.main() runs on little."""
     shutil.copytree(trained, tmp_path / "place", copy_function=os.link)
     monkeypatch.chdir(tmp_path / "place")
-    constants = dict(PICTURES=9, SHOWN=2, COMPARE=["resnet18"], FIELD_SIZE=64, FIELD_PICTURES=2, DEVICE="cpu")
+    shutil.copytree("checkpoints/unireplknet_a", "other")
+    constants = dict(PICTURES=9, SHOWN=2, COMPARE=["other/best.pth"], FIELD_SIZE=64, FIELD_PICTURES=2, DEVICE="cpu")
     for name, value in constants.items():
         monkeypatch.setattr(visualize, name, value)
     return tmp_path / "place"
@@ -41,7 +42,8 @@ def test_all_pictures_of_a_checkpoint(place, capsys):
         assert pixels.shape[1] > 400 and pixels.std() > 5, name
     with open(place / "results" / "receptive_field.csv", newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
-    assert [row[0] for row in rows] == ["unireplknet_a, trained", "resnet18, untrained"] and "pixels" in header[1]
+    assert rows[0][1:] == rows[1][1:]
+    assert [row[0] for row in rows] == ["unireplknet_a", "other"] and "pixels" in header[1]
     assert "left out" not in capsys.readouterr().out
 
 
@@ -67,8 +69,7 @@ def test_names_that_cannot_be_drawn(place, monkeypatch):
     for constants, message in (
         (dict(WHAT=["gradcams"]), "gradcams cannot be drawn; choose from augmentation, gradcam"),
         (dict(SHOWN=0), "SHOWN and FIELD_PICTURES must be at least 1"),
-        (dict(WHAT=["receptive_field"], COMPARE=["resnet9999"]), "resnet9999, which is neither a checkpoint nor known"),
-        (dict(WHAT=["receptive_field"], COMPARE=["vit_tiny_patch16_224"], FIELD_SIZE=224), "needs feature maps"),
+        (dict(WHAT=["receptive_field"], COMPARE=["resnet50"]), "resnet50, which is neither a checkpoint nor one of"),
     ):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in constants.items():
@@ -128,9 +129,19 @@ def test_receptive_field_of_a_convolution_is_its_kernel():
     assert visualize.middle_square(field, 99) == 5
 
 
-def test_an_untrained_network_has_its_residual_branches():
-    network = visualize.open_network("resnet18", "cpu")["resnet18, untrained"]
-    assert all(block.bn2.weight.eq(1).all() for stage in (network.layer1, network.layer4) for block in stage)
+def test_receptive_field_needs_maps():
+    network = SimpleNamespace(forward_features=lambda images: images.flatten(1))
+    with pytest.raises(UserError, match="needs feature maps"):
+        visualize.receptive_field(network, [torch.rand(1, 3, 8, 8)], "cpu")
+
+
+def test_weights_that_cannot_be_downloaded_are_left_out(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(visualize.timm, "create_model", fail)
+    assert visualize.open_network("resnet50.a1_in1k", "cpu") == {}
+    assert "left out    resnet50.a1_in1k: its weights cannot be downloaded (OSError)" in capsys.readouterr().out
 
 
 def test_middle_square():

@@ -44,7 +44,7 @@ CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/b
 DATA: str = "data"  # folder with val/, for augmentation train/
 PICTURES: int = 600  # pictures of val/ that gradcam and features look at, as many of each class; 0: all
 SHOWN: int = 5  # right and wrong answers of each class in gradcam, and pictures in augmentation
-COMPARE: list[str] = ["resnet50.a1_in1k", "convnext_tiny.fb_in1k"]  # checkpoints, or timm's names, untrained without .tag
+COMPARE: list[str] = ["resnet50.a1_in1k", "convnext_tiny.fb_in1k"]  # beside it: checkpoints, or timm's pretrained names
 FIELD_SIZE: int = 512  # edge in pixels to which pictures are resized for receptive_field
 FIELD_PICTURES: int = 20  # pictures of val/ over which receptive_field averages
 DEVICE: str = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
@@ -96,25 +96,20 @@ def show_grad_cam(checkpoint, network, paths, labels, device, folder):
 
 
 def open_network(name, device):
-    """{title: network in eval mode} of a checkpoint, or of a network that timm knows; {} if it cannot be downloaded."""
+    """{name: network in eval mode} of a checkpoint or of timm's pretrained weights; {} if these cannot be downloaded.
+
+    Untrained networks are not compared: many begin with residual branches that are scaled to nothing.
+    """
     if Path(name).is_file():
-        return {Path(name).parent.name or name: build_network(load_checkpoint(name)).to(device)}
-    pretrained = "." in name
+        return {Path(name).resolve().parent.name: build_network(load_checkpoint(name)).to(device)}
+    if name not in timm.list_pretrained():
+        raise UserError(f"COMPARE names {name}, which is neither a checkpoint nor one of timm's pretrained networks")
     try:
-        network = timm.create_model(name, pretrained=pretrained)
-    except Exception as error:  # an unknown name, no network, a hub that is down: many kinds
-        if timm.is_model(name):
-            print(f"left out    {name}: its weights cannot be loaded ({type(error).__name__})")
-            return {}
-        raise UserError(f"COMPARE names {name}, which is neither a checkpoint nor known to timm") from error
-    if not pretrained:
-        # Residual branches often start scaled to nothing (layer scale 1e-6, a last norm of 0): an untrained network
-        # would look as if it had none. With scales of 1 it shows what its structure reaches.
-        for key, parameter in network.named_parameters():
-            if parameter.ndim == 1 and not key.endswith("bias") and parameter.abs().max() < 0.01:
-                nn.init.ones_(parameter)
-    title = name if pretrained else f"{name}, untrained"
-    return {title: timm.utils.reparameterize_model(network.eval()).to(device)}
+        network = timm.create_model(name, pretrained=True).eval()
+    except Exception as error:  # no network, a proxy, a hub that is down: many kinds
+        print(f"left out    {name}: its weights cannot be downloaded ({type(error).__name__})")
+        return {}
+    return {name: timm.utils.reparameterize_model(network).to(device)}
 
 
 def receptive_field(network, batches, device):
@@ -147,7 +142,7 @@ def middle_square(field, share):
 
 def show_receptive_field(checkpoint, network, paths, device, folder):
     """Draw receptive_field.png and write receptive_field.csv."""
-    networks = {f"{checkpoint['arch']}, trained": network}
+    networks = {checkpoint["arch"]: network}
     for name in COMPARE:
         networks |= open_network(name, device)
     fields = {}
