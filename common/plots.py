@@ -1,5 +1,6 @@
 """Pictures of results: learning curves, confusion matrix, sheets of pictures, and what a network has learned."""
 
+import contextlib
 import copy
 import warnings
 
@@ -23,8 +24,21 @@ CJK_FONTS = (
     "WenQuanYi Zen Hei",
     "WenQuanYi Micro Hei",
 )
-installed = {font.name for font in font_manager.fontManager.ttflist}
-rcParams["font.sans-serif"] = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
+
+
+def find_cjk_fonts():
+    """Those of `CJK_FONTS` that this machine has."""
+    fonts = font_manager.fontManager
+    if not {font.name for font in fonts.ttflist} & set(CJK_FONTS):
+        # matplotlib lists the fonts once, at its first start: one that was installed since is not in its list.
+        for path in set(font_manager.findSystemFonts()) - {font.fname for font in fonts.ttflist}:
+            with contextlib.suppress(Exception):  # a font that matplotlib cannot read
+                fonts.addfont(path)
+    return [name for name in CJK_FONTS if name in {font.name for font in fonts.ttflist}]
+
+
+# The list of families itself: of a generic one such as sans-serif, matplotlib takes the first font for all characters.
+rcParams["font.family"] = ["DejaVu Sans", *find_cjk_fonts()]
 rcParams["axes.unicode_minus"] = False
 
 
