@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 import train
+from common import plots
 from common.checkpoint import build_network, load_checkpoint
 from common.dataset import eval_transform
 from common.gradcam import grad_cam, overlay
@@ -148,6 +149,16 @@ def test_middle_square():
     field = np.zeros((32, 32))
     field[16, 16], field[16, 19], field[1, 1] = 0.5, 0.4, 0.1
     assert [visualize.middle_square(field, share) for share in (50, 90, 99)] == [1, 7, 31]
+
+
+def test_chinese_names_are_drawn_where_a_font_has_them(tmp_path):
+    if not plots.find_cjk_fonts():
+        pytest.skip("this machine has no font with Chinese characters")
+    cells = []
+    for name in "玉米":
+        plots.plot_sheet([None], [name], tmp_path / "sheet.png")
+        cells.append(np.asarray(Image.open(tmp_path / "sheet.png").convert("L")))
+    assert (cells[0] != cells[1]).any()  # boxes for characters that are missing look alike
 
 
 def test_the_page_answers_as_the_network(place):
