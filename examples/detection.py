@@ -63,6 +63,7 @@ def create_detector():
         rpn_anchor_generator=anchors,
         box_batch_size_per_image=64,  # 512 by default: too many for a CPU, and for few objects in a picture
         rpn_post_nms_top_n_train=200,
+        box_nms_thresh=0.3,
     )
 
 
@@ -83,7 +84,7 @@ def plot_boxes(images, targets, found, path):
             for x1, y1, x2, y2 in boxes.tolist():
                 axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="white", lw=1.5, ls=line))
         for (x1, y1, _, _), label, score in zip(answer["boxes"].tolist(), answer["labels"], answer["scores"]):
-            axes.text(x1, y1, f"{CLASSES[label]} {score:.2f}", fontsize=8, backgroundcolor="white", va="bottom")
+            axes.text(x1, y1, f"{CLASSES[label]} {score:.2f}", fontsize=7, va="bottom", color="white")
     save(figure, path)
 
 
