@@ -2,12 +2,14 @@
 
     python makedata.py              photographs that you put into data1/<class>/
     python makedata.py --demo       draws a small demo set into an empty data1 first
+    python makedata.py --check      only looks: classes, sizes, broken files, duplicates across classes and the split
 
 Every picture is opened and checked; what cannot be used is listed and left out. On which side a picture lands depends
 only on its content and the seed, so that the split is the same on every system, and hardly changes when pictures are
 added. Identical files land on the same side. data/manifest.json records what was put where.
 
-Exit status: 0 all pictures used; 1 an error, nothing changed; 2 a wrong option; 3 done, but some files were left out.
+Exit status: 0 all pictures used; 1 an error, nothing changed; 2 a wrong option; 3 done, but some files were left out,
+or --check found something to mend.
 """
 
 import contextlib
@@ -33,6 +35,9 @@ LINK: bool = True  # hard links, which take no disk space, where the file system
 WORKERS: int = -1  # processes that check pictures; -1: one for each core; 0: check in the main process
 DEMO: bool = False  # draw a small data set of 12 species into data1 first, which must be empty
 DEMO_IMAGES: int = 80  # drawn pictures of each class
+CHECK: bool = False  # change nothing, but say what is wrong with SOURCE and what to do about it
+CHECK_NEAR: int = 4  # bits of 64 in which the perceptual hashes of near duplicates may differ, for CHECK
+CHECK_OUTPUT: str = "results"  # folder for report.txt and pairs.png of CHECK
 
 
 def check_picture(path):
@@ -144,6 +149,10 @@ def main():
         raise UserError(f"TARGET {target} must lie outside SOURCE {source}; set it to another folder")
     if DEMO:
         draw_demo(source)
+    if CHECK:
+        from common.doctor import check
+
+        return check(source, target, CHECK_NEAR, CHECK_OUTPUT)
 
     classes, beside = scan_class_folders(source)
     paths = [path for files in classes.values() for path in files]

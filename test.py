@@ -3,6 +3,7 @@
     python test.py                                       pictures in test/, or in data/val where there is no test/
     python test.py some_photo.jpg more_photos/           files, folders, or patterns such as "photos/*.jpg"
     python test.py --checkpoint checkpoints/unireplknet_t/best.pth some_photo.jpg
+    python test.py --checkpoint exports/unireplknet_t/model.onnx      by onnxruntime, from tools/export.py
 
 Prints the likeliest classes of each picture and writes them to results/predictions.csv. Where the folders carry the
 names of the classes, it also measures the accuracy and writes report.txt, confusion_matrix.csv, confusion_matrix.png
@@ -23,15 +24,16 @@ from sklearn.metrics import classification_report, confusion_matrix
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.checkpoint import build_network, load_checkpoint
+from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import PictureFiles, eval_transform
 from common.device import choose_device, choose_layout, choose_workers, has_bfloat16, keep_freed_memory
 from common.images import is_image, load_image
+from common.onnx_network import OnnxNetwork
 from common.options import UserError, run
-from common.plots import plot_confusion_matrix, plot_mistakes
+from common.plots import plot_confusion_matrix, plot_sheet
 
 IMAGES: list[str] = []  # files, folders or patterns; []: test/ if it exists, else data/val
-CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth
+CHECKPOINT: str = ""  # file of train.py, or .onnx of tools/export.py; "": the newest checkpoints/*/best.pth
 TOP_K: int = 3  # how many of the likeliest classes to show for each picture
 MERGE: bool = True  # merge the network into its inference structure: the same answers, faster
 AMP: str = "auto"  # "auto": bf16 on a CPU that has it, where it gives the answers of float32; "bf16"; "off": float32
@@ -43,16 +45,6 @@ OUTPUT: str = "results"  # folder for the files that are written; those of an ea
 
 MAX_DIFFERENCE = 0.02  # of a probability in bf16 from that in float32, with which AMP "auto" takes bf16
 SECONDS_TO_START = 3.0  # what starting processes may cost: for less reading than this it does not pay
-
-
-def find_checkpoint():
-    """The checkpoint to use: CHECKPOINT, or the newest best.pth."""
-    if CHECKPOINT:
-        return Path(CHECKPOINT)
-    found = sorted(Path("checkpoints").glob("*/best.pth"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError("there is no checkpoints/*/best.pth; run train.py first, or give one with --checkpoint")
-    return found[-1]
 
 
 def find_pictures():
@@ -77,6 +69,8 @@ def find_pictures():
 @torch.inference_mode()
 def compute(model, images, dtype):
     """Probabilities (N, classes) of images (N, 3, H, W), computed by autocast in `dtype`, but for the head."""
+    if isinstance(model, OnnxNetwork):
+        return model(images).softmax(1)
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         features = model.forward_features(images)
     return model.forward_head(features.float()).softmax(1)
@@ -84,14 +78,14 @@ def compute(model, images, dtype):
 
 def choose_dtype(model, images):
     """The dtype to compute in, by what it answers to the first batch: bf16 if that is close to float32, else that."""
-    choices = {"bf16": torch.bfloat16, "off": torch.float32}
-    if AMP in choices:
-        return choices[AMP]
+    if isinstance(model, OnnxNetwork) or AMP == "off":
+        return torch.float32
+    if AMP == "bf16":
+        return torch.bfloat16
     if images.device.type != "cpu" or not has_bfloat16():
         return torch.float32
     exact, fast = (compute(model, images, dtype) for dtype in (torch.float32, torch.bfloat16))
-    same = torch.equal(exact.argmax(1), fast.argmax(1)) and (exact - fast).abs().max() <= MAX_DIFFERENCE
-    return torch.bfloat16 if same else torch.float32
+    return torch.bfloat16 if (exact - fast).abs().max() <= MAX_DIFFERENCE else torch.float32
 
 
 def choose_readers(pictures, device):
@@ -176,26 +170,29 @@ def evaluate(paths, probabilities, classes, folder):
     if wrong:
         pictures = [load_image(paths[known[i]]).resize((192, 192)) for i in wrong]
         captions = [f"{classes[predictions[i]]} {sureness[i]:.2f}\nis {classes[labels[i]]}" for i in wrong]
-        plot_mistakes(pictures, captions, folder / "mistakes.png")
+        plot_sheet(pictures, captions, folder / "mistakes.png")
 
 
 def main():
     if TOP_K < 1 or BATCH_SIZE < 1:
         raise UserError(f"TOP_K and BATCH_SIZE must be at least 1, got {TOP_K} and {BATCH_SIZE}")
-    path = find_checkpoint()
-    checkpoint = load_checkpoint(path)
-    classes = checkpoint["classes"]
-    paths = find_pictures()
     if AMP not in ("auto", "bf16", "off"):
         raise UserError(f'AMP must be "auto", "bf16" or "off", got {AMP!r}')
-    device = choose_device(DEVICE)
-    if device.type == "cpu":
-        keep_freed_memory()
-    model = build_network(checkpoint, MERGE).to(device, memory_format=choose_layout(device))
+    path = find_checkpoint(CHECKPOINT)
+    if path.suffix == ".onnx":
+        model, device = OnnxNetwork(path), choose_device("cpu")
+        checkpoint, what = model.about, "onnxruntime"
+    else:
+        checkpoint, device = load_checkpoint(path), choose_device(DEVICE)
+        if device.type == "cpu":
+            keep_freed_memory()
+        model = build_network(checkpoint, MERGE).to(device, memory_format=choose_layout(device))
+        what = "EMA weights" if checkpoint.get("state_dict_ema") else "weights"
+        what += ", merged" if MERGE else ", training structure"
+    classes = checkpoint["classes"]
+    paths = find_pictures()
     transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
-    weights = "EMA weights" if checkpoint.get("state_dict_ema") else "weights"
-    structure = "merged" if MERGE else "training structure"
-    print(f"{path}: {checkpoint['arch']}, {len(classes)} classes, {weights}, {structure}, {device}")
+    print(f"{path}: {checkpoint['arch']}, {len(classes)} classes, {what}, {device}")
 
     folder = Path(OUTPUT)
     folder.mkdir(parents=True, exist_ok=True)

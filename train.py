@@ -40,6 +40,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from common import distributed
+from common.board import Board
 from common.cache import open_cache
 from common.checkpoint import load_checkpoint, load_file, load_newest, lock, save_checkpoint
 from common.dataset import EpochBatches, SeededPictures, eval_transform, open_image_folder, seed_everything
@@ -122,10 +123,11 @@ OUTPUT: str = "checkpoints"  # folder that holds <model>/, where the run leaves 
 RESUME: str = ""  # "": a new run; "auto": continue <model>/last.pth if there is one; a path: continue that checkpoint
 SAVE_MINUTES: float = 10.0  # minutes between checkpoints inside an epoch; each epoch's end has one; 0: there only
 KEEP: int = 2  # newest checkpoints to keep: last.pth, last.1.pth, ...; one that is damaged is passed over
+TENSORBOARD: bool = False  # also write curves, augmentation and confusion matrices for TensorBoard (a package)
 SEED: int = 42  # first weights, order of the pictures and augmentation
 
 # --- what a constant that was changed does to a run that is continued
-NO_EFFECT = ("CACHE_GB", "WORKERS", "OUTPUT", "RESUME", "SAVE_MINUTES", "KEEP", "MAX_SKIPPED")
+NO_EFFECT = ("CACHE_GB", "WORKERS", "OUTPUT", "RESUME", "SAVE_MINUTES", "KEEP", "MAX_SKIPPED", "TENSORBOARD")
 ONLY_AT_THE_START = ("PRETRAINED", "LAYER_SCALE")
 
 STEPS_TO_COMPILE = 5000  # compiling takes minutes and saves some hundredths of a second a step
@@ -301,6 +303,18 @@ def learning_rate(step, steps, warmup_steps):
         return LEARNING_RATE * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(steps - 1 - warmup_steps, 1)
     return MIN_LEARNING_RATE + (LEARNING_RATE - MIN_LEARNING_RATE) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+
+
+def create_mixup(num_classes):
+    """timm's Mixup with the constants; it also makes the targets of a batch that is not mixed."""
+    return Mixup(
+        mixup_alpha=MIXUP,
+        cutmix_alpha=CUTMIX,
+        prob=MIX_PROB if MIXUP or CUTMIX else 0.0,
+        switch_prob=MIX_SWITCH,
+        label_smoothing=SMOOTHING,
+        num_classes=num_classes,
+    )
 
 
 def mix(mixup, images, labels):
@@ -779,6 +793,9 @@ def write_best(run, about, figures, labels, predictions, folder):
 def finish_epoch(run, row, loader, amp_dtype, interrupt, about, folder):
     """Validate, add the epoch to the history, and save its weights if they are the best.
 
+    Returns:
+        (true labels, predicted labels) of the validation.
+
     Raises:
         Stopped: after SIGTERM or Ctrl-C, with `run` as it was.
     """
@@ -803,6 +820,7 @@ def finish_epoch(run, row, loader, amp_dtype, interrupt, about, folder):
     # best.pth before last.pth: a run that is killed in between repeats this and finds the epoch the best again.
     if distributed.rank() == 0 and is_best:
         write_best(run, about, figures, labels, predictions, folder)
+    return labels, predictions
 
 
 def main():
@@ -861,14 +879,7 @@ def train(device, rank, ranks):
         fused=True if device.type in ("cpu", "cuda") else None,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    mixup = Mixup(
-        mixup_alpha=MIXUP,
-        cutmix_alpha=CUTMIX,
-        prob=MIX_PROB if MIXUP or CUTMIX else 0.0,
-        switch_prob=MIX_SWITCH,
-        label_smoothing=SMOOTHING,
-        num_classes=len(classes),
-    )
+    mixup = create_mixup(len(classes))
     run = Run(model, ema, optimizer, scaler, device)
     about = about_run(classes, mean, std, model_args, pictures, ranks)
 
@@ -904,6 +915,9 @@ def train(device, rank, ranks):
     if rank == 0:
         names = json.dumps(dict(enumerate(classes)), indent=2, ensure_ascii=False)
         (folder / "class_indices.json").write_text(names + "\n", encoding="utf-8")
+    board = Board(folder, run.epoch) if TENSORBOARD and rank == 0 else None
+    if board is not None:
+        board.add_augmentation(run.epoch, pictures, classes, train_transform([0.0] * 3, [1.0] * 3), mixup, mix)
 
     def save_last():
         if rank == 0:
@@ -919,10 +933,12 @@ def train(device, rank, ranks):
         try:
             while run.epoch < EPOCHS:
                 row = train_one_epoch(run, train_loader, mixup, amp_dtype, interrupt, save_last)
-                finish_epoch(run, row, val_loader, amp_dtype, interrupt, about, folder)
+                answers = finish_epoch(run, row, val_loader, amp_dtype, interrupt, about, folder)
                 save_last()
                 if rank == 0:
                     write_history(run.history, folder)
+                if board is not None:
+                    board.add_epoch(run.history[-1], *answers, classes)
         except Stopped:
             save_last()
             print(

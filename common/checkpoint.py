@@ -158,6 +158,16 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def find_checkpoint(path):
+    """The checkpoint to use: `path`, or where that is "" the newest checkpoints/*/best.pth."""
+    if path:
+        return Path(path)
+    found = sorted(Path("checkpoints").glob("*/best.pth"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise UserError("there is no checkpoints/*/best.pth; run train.py first, or give one with --checkpoint")
+    return found[-1]
+
+
 def build_network(checkpoint, merge=True):
     """Build the network of a checkpoint with its EMA weights, or the raw ones where there are none.
 

@@ -89,8 +89,9 @@ def override_constants(namespace, argv, positional=None):
         argv: the words after the script's name.
         positional: name of a list constant that also takes the words without an option in front.
     """
+    script, root = Path(namespace["__file__"]).resolve(), Path(__file__).resolve().parent.parent
     parser = Parser(
-        prog=Path(namespace["__file__"]).name,
+        prog=script.relative_to(root).as_posix() if script.is_relative_to(root) else script.name,
         description=namespace["__doc__"],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

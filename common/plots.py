@@ -1,10 +1,15 @@
-"""Pictures of results: learning curves, confusion matrix, mistakes."""
+"""Pictures of results: learning curves, confusion matrix, sheets of pictures, and what a network has learned."""
 
+import contextlib
+import copy
 import warnings
 
 import numpy as np
+import torch
 from matplotlib import font_manager, rcParams
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 # Fonts that have Chinese, Japanese and Korean characters, on Windows, macOS and Linux.
@@ -19,8 +24,21 @@ CJK_FONTS = (
     "WenQuanYi Zen Hei",
     "WenQuanYi Micro Hei",
 )
-installed = {font.name for font in font_manager.fontManager.ttflist}
-rcParams["font.sans-serif"] = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
+
+
+def find_cjk_fonts():
+    """Those of `CJK_FONTS` that this machine has."""
+    fonts = font_manager.fontManager
+    if not {font.name for font in fonts.ttflist} & set(CJK_FONTS):
+        # matplotlib lists the fonts once, at its first start: one that was installed since is not in its list.
+        for path in set(font_manager.findSystemFonts()) - {font.fname for font in fonts.ttflist}:
+            with contextlib.suppress(Exception):  # a font that matplotlib cannot read
+                fonts.addfont(path)
+    return [name for name in CJK_FONTS if name in {font.name for font in fonts.ttflist}]
+
+
+# The list of families itself: of a generic one such as sans-serif, matplotlib takes the first font for all characters.
+rcParams["font.family"] = ["DejaVu Sans", *find_cjk_fonts()]
 rcParams["axes.unicode_minus"] = False
 
 
@@ -79,19 +97,146 @@ def plot_confusion_matrix(matrix, classes, path):
     save(figure, path)
 
 
-def plot_mistakes(pictures, captions, path):
+def plot_sheet(pictures, captions, path, columns=6, rows=()):
     """Draw a sheet of pictures with a caption under each.
 
     Args:
-        pictures: PIL pictures.
+        pictures: PIL pictures, or arrays (H, W, 3); None leaves the place empty.
         captions: one text for each.
         path: PNG file to write.
+        columns: pictures side by side.
+        rows: a text to the left of each row; () for none.
     """
-    columns = min(6, len(pictures))
-    rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(2.2 * columns, 2.6 * rows), layout="constrained")
-    for number, (picture, caption) in enumerate(zip(pictures, captions), start=1):
-        axes = figure.add_subplot(rows, columns, number, xticks=[], yticks=[], frame_on=False)
-        axes.imshow(picture)
+    columns = min(columns, len(pictures))
+    lines = -(-len(pictures) // columns)
+    figure = Figure(figsize=(2.2 * columns + (0.4 if rows else 0), 2.6 * lines), layout="constrained")
+    for number, (picture, caption) in enumerate(zip(pictures, captions)):
+        axes = figure.add_subplot(lines, columns, number + 1, xticks=[], yticks=[], frame_on=False)
+        if picture is not None:
+            axes.imshow(picture)
         axes.set_xlabel(caption, fontsize=8)
+        if rows and number % columns == 0:
+            axes.set_ylabel(rows[number // columns], fontsize=9)
+    save(figure, path)
+
+
+def plot_augmentation(pictures, labels, classes, transform, mixup, mix, path):
+    """Draw what training does to pictures: as they are, augmented, and the augmented batch mixed in each way.
+
+    Args:
+        pictures: PIL RGB pictures.
+        labels: number of each one's class.
+        classes: names.
+        transform: train.py's, without normalisation: PIL RGB -> tensor (3, H, W) from 0 to 1.
+        mixup: timm's `Mixup` of the run; how often it mixes is told, and here it always does.
+        mix: train.py's function (mixup, images, labels) -> images, targets.
+        path: PNG file to write.
+    """
+    names = [classes[label] for label in labels]
+    images, labels = torch.stack([transform(picture) for picture in pictures]), torch.tensor(labels)
+    cells, captions, rows = [*pictures, *to_pictures(images)], 2 * names, ["the file", "augmented"]
+    for name, alpha, other, switch in (
+        ("Mixup", mixup.mixup_alpha, mixup.cutmix_alpha, 0.0),
+        ("CutMix", mixup.cutmix_alpha, mixup.mixup_alpha, 1.0),
+    ):
+        share = mixup.mix_prob * (1 - abs(switch - mixup.switch_prob) if other else 1)
+        if alpha and share:
+            always = copy.copy(mixup)
+            always.mix_prob, always.switch_prob = 1.0, switch
+            mixed, targets = mix(always, images.clone(), labels)
+            cells.extend(to_pictures(mixed))
+            for shares, indices in zip(*targets.topk(min(2, len(classes)))):
+                captions.append("\n".join(f"{share:.2f} {classes[i]}" for share, i in zip(shares, indices)))
+            rows.append(f"{name}: {100 * share:.0f} % of the batches")
+    plot_sheet(cells, captions, path, len(pictures), rows)
+
+
+def to_pictures(images):
+    """Tensor (N, 3, H, W) of values from 0 to 1 -> uint8 array (N, H, W, 3)."""
+    return (255 * images.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def plot_kernels(kernels, path, channels=6):
+    """Draw the large kernels of each stage: their mean size, how it falls with the distance, and single channels.
+
+    Args:
+        kernels: {name of the stage: array (channels of all its blocks, k, k)}.
+        path: PNG file to write.
+        channels: single ones to draw, those with the largest weights.
+    """
+    columns = channels + 2
+    figure = Figure(figsize=(1.9 * columns + 1.2, 2.1 * len(kernels) + 0.5), layout="constrained")
+    grid = figure.add_gridspec(len(kernels), columns, width_ratios=[1, 1.6] + [1] * channels)
+    for line, (stage, weights) in enumerate(kernels.items()):
+        size = weights.shape[-1]
+        half = size // 2
+        extent = (-half - 0.5, half + 0.5, half + 0.5, -half - 0.5)
+        largest = np.abs(weights).max((1, 2), keepdims=True)
+        mean = (np.abs(weights) / np.maximum(largest, 1e-12)).mean(0)  # (k, k)
+
+        axes = figure.add_subplot(grid[line, 0], title=f"{stage}, {len(weights)} channels\nmean size", ylabel="taps")
+        axes.imshow(mean, cmap="gray", vmin=0, extent=extent)
+        offset = np.abs(np.arange(size) - half)
+        distance = np.maximum(offset[:, None], offset)
+        profile = [mean[distance == d].mean() for d in range(half + 1)]
+        axes = figure.add_subplot(grid[line, 1], title="by distance", xlabel="taps from the middle", ylim=(0, 1))
+        axes.set_ylabel("share of the\nlargest weight")
+        axes.plot(profile, "o-", ms=4)
+        axes.grid(alpha=0.3)
+        for place, channel in enumerate(np.argsort(-largest.ravel(), kind="stable")[:channels]):
+            axes = figure.add_subplot(grid[line, 2 + place], xticks=[], yticks=[], title=f"channel {channel}")
+            limit = largest[channel, 0, 0]
+            image = axes.imshow(weights[channel], cmap="gray", vmin=-limit, vmax=limit, extent=extent)
+        figure.colorbar(image, ax=figure.axes[-channels:], shrink=0.8, ticks=[-limit, 0, limit]).ax.set_yticklabels(
+            ["-max", "0", "max"]
+        )
+    save(figure, path)
+
+
+def plot_receptive_fields(fields, path):
+    """Draw effective receptive fields side by side.
+
+    Args:
+        fields: {name: (array (size, size) of sums 1, {share: edge in pixels of the middle square that holds it})}.
+        path: PNG file to write.
+    """
+    figure = Figure(figsize=(3.4 * len(fields) + 0.8, 4.1), layout="constrained")
+    for number, (name, (field, edges)) in enumerate(fields.items(), start=1):
+        axes = figure.add_subplot(1, len(fields), number, title=name, xlabel="pixels")
+        half = len(field) / 2
+        relative = np.maximum(field / field.max(), 1e-4)
+        image = axes.imshow(relative, cmap="gray", norm=LogNorm(1e-4, 1), extent=(-half, half, half, -half))
+        for (share, edge), line in zip(edges.items(), ("-", "--", ":")):
+            square = Rectangle((-edge / 2, -edge / 2), edge, edge, fill=False, color="tab:orange", ls=line, lw=1.5)
+            square.set_label(f"{share} %: {edge} px")
+            axes.add_patch(square)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=7, handlelength=1.2)
+    figure.colorbar(image, ax=figure.axes, shrink=0.8, label="gradient / its largest value")
+    save(figure, path)
+
+
+MARKERS = "os^Dv<>Pp*Xhd8H"
+
+
+def plot_map(points, labels, classes, path):
+    """Draw pictures as points of a plane, each class with a marker and its name in its middle.
+
+    Args:
+        points: array (pictures, 2).
+        labels: number of each one's class.
+        classes: names.
+        path: PNG file to write.
+    """
+    figure = Figure(figsize=(8.5, 6.5), layout="constrained")
+    axes = figure.add_subplot(xticks=[], yticks=[], title="near: alike for the network; axes without a unit")
+    labels = np.asarray(labels)
+    for number, name in enumerate(classes):
+        mine = points[labels == number]
+        if len(mine):
+            color, marker = f"C{number % 10}", MARKERS[number % len(MARKERS)]
+            axes.plot(*mine.T, marker, color=color, ms=5, mec="black", mew=0.3, alpha=0.8, label=name)
+            box = dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.7)
+            axes.text(*np.median(mine, axis=0), name, fontsize=8, ha="center", va="center", bbox=box)
+    if len(classes) <= 40:
+        axes.legend(bbox_to_anchor=(1, 1), loc="upper left", fontsize=8)
     save(figure, path)

@@ -97,6 +97,20 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with data1, data and a checkpoint of a short run, which the tests copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    fill_classes(folder / "data1", CLASSES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        makedata.main()
+        for name, value in (DEFAULTS | SMALL | dict(BATCH_SIZE=8, EPOCHS=3, WARMUP_EPOCHS=5)).items():
+            patch.setattr(train, name, value)
+        train.main()
+    return folder
+
+
 @pytest.fixture
 def run_train(place, monkeypatch):
     """Call train.main() with some constants changed; returns the run's folder."""

@@ -11,30 +11,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import CLASSES
 from PIL import Image
 from torchvision import transforms
 
-import makedata
 import train
 from common.checkpoint import load_checkpoint
 from common.options import UserError
-
-CLASSES = {"Common wheat": 10, "Maize": 10, "玉米 苗": 10}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, make_data1):
-    """A folder with data1, data and a checkpoint of a short run, which the tests copy."""
-    folder = tmp_path_factory.mktemp("trained")
-    make_data1(folder / "data1", CLASSES)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        makedata.main()
-        constants = dict(MODEL="unireplknet_a", IMG_SIZE=32, BATCH_SIZE=8, EPOCHS=3, WORKERS=0, DEVICE="cpu")
-        for name, value in constants.items():
-            patch.setattr(train, name, value)
-        train.main()
-    return folder
 
 
 @pytest.fixture

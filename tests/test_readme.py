@@ -9,7 +9,8 @@ import pytest
 from common.options import read_constants
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("makedata.py", "mean_std.py", "train.py", "test.py")
+TOOLS = ("tools/visualize.py", "tools/export.py", "tools/demo.py")
+SCRIPTS = ("makedata.py", "mean_std.py", "train.py", "test.py", *TOOLS)
 READMES = ("README.md", "README.zh-CN.md")
 
 
@@ -49,7 +50,7 @@ def test_both_readmes_give_the_same_commands():
 def test_files_named_in_the_readme_exist(readme):
     text = (ROOT / readme).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    paths = re.findall(r"`((?:models|common|tests|benchmarks)/[\w./]*)`", text)
+    paths = re.findall(r"`((?:models|common|tests|benchmarks|tools|examples)/[\w./]*)`", text)
     assert links and paths
     for path in links + paths:
         assert (ROOT / path).exists(), path

@@ -1,0 +1,53 @@
+"""Drawn fields for the examples: crops and weeds on soil, with their masks and boxes."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/
+from common.demo import MIN_SIZE, SPECIES, draw_seedling
+
+CLASSES = ("soil", "crop", "weed")
+CROPS = ("Common wheat", "Maize", "Sugar beet")
+
+
+def draw_scene(key, width, height):
+    """Draw two to five plants on soil; the same key gives the same picture.
+
+    Args:
+        key: any text.
+        width, height: in pixels.
+
+    Returns:
+        (float tensor (3, height, width) from 0 to 1; int64 tensor (height, width), numbers of `CLASSES`;
+        float tensor (plants, 4), boxes x1, y1, x2, y2; int64 tensor (plants,), their classes).
+    """
+    rng = random.Random(key)
+    noise = np.random.default_rng(rng.getrandbits(32))
+    grains = Image.fromarray(noise.integers(60, 130, (height // 3, width // 3), dtype=np.uint8)).resize((width, height))
+    pixels = np.uint8(np.asarray(grains)[..., None] * [1.05, 0.95, 0.8])
+    mask = np.zeros((height, width), dtype=np.int64)
+    boxes, labels = [], []
+    for _ in range(rng.randint(2, 5)):
+        species = rng.choice(CROPS if rng.random() < 0.5 else [name for name in SPECIES if name not in CROPS])
+        size = max(rng.randint(min(width, height) // 4, min(width, height) // 2), MIN_SIZE)
+        plant = np.asarray(draw_seedling(species, rng, size))
+        red, green, blue = plant.astype(int).transpose(2, 0, 1)
+        leaves = 2 * green - red - blue > 40  # excess green (Woebbecke et al. 1995)
+        rows, columns = np.nonzero(leaves)
+        if len(rows) < 20:
+            continue
+        top, left = rng.randint(0, height - size), rng.randint(0, width - size)
+        place = np.s_[top : top + size, left : left + size]
+        label = 1 if species in CROPS else 2
+        pixels[place][leaves] = plant[leaves]
+        mask[place][leaves] = label
+        boxes.append([left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1])
+        labels.append(label)
+    boxes = torch.tensor(np.array(boxes, dtype=np.float32).reshape(-1, 4))
+    return to_tensor(pixels), torch.from_numpy(mask), boxes, torch.tensor(labels, dtype=torch.int64)
