@@ -30,7 +30,7 @@ def run_pytest(*args, **variables):
 
 
 def test_the_kernels_in_the_interpreter():
-    assert run_pytest("--noconftest", "tests/triton_interpreter.py") > 50
+    assert run_pytest("--noconftest", "tests/triton_interpreter.py") > 40
 
 
 def test_the_golden_blocks_and_merged_network_are_the_same_with_the_kernels():
