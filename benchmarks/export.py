@@ -22,7 +22,7 @@ from common.evaluation import accuracy, choose_pictures, read_batches
 from common.onnx_network import OnnxNetwork
 
 BATCHES = (1, 32)
-REPEATS = 20
+REPEATS = 8
 
 
 def main():
