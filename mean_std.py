@@ -60,6 +60,14 @@ def moments_of_values(n, total, squares):
     return np.stack([mean, std, n, total, squares])
 
 
+def hash_file(path):
+    """SHA-256 of a file as hex; "" for what is none (reading a device would never end) or cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    except OSError:
+        return ""
+
+
 class Moments(Dataset):
     """For each picture of `dataset` its `moments` and its file's SHA-256, or the reason why it cannot be read.
 
@@ -77,7 +85,7 @@ class Moments(Dataset):
 
     def __getitem__(self, index):
         samples = getattr(self.dataset, "samples", None)
-        content = hashlib.sha256(Path(samples[index][0]).read_bytes()).hexdigest() if samples else ""
+        content = hash_file(Path(samples[index][0])) if samples else ""
         if content in self.known:
             return moments_of_sums(self.known[content]), content
         try:

@@ -36,7 +36,7 @@ IMAGES: list[str] = []  # files, folders or patterns; []: test/ if it exists, el
 CHECKPOINT: str = ""  # file of train.py, or .onnx of tools/export.py; "": the newest checkpoints/*/best.pth
 TOP_K: int = 3  # how many of the likeliest classes to show for each picture
 MERGE: bool = True  # merge the network into its inference structure: the same answers, faster
-AMP: str = "auto"  # "auto": bf16 on a CPU that has it, where it gives the answers of float32; "bf16"; "off": float32
+AMP: str = "auto"  # "auto": bf16 where the device has it and it gives the answers of float32; "bf16"; "off": float32
 BATCH_SIZE: int = 32  # pictures that pass through the network at once
 WORKERS: int = -1  # processes that read pictures; -1: one for each core, up to 8, where it pays; 0: none
 DEVICE: str = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
@@ -82,7 +82,7 @@ def choose_dtype(model, images):
         return torch.float32
     if AMP == "bf16":
         return torch.bfloat16
-    if images.device.type != "cpu" or not has_bfloat16():
+    if not has_bfloat16(images.device):
         return torch.float32
     exact, fast = (compute(model, images, dtype) for dtype in (torch.float32, torch.bfloat16))
     return torch.bfloat16 if (exact - fast).abs().max() <= MAX_DIFFERENCE else torch.float32

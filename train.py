@@ -140,9 +140,9 @@ def choose_amp(device):
         return choices[AMP]
     if AMP != "auto":
         raise UserError(f'AMP must be "auto", "bf16", "fp16" or "off", got {AMP!r}')
-    if device.type != "cuda":
-        return torch.bfloat16 if device.type == "cpu" and has_bfloat16() else None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if has_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else None
 
 
 def choose_mean_and_std():
@@ -450,8 +450,7 @@ def compile_network(model, pictures, device, amp_dtype):
     buffers = [buffer.clone() for buffer in model.buffers()]
     compiled = torch.compile(model.train())
     images = torch.zeros(pictures, 3, IMG_SIZE, IMG_SIZE, device=device)
-    if CHANNELS_LAST:
-        images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=choose_layout(device, CHANNELS_LAST))
     try:
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             loss = compiled(images).float().mean()

@@ -51,7 +51,7 @@ def training(ours, name, size, batch_size):
     labels = torch.randint(12, (batch_size,))
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=ours and has_bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=ours and has_bfloat16(CPU)):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         model.zero_grad()
@@ -68,7 +68,7 @@ def inference(ours, name, size, batch_size):
 
     @torch.inference_mode()
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=ours and has_bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=ours and has_bfloat16(CPU)):
             model(images)
 
     return step
@@ -128,7 +128,7 @@ def main():
         processes[-1].start()
         servers.append(here)
 
-    dtype = "bfloat16 autocast" if has_bfloat16() else "float32"
+    dtype = "bfloat16 autocast" if has_bfloat16(CPU) else "float32"
     print(f"batch {BATCH_SIZE}, median of {REPEATS}; ours: {dtype}, {str(choose_layout(CPU)).removeprefix('torch.')}")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
 

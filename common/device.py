@@ -51,8 +51,12 @@ def choose_workers(number, device):
     return 0 if device.type == "cpu" else min(os.cpu_count() or 1, 8)
 
 
-def has_bfloat16():
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX-512 BF16, AMX, or Arm's BF16)."""
+def has_bfloat16(device):
+    """Whether `device` multiplies bfloat16 matrices in hardware; CPUs do with AVX-512 BF16, AMX or Arm's BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -336,7 +336,7 @@ def test_the_cpu_chooses_its_dtype_and_layout(monkeypatch, run_train, capsys):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(train, "AMP", "auto")
     for has, dtype in ((True, torch.bfloat16), (False, None)):
-        monkeypatch.setattr(train, "has_bfloat16", lambda has=has: has)
+        monkeypatch.setattr(train, "has_bfloat16", lambda device, has=has: has)
         assert train.choose_amp(cpu) == dtype
     layouts = {
         (device.type, name): choose_layout(device, name) for device in (cpu, cuda) for name in ("auto", "on", "off")
@@ -348,7 +348,7 @@ def test_the_cpu_chooses_its_dtype_and_layout(monkeypatch, run_train, capsys):
     seen = []
     original = train.prepare_batch
     monkeypatch.setattr(train, "prepare_batch", lambda *arguments: seen.append(original(*arguments)) or seen[-1])
-    monkeypatch.setattr(train, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(train, "has_bfloat16", lambda device: True)
     run_train(EPOCHS=1, AMP="auto")
     assert "autocast bfloat16" in capsys.readouterr().out
     assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _, _ in seen)
