@@ -58,7 +58,7 @@ def test_one_two_and_four_processes_learn_the_same(place):
     for processes in (2, 4):
         for row, expected in zip(runs[processes]["history"], alone["history"], strict=True):
             assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-2)
-            assert row["train_acc1"] == pytest.approx(expected["train_acc1"], abs=2.1)  # one of 48 pictures
+            assert row["train_acc1"] == pytest.approx(expected["train_acc1"], abs=3.2)  # one of 32 unmixed pictures
         # The batch norms' statistics are those of the first process, which sees fewer batches. Adam divides by the
         # gradient's size, so that rounding becomes up to a whole step where that is tiny; 9 steps move up to 3e-3.
         names = [name for name in alone["state_dict"] if "running" not in name and "tracked" not in name]

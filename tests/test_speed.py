@@ -11,7 +11,7 @@ import torch
 from timm.optim import create_optimizer_v2
 
 import train
-from benchmarks import depthwise, throughput
+from benchmarks import cpu, data, depthwise, throughput
 from common.device import prefetch
 from common.options import UserError
 
@@ -140,8 +140,34 @@ def test_benchmarks_run_on_a_cpu(script, monkeypatch, capsys):
         monkeypatch.setattr(script, name, value)
     script.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == (5 if script is throughput else 19)
+    assert len(rows) == (5 if script is throughput else 20)
     assert "Error" not in "".join(rows)
     monkeypatch.setattr(script, "MODELS", ["resnet18"])
     with pytest.raises(UserError, match="MODELS"):
         script.main()
+
+
+def test_the_cpu_s_benchmark_runs_in_small(monkeypatch, capfd):
+    for name, value in dict(MODELS=["unireplknet_a"], SIZES=[32], BATCH_SIZE=2, REPEATS=1, MAPS=((4, 8),)).items():
+        monkeypatch.setattr(cpu, name, value)
+    cpu.main()
+    rows = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 3 + 4  # titles, then one convolution, one training step, inference of 2 and of 1
+    ratios = [float(line.split("|")[-2]) for line in rows if "ratio" not in line]
+    assert len(ratios) == 4 and min(ratios) > 0
+    monkeypatch.setattr(cpu, "MODELS", ["resnet18"])
+    with pytest.raises(UserError, match="'resnet18' is unknown; choose among unireplknet_a"):
+        cpu.main()
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_the_benchmark_of_reading_runs_in_small(drawn, monkeypatch, tmp_path, make_data1, capsys):
+    monkeypatch.chdir(tmp_path)
+    if not drawn:
+        make_data1("data1", {"a": 6, "b": 6})
+    for name, value in dict(PICTURES=8, SIZES=[40], IMG_SIZE=32, REPEATS=1).items():
+        monkeypatch.setattr(data, name, value)
+    data.main()
+    out = capsys.readouterr().out
+    assert f"8 pictures {'drawn' if drawn else 'from data1'}" in out
+    assert sum(line.startswith(("| 40 png |", "| 40 jpg |")) for line in out.splitlines()) == 6
