@@ -60,14 +60,14 @@ def has_bfloat16(device):
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # before PyTorch 2.9
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # older PyTorch
 
 
 def keep_freed_memory():
     """Let this process keep the memory that tensors on the CPU free, for the next ones.
 
     By default glibc, the C library of most Linux systems, gives large blocks back to the system at once, which fills
-    them with zeros again whenever they are asked for: a fifth to a third of a training step (benchmarks/README.md).
+    them with zeros again whenever they are asked for.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

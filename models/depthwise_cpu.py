@@ -1,7 +1,7 @@
 """The depthwise convolution on a CPU: kept on the fast routine, and with gradients that run on it, too.
 
 oneDNN, which computes PyTorch's convolutions on a CPU, has a depthwise forward routine near the peak of the machine.
-Its gradients have none for large or dilated kernels, and take 10 to 35 times as long as the forward pass. But both
+Its gradients have none for large or dilated kernels, and take many times as long as the forward pass. But both
 gradients are depthwise convolutions themselves, so here they are computed as forward passes: the same sums in another
 order (figures: benchmarks/README.md).
 """
@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_weight
 
-# Beyond these, oneDNN leaves its fast routine, and a convolution takes 10 to 30 times as long (oneDNN's
-# jit_avx512_common dw kernel; measured with PyTorch 2.14 by `python -m benchmarks.cpu`).
+# Beyond these, oneDNN leaves its fast routine (found by trial with PyTorch 2.14 on a CPU with AVX-512).
 MAX_PADDING = 6  # to the left and to the right, in pixels
 MAX_STRIDE = 3  # from left to right
 # With kernels up to this edge the routine is faster on NHWC, above it on NCHW, the conversion included.
 MAX_CHANNELS_LAST_KERNEL = 7
 
 
-def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1):
+def conv2d(x, weight, bias=None, stride=1, padding=(0, 0), dilation=1):
     """`F.conv2d` for one group for each channel, with a wide padding written out so that it stays fast.
 
     Args:

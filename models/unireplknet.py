@@ -96,7 +96,7 @@ def frozen_statistics(module):
 class GlobalResponseNorm(torch.autograd.Function):
     """What `GRNwithNHWC` computes, without tensors of x's size in float32 under autocast, and with a short way back.
 
-    By autograd, PyTorch passes 14 times over a tensor of x's size, the widest of the network; this does so 8 times.
+    Its tensors are the widest of the network, and by autograd, PyTorch passes over them more often.
     """
 
     @staticmethod
@@ -133,7 +133,7 @@ def sum_pixels(x):
 
 def spatial_norms(x):
     """L2 norm of each channel's map (N, 1, 1, C), and its mean over the channels plus epsilon (N, 1, 1, 1)."""
-    gx = sum_pixels(x.square()).sqrt()  # not by torch.norm, which is 4 times as slow on a CPU
+    gx = sum_pixels(x.square()).sqrt()  # not by torch.norm, which is slow on a CPU
     return gx, gx.mean(dim=-1, keepdim=True) + 1e-6
 
 
