@@ -35,6 +35,7 @@ from common.plots import plot_confusion_matrix, plot_sheet
 IMAGES: list[str] = []  # files, folders or patterns; []: test/ if it exists, else data/val
 CHECKPOINT: str = ""  # file of train.py, or .onnx of tools/export.py; "": the newest checkpoints/*/best.pth
 TOP_K: int = 3  # how many of the likeliest classes to show for each picture
+TTA: bool = False  # average over the 8 turned and mirrored copies of each picture, in 8 times the time
 MERGE: bool = True  # merge the network into its inference structure: the same answers, faster
 AMP: str = "auto"  # "auto": bf16 where the device has it and it gives the answers of float32; "bf16"; "off": float32
 BATCH_SIZE: int = 32  # pictures that pass through the network at once
@@ -64,6 +65,11 @@ def find_pictures():
         paths += found
     # Not by Path.resolve, which fails for symbolic links that lead in a circle.
     return list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
+
+
+def symmetries(images):
+    """The 8 copies of images (N, 3, H, H) that quarter turns and mirroring make."""
+    return [mirrored.rot90(quarter, (2, 3)) for mirrored in (images, images.flip(3)) for quarter in range(4)]
 
 
 @torch.inference_mode()
@@ -119,7 +125,8 @@ def predict(model, paths, transform, device):
             if images:
                 images = torch.stack(images).to(device, memory_format=choose_layout(device))
                 dtype = dtype or choose_dtype(model, images)
-                probabilities.append(compute(model, images, dtype).cpu().numpy())
+                views = symmetries(images) if TTA else [images]
+                probabilities.append(torch.stack([compute(model, view, dtype) for view in views]).mean(0).cpu().numpy())
             bar.update(len(batch))
     if not probabilities:
         raise UserError(f"none of the {len(paths)} pictures can be read; the first: {reasons[0]}")
@@ -189,6 +196,7 @@ def main():
         model = build_network(checkpoint, MERGE).to(device, memory_format=choose_layout(device))
         what = "EMA weights" if checkpoint.get("state_dict_ema") else "weights"
         what += ", merged" if MERGE else ", training structure"
+    what += ", 8 views of each picture" if TTA else ""
     classes = checkpoint["classes"]
     paths = find_pictures()
     transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])

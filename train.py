@@ -20,6 +20,7 @@ import random
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 import torchvision
 from sklearn.metrics import classification_report
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
@@ -42,7 +43,7 @@ from tqdm import tqdm
 from common import distributed
 from common.board import Board
 from common.cache import open_cache
-from common.checkpoint import load_checkpoint, load_file, load_newest, lock, save_checkpoint
+from common.checkpoint import SEEDLINGS, load_checkpoint, load_file, load_newest, lock, save_checkpoint
 from common.dataset import EpochBatches, SeededPictures, eval_transform, open_image_folder, seed_everything
 from common.device import choose_device, choose_layout, choose_workers, has_bfloat16, keep_freed_memory, prefetch
 from common.finite import first_non_finite_layer
@@ -66,6 +67,7 @@ del np.int
 # --- data
 DATA: str = "data"  # folder that holds train/<class> and val/<class>; makedata.py makes it
 IMG_SIZE: int = 224  # edge in pixels to which every picture is resized; at least 32
+START_SIZE: int = 0  # edge in the first epoch; grows to IMG_SIZE by 32 at a time; 0: IMG_SIZE from the start
 BATCH_SIZE: int = 32  # pictures that pass through the network at once, on each GPU
 CACHE_GB: float = 8.0  # largest size of data/cache, which keeps pictures decoded and resized; 0: decode in each epoch
 WORKERS: int = -1  # processes that read pictures; -1: one for each core, up to 8, beside a GPU, else 0; 0: none
@@ -73,7 +75,8 @@ MEAN: list[float] | None = None  # of each channel, pixels from 0 to 1; None: fr
 STD: list[float] | None = None  # likewise
 
 # --- augmentation
-CUTOUT: float = 0.5  # probability that a rectangle of a picture is erased; 0: off
+CROP: float = 0.5  # smallest share of a picture's area that is cut out and resized; 1: whole pictures
+CUTOUT: float = 0.25  # probability that a rectangle of a picture is erased; 0: off
 CUTOUT_SCALE: list[float] = [0.02, 0.4]  # smallest and largest share of the picture that is erased
 CUTOUT_RATIO: list[float] = [0.4, 2.5]  # smallest and largest aspect ratio of the rectangle
 HFLIP: float = 0.5  # probability of mirroring left to right; 0: off
@@ -83,24 +86,26 @@ ROTATION: float = 0.0  # largest turn in degrees to either side; 0: off
 COLOR_JITTER: float = 0.2  # largest relative change of brightness, contrast and saturation; 0: off
 MIXUP: float = 0.8  # alpha of Mixup's Beta distribution; 0: no Mixup
 CUTMIX: float = 1.0  # alpha of CutMix's Beta distribution; 0: no CutMix
-MIX_PROB: float = 0.1  # probability that a batch is mixed at all; 0: off
+MIX_PROB: float = 0.2  # probability that a batch is mixed at all; 0: off
 MIX_SWITCH: float = 0.5  # probability that a mixed batch gets CutMix instead of Mixup
+BALANCE: float = 0.0  # logit adjustment for classes of unequal size: 1: as if they were equal; 0: off
 SMOOTHING: float = 0.1  # label smoothing: share of the target spread evenly over all classes; 0: off
 
 # --- network
 MODEL: str = "unireplknet_t"  # unireplknet_a f p n t s b l xl, or any other classifier that timm knows
-PRETRAINED: str = ""  # "": from scratch; "in1k" or another published tag: download; a path: weights from that file
+PRETRAINED: str = ""  # "": from scratch; "seedlings": this repository's; "in1k" or another tag: download; a path
 DROP_PATH: float = 0.1  # stochastic depth: probability that the last block is skipped; 0: off
 LAYER_SCALE: float = 0.1  # first value of each block's layer scale, 1e-6 in the paper; 0: none
 FREEZE_EPOCHS: int = 0  # first epochs in which only the head learns, sensible with PRETRAINED; 0: off
 GRAD_CHECKPOINTING: bool = False  # compute each block twice instead of keeping it in memory
 
 # --- optimisation
+OPTIMIZER: str = "muon"  # "muon", "adamw" or another that timm knows; muon learned most from few pictures
 EPOCHS: int = 100  # passes over data/train
-LEARNING_RATE: float = 1e-3  # highest learning rate, for BATCH_SIZE * ACCUMULATE * GPUs pictures a step
+LEARNING_RATE: float = 2e-3  # highest learning rate for 32 pictures a step; that of others is scaled by the root
 MIN_LEARNING_RATE: float = 1e-6  # learning rate at the end
 WARMUP_EPOCHS: float = 5  # epochs in which the learning rate rises to its highest; 0: off
-WEIGHT_DECAY: float = 0.05  # AdamW's, on matrices and kernels only; 0: off
+WEIGHT_DECAY: float = 0.05  # times the learning rate: share that matrices and kernels lose in each step; 0: off
 LAYER_DECAY: float = 1.0  # factor on the learning rate from each layer to the one before it; 1: off
 ACCUMULATE: int = 1  # batches for one step of the optimizer; 1: off
 CLIP_GRAD: float = 5.0  # largest norm of the gradient of one step; 0: off
@@ -125,6 +130,9 @@ SAVE_MINUTES: float = 10.0  # minutes between checkpoints inside an epoch; each 
 KEEP: int = 2  # newest checkpoints to keep: last.pth, last.1.pth, ...; one that is damaged is passed over
 TENSORBOARD: bool = False  # also write curves, augmentation and confusion matrices for TensorBoard (a package)
 SEED: int = 42  # first weights, order of the pictures and augmentation
+
+# --- what these become where PRETRAINED is set, unless the command line sets them
+FINE_TUNING = dict(EPOCHS=20, LEARNING_RATE=3e-4, WARMUP_EPOCHS=1, FREEZE_EPOCHS=1, LAYER_DECAY=0.8)
 
 # --- what a constant that was changed does to a run that is continued
 NO_EFFECT = ("CACHE_GB", "WORKERS", "OUTPUT", "RESUME", "SAVE_MINUTES", "KEEP", "MAX_SKIPPED", "TENSORBOARD")
@@ -171,6 +179,8 @@ def quarter_turn(picture):
 def train_transform(mean, std):
     """What is done to a training picture: PIL RGB -> float tensor (3, IMG_SIZE, IMG_SIZE)."""
     steps = [transforms.Resize((IMG_SIZE, IMG_SIZE))]
+    if CROP < 1:
+        steps.append(transforms.RandomResizedCrop(IMG_SIZE, (CROP, 1.0)))
     if CUTOUT and not CUTOUT_ERROR:
         steps.append(Cutout(CUTOUT, tuple(CUTOUT_SCALE), tuple(CUTOUT_RATIO)))
     if HFLIP:
@@ -222,8 +232,10 @@ def open_data(mean, std, device, rank, ranks):
     batch_size = min(BATCH_SIZE, len(train_set) // ranks)
     if batch_size < 1:
         raise UserError(f"{DATA}/train holds {len(train_set)} pictures, too few for {ranks} processes; start fewer")
-    if batch_size == 1 and IMG_SIZE <= 32:
-        raise UserError("batch norm cannot learn from single pictures of 32 pixels; raise BATCH_SIZE or IMG_SIZE")
+    if batch_size == 1 and picture_size(0) <= 32:
+        raise UserError(
+            "batch norm cannot learn from single pictures of 32 pixels; raise BATCH_SIZE, or IMG_SIZE and START_SIZE"
+        )
     batches = EpochBatches(len(train_set), batch_size, SEED, rank, ranks)
     train_loader = DataLoader(SeededPictures(train_set, SEED), batch_sampler=batches, **loading)
     val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), ranks)), BATCH_SIZE, **loading)
@@ -274,8 +286,8 @@ def load_pretrained(model):
     """Load PRETRAINED into `model`, whatever the number of classes; returns what was loaded and what was skipped."""
     if not isinstance(model, UniRepLKNet):
         raise UserError(f"PRETRAINED works with the UniRepLKNet variants, not with {MODEL}; set one of them to ''")
-    if Path(PRETRAINED).is_file():
-        state_dict = load_file(PRETRAINED)
+    if PRETRAINED == "seedlings" or Path(PRETRAINED).is_file():
+        state_dict = load_file(SEEDLINGS if PRETRAINED == "seedlings" else PRETRAINED)
     else:
         tags = timm.list_pretrained(f"{MODEL}.*")
         if f"{MODEL}.{PRETRAINED}" not in tags:
@@ -297,12 +309,42 @@ def load_pretrained(model):
         raise UserError(f"PRETRAINED {PRETRAINED!r}: {error}") from error
 
 
-def learning_rate(step, steps, warmup_steps):
-    """Learning rate of step `step` (from 0) of `steps`: linear warm-up, then half a cosine."""
+def learning_rate(step, steps, warmup_steps, pictures):
+    """Learning rate of step `step` (from 0) of `steps`, of `pictures` each: linear warm-up, then half a cosine.
+
+    For optimizers that divide by the gradient's size, it grows with the root of the pictures in a step (Malladi et al.,
+    "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms", NeurIPS 2022).
+    """
+    highest = LEARNING_RATE * math.sqrt(pictures / 32)
     if step < warmup_steps:
-        return LEARNING_RATE * (step + 1) / warmup_steps
+        return highest * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(steps - 1 - warmup_steps, 1)
-    return MIN_LEARNING_RATE + (LEARNING_RATE - MIN_LEARNING_RATE) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+    return MIN_LEARNING_RATE + (highest - MIN_LEARNING_RATE) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+
+
+def picture_size(epoch):
+    """Edge in pixels of the training pictures in epoch `epoch` (from 0): IMG_SIZE in the last third of the run.
+
+    Small pictures first cost a fraction of the time (Tan and Le, "EfficientNetV2", ICML 2021, Section 4).
+    """
+    start = START_SIZE or IMG_SIZE
+    size = start + (IMG_SIZE - start) * 1.5 * epoch / EPOCHS
+    return IMG_SIZE if size >= IMG_SIZE else int(size) // 32 * 32
+
+
+def create_criterion(labels, num_classes, device):
+    """Cross entropy of logits (N, classes) and targets (N, classes), averaged over N.
+
+    BALANCE adds the log of each class's share of the training pictures to its logit, so that the network learns what
+    speaks for a class beyond its being frequent (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021,
+    equation 10).
+
+    Args:
+        labels: class of each training picture.
+    """
+    shares = torch.bincount(torch.tensor(labels), minlength=num_classes) / len(labels)
+    adjustment = BALANCE * shares.log().to(device)
+    return lambda logits, targets: F.cross_entropy(logits + adjustment, targets)
 
 
 def create_mixup(num_classes):
@@ -342,6 +384,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     device: torch.device
+    criterion: Callable = F.cross_entropy
     epoch: int = 0  # epochs that are finished
     pictures: int = 0  # pictures of the next epoch that are done, on all processes
     totals: list = field(default_factory=lambda: [0.0] * 4)  # of these: loss, right among the unmixed, unmixed, number
@@ -389,7 +432,8 @@ class Run:
             for group in self.optimizer.param_groups
         ]
         for group, own in zip(checkpoint["optimizer"]["param_groups"], constants):
-            group["fused"] = own.get("fused")  # which decides where a step's number is kept
+            if "fused" in own:
+                group["fused"] = own["fused"]  # which decides where a step's number is kept
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for group, own in zip(self.optimizer.param_groups, constants):
             group.update(own)
@@ -406,6 +450,9 @@ def prepare_batch(run, batch, number, mixup):
     """Batch `number` of the whole run on the device: images (N, 3, H, W), labels (N,), targets (N, classes)."""
     seed_everything(SEED, "step", number)  # Mixup, dropout and stochastic depth depend on the batch's number only
     images, labels = (tensor.to(run.device, non_blocking=True, copy=True) for tensor in batch)  # Mixup works in place
+    size = picture_size(run.epoch)
+    if size != IMG_SIZE:
+        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
     images = images.contiguous(memory_format=choose_layout(run.device, CHANNELS_LAST))
     images, targets = mix(mixup, images, labels)
     return images, labels, targets
@@ -428,7 +475,7 @@ def compute_gradients(run, network, batches, numbers, mixup, amp_dtype):
             with wait:
                 with torch.autocast(run.device.type, amp_dtype, enabled=amp_dtype is not None):
                     logits = network(x)
-                    loss = F.cross_entropy(logits, target)
+                    loss = run.criterion(logits, target)
                 run.scaler.scale(loss * (len(x) / len(images) / len(batches))).backward()
             with torch.no_grad():
                 unmixed = target.gather(1, y[:, None]).squeeze(1) > 1 - SMOOTHING - 1e-4
@@ -544,7 +591,7 @@ def train_one_epoch(run, loader, mixup, amp_dtype, interrupt, save):
         # A batch has the same number, and so the same Mixup, however many processes share the work.
         first = (epoch - 1) * (sampler.length // sampler.batch_size) + step * ACCUMULATE * sampler.ranks + sampler.rank
         numbers = [first + index * sampler.ranks for index in range(len(batches))]
-        lr = learning_rate((epoch - 1) * steps + step, EPOCHS * steps, round(WARMUP_EPOCHS * steps))
+        lr = learning_rate((epoch - 1) * steps + step, EPOCHS * steps, round(WARMUP_EPOCHS * steps), pictures_per_step)
         for group in run.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -616,7 +663,7 @@ def train_one_epoch(run, loader, mixup, amp_dtype, interrupt, save):
 
     loss, right, unmixed, pictures = run.totals
     return dict(
-        lr=learning_rate(epoch * steps - 1, EPOCHS * steps, round(WARMUP_EPOCHS * steps)),
+        lr=learning_rate(epoch * steps - 1, EPOCHS * steps, round(WARMUP_EPOCHS * steps), pictures_per_step),
         train_loss=loss / pictures if pictures else None,
         train_acc1=100 * right / unmixed if unmixed else None,
         skipped=run.skipped,
@@ -674,6 +721,7 @@ def load_resume(folder, classes):
     layer_scale = checkpoint.get("config", {}).get("LAYER_SCALE", LAYER_SCALE)
     for name, here, there in (
         ("MODEL", MODEL, checkpoint["arch"]),
+        ("OPTIMIZER", OPTIMIZER, checkpoint.get("config", {}).get("OPTIMIZER", "adamw")),
         ("the classes", classes, checkpoint["classes"]),
         ("having a layer scale", bool(LAYER_SCALE), bool(layer_scale)),
     ):
@@ -825,6 +873,10 @@ def finish_epoch(run, row, loader, amp_dtype, interrupt, about, folder):
 def main():
     if IMG_SIZE < 32 or min(BATCH_SIZE, EPOCHS, ACCUMULATE, KEEP, MAX_SKIPPED) < 1:
         raise UserError("IMG_SIZE must be at least 32; BATCH_SIZE, EPOCHS, ACCUMULATE, KEEP and MAX_SKIPPED at least 1")
+    if START_SIZE and not 32 <= START_SIZE <= IMG_SIZE:
+        raise UserError(f"START_SIZE must be 0, or from 32 to IMG_SIZE ({IMG_SIZE}), got {START_SIZE}")
+    if not 0 < CROP <= 1:
+        raise UserError(f"CROP must lie above 0 and be at most 1, got {CROP}")
     if COMPILE not in ("auto", "on", "off"):
         raise UserError(f'COMPILE must be "auto", "on" or "off", got {COMPILE!r}')
     device = choose_device(DEVICE)
@@ -869,17 +921,19 @@ def train(device, rank, ranks):
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=choose_layout(device, CHANNELS_LAST))
     ema = ModelEma(model, EMA_DECAY) if USE_EMA else None
+    if OPTIMIZER not in list_optimizers():
+        raise UserError(f'OPTIMIZER {OPTIMIZER!r} is unknown; set it to "muon", "adamw" or another that timm lists')
     optimizer = create_optimizer_v2(
         model,
-        "adamw",
+        OPTIMIZER,
         LEARNING_RATE,
         WEIGHT_DECAY,
         layer_decay=LAYER_DECAY if LAYER_DECAY != 1 else None,
-        fused=True if device.type in ("cpu", "cuda") else None,
+        **(dict(fused=True) if OPTIMIZER == "adamw" and device.type in ("cpu", "cuda") else {}),
     )
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     mixup = create_mixup(len(classes))
-    run = Run(model, ema, optimizer, scaler, device)
+    run = Run(model, ema, optimizer, scaler, device, create_criterion(pictures.targets, len(classes), device))
     about = about_run(classes, mean, std, model_args, pictures, ranks)
 
     folder = Path(OUTPUT, MODEL)
@@ -955,4 +1009,4 @@ def train(device, rank, ranks):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, preset=lambda: FINE_TUNING if PRETRAINED else {})

@@ -14,6 +14,9 @@ from filelock import FileLock, Timeout
 import models  # noqa: F401  registers the UniRepLKNet variants with timm
 from common.options import UserError
 
+# Weights that come with the repository: unireplknet_a trained on 12 species of plant seedlings.
+SEEDLINGS = Path(__file__).resolve().parent.parent / "checkpoints" / "seedlings_unireplknet_a.pth"
+
 # What test.py and the tools need of a checkpoint; train.py adds what it needs to continue.
 REQUIRED = ("arch", "model_args", "state_dict", "classes", "mean", "std", "img_size")
 
@@ -159,13 +162,13 @@ def load_checkpoint(path):
 
 
 def find_checkpoint(path):
-    """The checkpoint to use: `path`, or where that is "" the newest checkpoints/*/best.pth."""
+    """The checkpoint to use: `path`, or where that is "" the newest checkpoints/*/best.pth, or else `SEEDLINGS`."""
     if path:
-        return Path(path)
+        return SEEDLINGS if path == "seedlings" else Path(path)
     found = sorted(Path("checkpoints").glob("*/best.pth"), key=lambda file: file.stat().st_mtime)
-    if not found:
+    if not found and not SEEDLINGS.is_file():
         raise UserError("there is no checkpoints/*/best.pth; run train.py first, or give one with --checkpoint")
-    return found[-1]
+    return found[-1] if found else SEEDLINGS
 
 
 def build_network(checkpoint, merge=True):

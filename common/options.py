@@ -81,13 +81,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
 
 
-def override_constants(namespace, argv, positional=None):
+def override_constants(namespace, argv, positional=None, preset=None):
     """Set the constants of a script from the command line.
 
     Args:
         namespace: the script's globals; changed in place.
         argv: the words after the script's name.
         positional: name of a list constant that also takes the words without an option in front.
+        preset: function that returns constants which depend on others, {name: value}; the command line goes before it.
     """
     script, root = Path(namespace["__file__"]).resolve(), Path(__file__).resolve().parent.parent
     parser = Parser(
@@ -95,6 +96,7 @@ def override_constants(namespace, argv, positional=None):
         description=namespace["__doc__"],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # what is not given stays as the script has it
     )
     # From Python 3.14 on, annotations are made when asked for.
     kinds = namespace["__annotations__"] if "__annotations__" in namespace else namespace["__annotate__"](1)
@@ -104,19 +106,20 @@ def override_constants(namespace, argv, positional=None):
         dashed = "--" + name.lower().replace("_", "-")
         options = dict.fromkeys([dashed, "--" + name.lower()])
         if name == positional:
-            parser.add_argument(name.lower(), nargs="*", default=default, help=help_text)
+            parser.add_argument(name.lower(), nargs="*", help=help_text)
         elif kinds[name] is bool:
-            parser.add_argument(*options, action=argparse.BooleanOptionalAction, default=default, help=help_text)
+            parser.add_argument(*options, action=argparse.BooleanOptionalAction, help=help_text)
         else:
             metavar = str(getattr(kinds[name], "__name__", kinds[name])).upper()
-            convert = converter(kinds[name])
-            parser.add_argument(*options, type=convert, default=default, metavar=metavar, help=help_text)
-    for name, value in vars(parser.parse_args(argv)).items():
-        namespace[name.upper()] = value
+            parser.add_argument(*options, type=converter(kinds[name]), metavar=metavar, help=help_text)
+    given = {name.upper(): value for name, value in vars(parser.parse_args(argv)).items()}
+    namespace.update(given)
+    if preset is not None:
+        namespace.update(preset() | given)
 
 
-def run(main, positional=None):
-    """Run a script: constants, then the command line, then `main`.
+def run(main, positional=None, preset=None):
+    """Run a script: constants, then the command line (see `override_constants`), then `main`.
 
     Exit status: 0, or what `main` returns; 1 with one sentence for what the user can mend; 2 for a wrong option; 130
     for Ctrl-C.
@@ -124,7 +127,7 @@ def run(main, positional=None):
     for stream in (sys.stdout, sys.stderr):
         # A class name that the console cannot show must not end a run; a log file is to show each line at once.
         stream.reconfigure(errors="replace", line_buffering=True)
-    override_constants(main.__globals__, sys.argv[1:], positional)
+    override_constants(main.__globals__, sys.argv[1:], positional, preset)
     try:
         sys.exit(main())
     except (UserError, OSError) as error:  # OSError: disk full, no permission, ...; it names the file

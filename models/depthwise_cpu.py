@@ -51,12 +51,21 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, dilation: int) -> to
     Returns:
         (N, C, H, W).
     """
-    return conv2d(x, weight, padding=same_padding(weight.shape[-2:], dilation), dilation=dilation)
+    out = conv2d(x, weight, padding=same_padding(weight.shape[-2:], dilation), dilation=dilation)
+    return out.contiguous(memory_format=output_layout(x, weight))
 
 
 @depthwise_conv2d.register_fake
 def _(x, weight, dilation):
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=output_layout(x, weight))
+
+
+def output_layout(x, weight):
+    """The memory format that oneDNN gives the output: NHWC where the input or the weight has it."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    # Of a weight (C, 1, kh, kw) both formats hold the same memory; only this stride tells them apart.
+    last = last or (weight.stride(1) == 1 and weight.shape[-2:].numel() > 1)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def save_for_gradients(ctx, inputs, output):

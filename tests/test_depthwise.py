@@ -140,6 +140,17 @@ def test_the_operator_is_a_sound_citizen_of_pytorch():
         torch.testing.assert_close(layout.grad, x.grad)
 
 
+@pytest.mark.parametrize("input_layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last])
+def test_the_layout_that_torch_compile_expects_is_the_layout_that_comes(input_layout, weight_layout):
+    for size, kernel_size, dtype in ((12, 13, torch.float32), (6, 3, torch.bfloat16), (3, 5, torch.bfloat16)):
+        x = torch.randn(2, 32, size, size, dtype=dtype).contiguous(memory_format=input_layout)
+        weight = torch.randn(32, 1, kernel_size, kernel_size, dtype=dtype).to(memory_format=weight_layout)
+        expected = depthwise_cpu.depthwise_conv2d(x.to("meta"), weight.to("meta"), 1)
+        out = depthwise_cpu.depthwise_conv2d(x, weight, 1)
+        assert out.shape == expected.shape and out.stride() == expected.stride()
+
+
 def test_even_kernels_are_refused():
     with pytest.raises(ValueError, match="odd"):
         DepthwiseConv2d(4, 12)

@@ -119,7 +119,7 @@ def test_no_picture_comes_twice_and_none_is_lost_by_stopping(length, size, ranks
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 5000), st.integers(0, 500))
 def test_the_learning_rate_stays_between_its_bounds(steps, warmup):
-    rates = [train.learning_rate(step, steps, warmup) for step in {0, warmup, steps // 2, steps - 1}]
+    rates = [train.learning_rate(step, steps, warmup, 32) for step in {0, warmup, steps // 2, steps - 1}]
     assert all(0 < rate <= train.LEARNING_RATE for rate in rates)
 
 

@@ -12,6 +12,7 @@ from conftest import CLASSES
 from kill import differences
 from PIL import Image
 from timm.data import Mixup
+from timm.optim import Muon
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 
@@ -119,8 +120,8 @@ def test_odd_batches_and_sets_smaller_than_a_batch(run_train, batch_size, img_si
 @pytest.mark.parametrize(("accumulate", "steps"), [(1, 5), (2, 3), (5, 1), (7, 1)])
 def test_one_step_of_the_optimizer_for_each_group_of_batches(run_train, monkeypatch, accumulate, steps):
     calls = []
-    original = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
+    original = Muon.step
+    monkeypatch.setattr(Muon, "step", lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
     run_train(EPOCHS=1, ACCUMULATE=accumulate)
     assert len(calls) == steps
 
@@ -177,12 +178,12 @@ def test_training_accuracy_leaves_mixed_pictures_out(run_train):
 def test_learning_rate_warms_up_and_follows_half_a_cosine(monkeypatch):
     monkeypatch.setattr(train, "LEARNING_RATE", 1.0)
     monkeypatch.setattr(train, "MIN_LEARNING_RATE", 0.1)
-    rates = [train.learning_rate(step, 110, 10) for step in range(110)]
+    rates = [train.learning_rate(step, 110, 10, 32) for step in range(110)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[10 + 33] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 3)) / 2)
-    assert train.learning_rate(0, 1, 0) == 1.0
+    assert train.learning_rate(0, 1, 0, 32) == 1.0 and train.learning_rate(0, 1, 0, 128) == 2.0
 
 
 def test_mixing_an_odd_batch_leaves_its_last_picture_unmixed(monkeypatch):
