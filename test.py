@@ -33,7 +33,7 @@ from common.options import UserError, run
 from common.plots import plot_confusion_matrix, plot_sheet
 
 IMAGES: list[str] = []  # files, folders or patterns; []: test/ if it exists, else data/val
-CHECKPOINT: str = ""  # file of train.py, or .onnx of tools/export.py; "": the newest checkpoints/*/best.pth
+CHECKPOINT: str = ""  # file of train.py, or .onnx; "": the newest checkpoints/*/best.pth, else "seedlings"
 TOP_K: int = 3  # how many of the likeliest classes to show for each picture
 TTA: bool = False  # average over the 8 turned and mirrored copies of each picture, in 8 times the time
 MERGE: bool = True  # merge the network into its inference structure: the same answers, faster

@@ -162,12 +162,18 @@ def load_checkpoint(path):
 
 
 def find_checkpoint(path):
-    """The checkpoint to use: `path`, or where that is "" the newest checkpoints/*/best.pth, or else `SEEDLINGS`."""
+    """The checkpoint to use: `path`; for "seedlings" `SEEDLINGS`; for "" the newest checkpoints/*/best.pth, else those.
+
+    Raises:
+        UserError: if there is none.
+    """
     if path:
         return SEEDLINGS if path == "seedlings" else Path(path)
     found = sorted(Path("checkpoints").glob("*/best.pth"), key=lambda file: file.stat().st_mtime)
     if not found and not SEEDLINGS.is_file():
         raise UserError("there is no checkpoints/*/best.pth; run train.py first, or give one with --checkpoint")
+    if not found:
+        print("there is no checkpoints/*/best.pth, so the weights for seedlings, which came along, are used")
     return found[-1] if found else SEEDLINGS
 
 

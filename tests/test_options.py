@@ -161,6 +161,14 @@ def test_constants_are_read_with_their_comments(script):
     assert read_constants(script)["STEPS"] == "how many, at most 100 %"
 
 
+def test_a_preset_comes_before_the_script_and_after_the_command_line(script):
+    namespace = runpy.run_path(str(script))
+    override_constants(
+        namespace, ["--rate", "2"], preset=lambda: dict(STEPS=7, RATE=9.0, OUT_DIR=str(namespace["RATE"]))
+    )
+    assert (namespace["STEPS"], namespace["RATE"], namespace["OUT_DIR"]) == (7, 2.0, "2.0")
+
+
 def test_annotations_may_be_made_when_asked_for(script):
     """Python 3.14 leaves `__annotate__` in a script's globals instead of `__annotations__`."""
     namespace = runpy.run_path(str(script))

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import transforms
 
 import train
-from common.checkpoint import load_checkpoint
+from common.checkpoint import SEEDLINGS, load_checkpoint
 from common.options import UserError
 
 
@@ -75,6 +75,24 @@ def test_merged_and_training_structure_agree(run_test):
         tables.append({(r["image"], r[f"class_{k}"]): float(r[f"probability_{k}"]) for r in rows for k in (1, 2, 3)})
     assert len(tables[0]) == 27
     assert tables[0] == pytest.approx(tables[1], abs=1e-4)
+
+
+def test_eight_views_are_averaged(run_test, place):
+    photo = sorted((place / "data" / "val" / "Maize").iterdir())[0]
+    views = []
+    for mirrored in (False, True):
+        for turn in (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270):
+            picture = Image.open(photo).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else picture
+            picture = picture.transpose(turn) if turn is not None else picture
+            path = place / "views" / f"{mirrored}{turn}.png"
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+            views.append(reference(place, path))
+    assert len({tuple(view.values()) for view in views}) == 8
+    _, rows = run_test(photo, TTA=True, TOP_K=3)
+    answer = {rows[0][f"class_{k}"]: float(rows[0][f"probability_{k}"]) for k in (1, 2, 3)}
+    assert answer == pytest.approx({name: np.mean([view[name] for view in views]) for name in answer}, abs=1e-4)
 
 
 def test_named_folders_give_accuracy_report_and_confusion_matrix(run_test, place, capsys):
@@ -136,6 +154,17 @@ def test_a_broken_picture_is_reported_and_skipped(run_test, place, capsys):
     assert "broken.jpg" in out and "empty.png cannot be read as a picture (it is empty)" in out
     with pytest.raises(UserError, match="none of the 1 pictures"):
         run_test("shots/empty.png")
+
+
+def test_the_weights_that_came_along_answer_where_nothing_was_trained(run_test, place, picture, capsys):
+    shutil.rmtree(place / "checkpoints")
+    picture("seedling", 150, (90, 140, 60)).save(place / "photo.jpg")
+    assert run_test("photo.jpg", TOP_K=12)[0] == 0
+    assert "so the weights for seedlings, which came along, are used" in capsys.readouterr().out
+    _, rows = run_test("photo.jpg", CHECKPOINT="seedlings", TOP_K=12)
+    checkpoint = load_checkpoint(SEEDLINGS)
+    assert {rows[0][f"class_{k}"] for k in range(1, 13)} == set(checkpoint["classes"]) >= {"Black-grass", "Maize"}
+    assert checkpoint["arch"] == "unireplknet_a" and SEEDLINGS.stat().st_size < 10e6
 
 
 class Bomb:

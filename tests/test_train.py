@@ -8,19 +8,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES
+from conftest import CLASSES, DEFAULTS
 from kill import differences
 from PIL import Image
 from timm.data import Mixup
-from timm.optim import Muon
+from timm.optim import muon
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 
 import makedata
 import train
-from common.checkpoint import load_checkpoint
+from common.checkpoint import SEEDLINGS, load_checkpoint
 from common.device import choose_layout
-from common.options import UserError
+from common.options import UserError, override_constants
 
 FILES = {
     "last.pth",
@@ -59,14 +59,16 @@ def test_a_run_learns_and_leaves_its_files(run_train, place, capsys):
     assert not torch.equal(last["state_dict"]["head.weight"], last["state_dict_ema"]["head.weight"])
 
 
-def test_a_resumed_run_ends_as_one_that_was_never_stopped(run_train, monkeypatch):
-    constants = dict(EPOCHS=4, MIX_PROB=0.7, DROP_PATH=0.3, COLOR_JITTER=0.3)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(run_train, monkeypatch, optimizer):
+    constants = dict(EPOCHS=4, MIX_PROB=0.7, DROP_PATH=0.3, COLOR_JITTER=0.3, OPTIMIZER=optimizer)
+    constants |= dict(EPOCHS=3, IMG_SIZE=64, START_SIZE=32) if optimizer == "muon" else {}
     straight = load_checkpoint(run_train(**constants, OUTPUT="straight") / "last.pth")
 
     original = train.train_one_epoch
 
     def stop_in_epoch_3(*arguments):
-        if arguments[0].epoch == 2:
+        if arguments[0].epoch == constants["EPOCHS"] - 2:
             raise KeyboardInterrupt
         return original(*arguments)
 
@@ -76,7 +78,9 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(run_train, monkeypatch
     monkeypatch.setattr(train, "train_one_epoch", original)
     folder = run_train(**constants, RESUME="auto")
     assert not differences(load_checkpoint(folder / "last.pth"), straight)
-    assert len((folder / "log.csv").read_text().splitlines()) == 1 + 4
+    assert len((folder / "log.csv").read_text().splitlines()) == 1 + constants["EPOCHS"]
+    with pytest.raises(UserError, match="OPTIMIZER there is"):
+        run_train(**constants | dict(OPTIMIZER="lion"), RESUME="auto")
 
 
 def test_workers_change_nothing(run_train):
@@ -120,8 +124,8 @@ def test_odd_batches_and_sets_smaller_than_a_batch(run_train, batch_size, img_si
 @pytest.mark.parametrize(("accumulate", "steps"), [(1, 5), (2, 3), (5, 1), (7, 1)])
 def test_one_step_of_the_optimizer_for_each_group_of_batches(run_train, monkeypatch, accumulate, steps):
     calls = []
-    original = Muon.step
-    monkeypatch.setattr(Muon, "step", lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
+    original = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
     run_train(EPOCHS=1, ACCUMULATE=accumulate)
     assert len(calls) == steps
 
@@ -186,6 +190,105 @@ def test_learning_rate_warms_up_and_follows_half_a_cosine(monkeypatch):
     assert train.learning_rate(0, 1, 0, 32) == 1.0 and train.learning_rate(0, 1, 0, 128) == 2.0
 
 
+def test_pictures_grow_in_the_first_two_thirds_of_a_run(monkeypatch):
+    for name, value in dict(EPOCHS=12, IMG_SIZE=128, START_SIZE=64).items():
+        monkeypatch.setattr(train, name, value)
+    assert [train.picture_size(epoch) for epoch in range(12)] == [64] * 4 + [96] * 4 + [128] * 4
+    monkeypatch.setattr(train, "IMG_SIZE", 110)  # no multiple of 32
+    assert {train.picture_size(epoch) for epoch in range(12)} == {64, 96, 110}
+    monkeypatch.setattr(train, "START_SIZE", 0)
+    assert {train.picture_size(epoch) for epoch in range(12)} == {110}
+
+
+def test_the_network_sees_pictures_of_the_epoch_s_size(run_train, monkeypatch):
+    edges = []
+    original = train.mix
+    monkeypatch.setattr(
+        train, "mix", lambda mixup, images, labels: edges.append(images.shape[2:]) or original(mixup, images, labels)
+    )
+    run_train(EPOCHS=2, IMG_SIZE=64, START_SIZE=32)
+    assert len(edges) == 10 and edges == [(32, 32)] * 5 + [(64, 64)] * 5
+
+
+def test_crops_hold_at_least_their_share_of_the_picture(monkeypatch):
+    # A picture whose red and green are its columns and rows shows what was cut out.
+    ramp = np.linspace(0, 255, 64, dtype=np.uint8)
+    columns, rows = np.meshgrid(ramp, ramp)
+    picture = Image.fromarray(np.stack([columns, rows, rows], 2))
+    for name, value in dict(IMG_SIZE=64, CUTOUT=0, HFLIP=0, VFLIP=0, QUARTER_TURNS=False, COLOR_JITTER=0).items():
+        monkeypatch.setattr(train, name, value)
+    shares = []
+    for crop in (1.0, 0.7):
+        monkeypatch.setattr(train, "CROP", crop)
+        transform = train.train_transform([0.0] * 3, [1.0] * 3)
+        for _ in range(30):
+            red, green, _ = transform(picture)
+            shares.append(float((red.max() - red.min()) * (green.max() - green.min())))
+    assert min(shares[:30]) > 0.99
+    assert 0.65 < min(shares[30:]) < 0.8 and max(shares[30:]) > 0.85
+
+
+def test_muon_orthogonalises_and_does_so_in_float32_without_bfloat16(monkeypatch):
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", muon.zeropower_via_newtonschulz)  # put back afterwards
+    monkeypatch.setattr(train, "LEARNING_RATE", 1.0)
+    monkeypatch.setattr(train, "WEIGHT_DECAY", 0.0)
+    steps = []
+    for fast in (True, False):
+        monkeypatch.setattr(train, "has_bfloat16", lambda device, fast=fast: fast)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(16, 48, bias=False)
+        before = model.weight.detach().clone()
+        optimizer = train.create_optimizer(model, torch.device("cpu"))
+        model.weight.grad = torch.randn(48, 16)
+        optimizer.step()
+        step = before - model.weight.detach()
+        steps.append(step / step.norm() * 4)  # 16 singular values of about 1 each
+        assert torch.linalg.svdvals(steps[-1]).sub(1).abs().max() < 0.35  # as near as five iterations come
+        left, _, right = torch.linalg.svd(model.weight.grad, full_matrices=False)
+        assert (steps[-1] - left @ right).abs().max() < 0.15
+    assert 0 < (steps[0] - steps[1]).abs().max() < 0.02  # bfloat16 and float32
+    assert muon.zeropower_via_newtonschulz.keywords == dict(dtype=torch.float32)
+
+
+def test_logit_adjustment_is_cross_entropy_with_the_log_of_the_shares(monkeypatch):
+    logits, targets = torch.randn(5, 3), torch.eye(3)[[0, 1, 2, 1, 0]]
+    labels = [0] * 6 + [1] * 3 + [2]
+    plain = train.create_criterion(labels, 3, torch.device("cpu"))
+    assert torch.equal(plain(logits, targets), torch.nn.functional.cross_entropy(logits, targets))
+    monkeypatch.setattr(train, "BALANCE", 0.5)
+    adjusted = (logits + 0.5 * torch.tensor([0.6, 0.3, 0.1]).log()).log_softmax(1)
+    loss = train.create_criterion(labels, 3, torch.device("cpu"))(logits, targets)
+    torch.testing.assert_close(loss, -(targets * adjusted).sum(1).mean())
+
+
+def test_a_balanced_run_answers_the_rare_class_more_often(run_train, place, make_data1):
+    shutil.rmtree("data1")
+    make_data1(place / "data1", {"a": 40, "b": 8})
+    makedata.main()
+    biases = []
+    for balance in (0.0, 2.0):
+        folder = run_train(EPOCHS=2, BALANCE=balance, OUTPUT=str(balance))
+        bias = load_checkpoint(folder / "last.pth")["state_dict"]["head.bias"]
+        biases.append(float(bias[1] - bias[0]))
+    assert biases[1] > biases[0]
+
+
+def test_what_pretrained_changes_gives_way_to_the_command_line(monkeypatch):
+    assert train.FINE_TUNING.keys() <= DEFAULTS.keys()
+    namespace = vars(train)
+    for name in DEFAULTS:
+        monkeypatch.setitem(namespace, name, DEFAULTS[name])
+
+    def preset():
+        return train.FINE_TUNING if train.PRETRAINED else {}
+
+    override_constants(namespace, [], preset=preset)
+    assert {name: namespace[name] for name in DEFAULTS} == DEFAULTS
+    override_constants(namespace, ["--pretrained", "in1k", "--epochs", "7"], preset=preset)
+    expected = DEFAULTS | train.FINE_TUNING | dict(PRETRAINED="in1k", EPOCHS=7)
+    assert {name: namespace[name] for name in DEFAULTS} == expected and expected["LAYER_DECAY"] < 1
+
+
 def test_mixing_an_odd_batch_leaves_its_last_picture_unmixed(monkeypatch):
     monkeypatch.setattr(train, "SMOOTHING", 0.1)
     mixup = Mixup(0.8, 1.0, prob=1.0, label_smoothing=0.1, num_classes=4)
@@ -231,6 +334,16 @@ def test_pretrained_weights_of_other_classes(run_train, place, capsys, make_data
     assert "skipped head.weight ((3, 320) there, (2, 320) here)" in capsys.readouterr().out
 
 
+def test_training_starts_from_the_weights_that_came_along(run_train, capsys):
+    folder = run_train(EPOCHS=1, FREEZE_EPOCHS=1, PRETRAINED="seedlings", USE_EMA=False)
+    assert "pretrained  seedlings: loaded" in capsys.readouterr().out
+    theirs, ours = load_checkpoint(SEEDLINGS)["state_dict"], load_checkpoint(folder / "last.pth")["state_dict"]
+    different = {name for name in ours if not torch.equal(ours[name], theirs[name].to(ours[name].dtype))}
+    assert different == {"head.weight", "head.bias"}
+    with pytest.raises(UserError, match="PRETRAINED 'seedlings': these weights are of another network"):
+        run_train(EPOCHS=1, PRETRAINED="seedlings", MODEL="unireplknet_f")
+
+
 def test_statistics_come_from_mean_std_and_are_checked_against_the_pictures(run_train, place, capsys):
     manifest = json.loads((place / "data" / "manifest.json").read_text(encoding="utf-8"))
     report = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], pictures=30, fingerprint=manifest["fingerprint"])
@@ -258,6 +371,10 @@ def test_statistics_come_from_mean_std_and_are_checked_against_the_pictures(run_
         (dict(DEVICE="cuda:99"), "is not available here"),
         (dict(MEAN=[0.5] * 3), "set both or neither"),
         (dict(MEAN=[0.5] * 3, STD=[0.1, 0.0, 0.1]), "STD above 0"),
+        (dict(OPTIMIZER="adamz"), "OPTIMIZER 'adamz' is unknown"),
+        (dict(START_SIZE=16), "START_SIZE must be 0, or from 32 to IMG_SIZE"),
+        (dict(START_SIZE=64), "START_SIZE must be 0, or from 32 to IMG_SIZE"),
+        (dict(CROP=0.0), "CROP must lie above 0"),
         (dict(BATCH_SIZE=0), "at least 1"),
         (dict(IMG_SIZE=16), "at least 32"),
         (dict(BATCH_SIZE=1), "batch norm cannot learn from single pictures"),

@@ -19,7 +19,7 @@ from common.gradcam import grad_cam, overlay
 from common.images import load_image
 from common.options import UserError, run
 
-CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth
+CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth, else "seedlings"
 TOP_K: int = 5  # how many of the likeliest classes to show
 DEVICE: str = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
 PORT: int = 7860  # of http://127.0.0.1:PORT

@@ -38,7 +38,7 @@ from common.extras import require
 from common.onnx_network import METADATA, OnnxNetwork
 from common.options import UserError, run
 
-CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth
+CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth, else "seedlings"
 FORMATS: list[str] = ["onnx", "int8", "program", "timm"]  # what to write
 DATA: str = "data"  # folder whose val/ is compared on, and whose train/ calibrates the 8-bit network
 PICTURES: int = 200  # pictures of val/ to compare on, as many of each class; 0: all

@@ -40,7 +40,7 @@ from common.options import UserError, run
 from common.plots import plot_augmentation, plot_kernels, plot_map, plot_receptive_fields, plot_sheet
 
 WHAT: list[str] = []  # augmentation, gradcam, receptive_field, kernels, features; []: all
-CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth
+CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth, else "seedlings"
 DATA: str = "data"  # folder with val/, for augmentation train/
 PICTURES: int = 600  # pictures of val/ that gradcam and features look at, as many of each class; 0: all
 SHOWN: int = 5  # right and wrong answers of each class in gradcam, and pictures in augmentation
