@@ -234,7 +234,7 @@ def open_data(mean, std, device, rank, ranks):
     batch_size = min(BATCH_SIZE, len(train_set) // ranks)
     if batch_size < 1:
         raise UserError(f"{DATA}/train holds {len(train_set)} pictures, too few for {ranks} processes; start fewer")
-    if batch_size == 1 and picture_size(0) <= 32:
+    if batch_size == 1 and training_size(0) <= 32:
         raise UserError(
             "batch norm cannot learn from single pictures of 32 pixels; raise BATCH_SIZE, or IMG_SIZE and START_SIZE"
         )
@@ -324,7 +324,7 @@ def learning_rate(step, steps, warmup_steps, pictures):
     return MIN_LEARNING_RATE + (highest - MIN_LEARNING_RATE) * (1 + math.cos(math.pi * min(progress, 1))) / 2
 
 
-def picture_size(epoch):
+def training_size(epoch):
     """Edge in pixels of the training pictures in epoch `epoch` (from 0): IMG_SIZE in the last third of the run.
 
     Small pictures first cost a fraction of the time (Tan and Le, "EfficientNetV2", ICML 2021, Section 4).
@@ -468,7 +468,7 @@ def prepare_batch(run, batch, number, mixup):
     """Batch `number` of the whole run on the device: images (N, 3, H, W), labels (N,), targets (N, classes)."""
     seed_everything(SEED, "step", number)  # Mixup, dropout and stochastic depth depend on the batch's number only
     images, labels = (tensor.to(run.device, non_blocking=True, copy=True) for tensor in batch)  # Mixup works in place
-    size = picture_size(run.epoch)
+    size = training_size(run.epoch)
     if size != IMG_SIZE:
         images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
     images = images.contiguous(memory_format=choose_layout(run.device, CHANNELS_LAST))

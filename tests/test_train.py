@@ -193,11 +193,11 @@ def test_learning_rate_warms_up_and_follows_half_a_cosine(monkeypatch):
 def test_pictures_grow_in_the_first_two_thirds_of_a_run(monkeypatch):
     for name, value in dict(EPOCHS=12, IMG_SIZE=128, START_SIZE=64).items():
         monkeypatch.setattr(train, name, value)
-    assert [train.picture_size(epoch) for epoch in range(12)] == [64] * 4 + [96] * 4 + [128] * 4
+    assert [train.training_size(epoch) for epoch in range(12)] == [64] * 4 + [96] * 4 + [128] * 4
     monkeypatch.setattr(train, "IMG_SIZE", 110)  # no multiple of 32
-    assert {train.picture_size(epoch) for epoch in range(12)} == {64, 96, 110}
+    assert {train.training_size(epoch) for epoch in range(12)} == {64, 96, 110}
     monkeypatch.setattr(train, "START_SIZE", 0)
-    assert {train.picture_size(epoch) for epoch in range(12)} == {110}
+    assert {train.training_size(epoch) for epoch in range(12)} == {110}
 
 
 def test_the_network_sees_pictures_of_the_epoch_s_size(run_train, monkeypatch):
