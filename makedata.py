@@ -116,17 +116,18 @@ def check_pictures(paths, workers, sound=None):
         return list(tqdm(pool.map(check_one, paths, chunksize=16), **bar))
 
 
-def find_duplicates(contents):
+def find_duplicates(contents, name="picture"):
     """Group files by content.
 
     Args:
         contents: {path: SHA-256}.
+        name: of what they hold.
 
     Returns:
         Lists of two or more paths that hold the same bytes.
 
     Raises:
-        UserError: if one picture stands under two classes.
+        UserError: if one of them stands under two classes.
     """
     by_content = defaultdict(list)
     for path, content in contents.items():
@@ -135,7 +136,7 @@ def find_duplicates(contents):
     for paths in groups:
         other = next((path for path in paths if path.parent.name != paths[0].parent.name), None)
         if other is not None:
-            raise UserError(f"{paths[0]} and {other} are the same picture under two classes; delete the wrong one")
+            raise UserError(f"{paths[0]} and {other} are the same {name} under two classes; delete the wrong one")
     return groups
 
 
@@ -221,7 +222,7 @@ def main():
         print(f"left out: {reason}")
     checked = {path: content for path, (content, reason) in zip(paths, results) if not reason}
     contents = {path: content["sha256"] for path, content in checked.items()}
-    duplicates = find_duplicates(contents)
+    duplicates = find_duplicates(contents, kind.name)
 
     val = set()
     for name in classes:

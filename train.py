@@ -88,9 +88,9 @@ COLOR_JITTER: float = 0.2  # largest relative change of brightness, contrast and
 TIME_SHIFT: float = 0.1  # largest shift to either side, as a share of the time; 0: off
 GAIN: float = 6.0  # largest change of the loudness in decibels; 0: off
 NOISE: float = 0.5  # probability of white noise; 0: off
-NOISE_LEVELS: list[float] = [30.0, 70.0]  # smallest and largest distance of noise from the loudest place in decibels
-TIME_MASK: float = 0.2  # longest stretch that is masked, as a share of the time (SpecAugment); 0: off
-FREQUENCY_MASK: float = 0.2  # widest band that is masked, as a share of the mel bands (SpecAugment); 0: off
+NOISE_LEVELS: list[float] = [40.0, 80.0]  # smallest and largest distance of noise from the loudest place in decibels
+TIME_MASK: float = 0.1  # longest stretch that is masked, as a share of the time (SpecAugment); 0: off
+FREQUENCY_MASK: float = 0.1  # widest band that is masked, as a share of the mel bands (SpecAugment); 0: off
 
 # --- augmentation of both
 MIXUP: float = 0.8  # alpha of Mixup's Beta distribution; 0: no Mixup
@@ -183,8 +183,10 @@ def quarter_turn(picture):
 
 
 def train_transform(mean, std, sound=None):
-    """What is done to a training picture: PIL RGB -> float tensor (3, IMG_SIZE, IMG_SIZE); to that of a recording, where
-    `sound` says how it was made (see common/sounds.py): PIL RGB -> (3, mel bands, frames)."""
+    """What is done to a training picture: PIL RGB -> float tensor (3, IMG_SIZE, IMG_SIZE).
+
+    To the picture of a recording, where `sound` says how it was made (see common/sounds.py): -> (3, mel bands, frames).
+    """
     if sound is not None:
         return sound_transform(mean, std, sound)
     steps = [transforms.Resize((IMG_SIZE, IMG_SIZE))]

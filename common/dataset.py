@@ -16,7 +16,7 @@ from common.sounds import file_kind, is_sound
 
 
 class PictureFolder(ImageFolder):
-    """torchvision's `ImageFolder` that reads by `load_image`, or `load_sound`, and passes over hidden files and folders.
+    """torchvision's `ImageFolder` that reads by `load_image` or `load_sound`, and passes over hidden files and folders.
 
     Args:
         root: folder that holds <class>/<picture>.

@@ -47,8 +47,8 @@ def split_by_group(contents, pattern, val_groups, val_ratio, seed):
     if missing.any():
         name = sorted({path.parent.name for path in paths})[missing.argmax()]
         raise UserError(
-            f"with these groups one side would have no file of the class {name!r}; change GROUP or VAL_GROUPS, or bring "
-            "files of more groups"
+            f"with these groups one side would have no file of the class {name!r}; change GROUP or VAL_GROUPS, or "
+            "bring files of more groups"
         )
     return {path for path in paths if groups[path] in chosen}, sorted(chosen)
 
@@ -71,8 +71,8 @@ def find_groups(paths, pattern):
     lost = [path for path in paths if groups.get(path) is None]
     if lost:
         raise UserError(
-            f"GROUP {pattern.pattern!r} finds nothing in {len(lost)} of {len(paths)} file names, such as {lost[0]}; change "
-            "the pattern or the names"
+            f"GROUP {pattern.pattern!r} finds nothing in {len(lost)} of {len(paths)} file names, such as {lost[0]}; "
+            "change the pattern or the names"
         )
     if len(set(groups.values())) == 1:
         raise UserError(

@@ -46,6 +46,6 @@ def read_json(path):
 
 
 def read_sound(folder):
-    """How makedata.py read the recordings of `folder` (see common/sounds.py); None for pictures, or without a manifest."""
+    """How makedata.py read the recordings of `folder` (see common/sounds.py); None for pictures or without manifest."""
     path = Path(folder, MANIFEST)
     return read_json(path).get("sound") if path.is_file() else None

@@ -155,7 +155,7 @@ def fit(samples, rate, sound):
 
 @cache
 def mel_filters(sample_rate, window, mels):
-    """Slaney's mel bands, each of area 1: float32 array (mel bands, 1 + window // 2), for spectra of `window` samples."""
+    """Slaney's mel bands, each of area 1, for spectra of `window` samples: float32 array (mel bands, 1 + window // 2)."""
     filters = require("librosa").filters
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about bands that no frequency falls into; see `check_settings`
@@ -210,7 +210,7 @@ def duration(path):
 
 
 def shift_time(image, share):
-    """Begin at another time: up to `share` of the width to either side; what leaves on one side comes in on the other."""
+    """Shift by up to `share` of the width to either side; what leaves on one side comes in on the other."""
     limit = int(share * image.shape[2])
     return image.roll(random.randint(-limit, limit), 2)
 
