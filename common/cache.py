@@ -4,10 +4,10 @@ Resize is the first step of training and validation, and nothing before it is ra
 in every epoch, and decoding a large PNG takes longer than anything that comes after it.
 
 data/cache/<size>-<hash>.npy holds one set of pictures, a uint8 array (pictures, height, width, 3) in the set's order;
-<size> is the edge or, of recordings, <height>x<width>. The hash is that of the files' contents, so that a changed picture
-means another file, and the file is written beside and renamed, so that it is whole if it is there. contents.json
-remembers the hash of each file by its size and time of change, as git does, so that a run does not read all pictures
-just to find out that they are the same.
+<size> is the edge or, of recordings, <height>x<width>. The hash is that of the files' contents, so that a changed
+picture means another file, and the file is written beside and renamed, so that it is whole if it is there.
+contents.json remembers the hash of each file by its size and time of change, as git does, so that a run does not read
+all pictures just to find out that they are the same.
 """
 
 import hashlib

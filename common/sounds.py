@@ -147,6 +147,7 @@ def fit(samples, rate, sound):
     """
     if rate != sound["sample_rate"]:
         samples = require("soxr").resample(samples, rate, sound["sample_rate"])
+        samples = samples if len(samples) else np.zeros(1, np.float32)  # a few samples at a high rate become none
     length = round(sound["seconds"] * sound["sample_rate"])
     samples = samples[:length]
     before = (length - len(samples)) // 2
@@ -155,7 +156,7 @@ def fit(samples, rate, sound):
 
 @cache
 def mel_filters(sample_rate, window, mels):
-    """Slaney's mel bands, each of area 1, for spectra of `window` samples: float32 array (mel bands, 1 + window // 2)."""
+    """Slaney's mel bands, each of area 1, for spectra of `window` samples: float32 array (bands, 1 + window // 2)."""
     filters = require("librosa").filters
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about bands that no frequency falls into; see `check_settings`

@@ -218,6 +218,7 @@ BAD = {
     "cut off.wav": (lambda path: cut_off(write(path, tone(500)), 3000), ""),  # what is left is heard
     "one sample.wav": (lambda path: write(path, np.ones(1), 96_000), ""),
     "silence.wav": (lambda path: write(path, np.zeros(800)), ""),
+    "loud.wav": (lambda path: write(path, np.full(800, 1e30), subtype="FLOAT"), ""),
     "8 channels.wav": (lambda path: write(path, np.ones((800, 8))), ""),
     "really a flac.wav": (lambda path: write(path, tone(500), format="FLAC"), ""),
 }
@@ -238,7 +239,9 @@ def test_bad_recordings_are_read_or_named_with_the_reason(name, tmp_path):
         with pytest.raises(ImageError):
             load_sound(path, SOUND)
     else:
-        assert why == "" and load_sound(path, SOUND).size[::-1] == picture_size(SOUND)
+        assert why == ""
+        for padding in sounds.PADDINGS:
+            assert load_sound(path, SOUND | dict(padding=padding)).size[::-1] == picture_size(SOUND)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems would write the hour")
