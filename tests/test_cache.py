@@ -98,7 +98,8 @@ def test_a_changed_picture_is_decoded_again_and_nothing_else_is_read(paths, monk
     draw_picture("another", (60, 40)).save(paths[3])
     os.utime(paths[3], ns=(0, 12345))  # in case the file system's clock is coarse
     read = []
-    monkeypatch.setattr(cache, "hash_file", lambda path, hash_file=cache.hash_file: read.append(path) or hash_file(path))
+    hash_file = cache.hash_file
+    monkeypatch.setattr(cache, "hash_file", lambda path: read.append(path) or hash_file(path))
     kept, _ = open_cache(paths, 32, FOLDER, 1e9)
     assert read == [paths[3]]
     assert all(map(np.array_equal, pixels(kept), resized(paths, 32)))
