@@ -1,4 +1,4 @@
-"""Compute the normalisation statistics of the pictures in data1/<class>/.
+"""Compute the normalisation statistics of the pictures, or recordings, in data1/<class>/.
 
     python mean_std.py
 
@@ -10,7 +10,6 @@ standard deviation; it leaves out how pictures differ from each other, and is wh
 is the standard deviation of all pixels of the set. Both are computed exactly, from each picture's histogram.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -23,8 +22,9 @@ from tqdm import tqdm
 
 from common.dataset import open_image_folder
 from common.images import ImageError, level_sums
-from common.manifest import MANIFEST, fingerprint, read_json
+from common.manifest import MANIFEST, fingerprint, hash_file, read_json, read_sound
 from common.options import UserError, run
+from common.sounds import file_kind
 
 SOURCE: str = "data1"  # folder that holds <class>/<picture>
 OUTPUT: str = "data/mean_std.json"  # file for the result; "" writes none
@@ -60,10 +60,10 @@ def moments_of_values(n, total, squares):
     return np.stack([mean, std, n, total, squares])
 
 
-def hash_file(path):
+def hash_if_file(path):
     """SHA-256 of a file as hex; "" for what is none (reading a device would never end) or cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        return hash_file(path) if path.is_file() else ""
     except OSError:
         return ""
 
@@ -85,7 +85,7 @@ class Moments(Dataset):
 
     def __getitem__(self, index):
         samples = getattr(self.dataset, "samples", None)
-        content = hash_file(Path(samples[index][0])) if samples else ""
+        content = hash_if_file(Path(samples[index][0])) if samples else ""
         if content in self.known:
             return moments_of_sums(self.known[content]), content
         try:
@@ -152,17 +152,19 @@ def get_mean_and_std(dataset, workers=-1):
 
 
 def main():
-    dataset = open_image_folder(SOURCE)
-    results = measure(dataset, WORKERS, known_sums(Path(OUTPUT or "data/").parent / MANIFEST))
+    folder = Path(OUTPUT or "data/").parent
+    sound = read_sound(folder)
+    dataset = open_image_folder(SOURCE, sound=sound)
+    results = measure(dataset, WORKERS, known_sums(folder / MANIFEST))
     for result, reason in results:
         if result is None:
             print(f"left out: {reason}")
     used = [(result, content) for result, content in results if result is not None]
     if not used:
-        raise UserError(f"no picture in {SOURCE} can be read; replace the files listed above")
+        raise UserError(f"no {file_kind(sound).name} in {SOURCE} can be read; replace the files listed above")
     mean, std, pixel_std = summarise([result for result, _ in used]).tolist()
 
-    print(f"pictures       {len(used)} of {len(results)} in {SOURCE}")
+    print(f"{file_kind(sound).name + 's':14} {len(used)} of {len(results)} in {SOURCE}")
     for name, values in (("mean", mean), ("std per image", std), ("std pixel", pixel_std)):
         print(f"{name:14} [{', '.join(f'{value:.6f}' for value in values)}]")
     if OUTPUT:
@@ -174,6 +176,7 @@ def main():
             pixel_std=pixel_std,
             pictures=len(used),
             fingerprint=fingerprint(content for _, content in used),
+            **({} if sound is None else dict(sound=sound)),
         )
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         print(f"written to     {output}")

@@ -1,4 +1,4 @@
-"""Tell what is on pictures, with a checkpoint that train.py saved.
+"""Tell what is on pictures, or in recordings, with a checkpoint that train.py saved.
 
     python test.py                                       pictures in test/, or in data/val where there is no test/
     python test.py some_photo.jpg more_photos/           files, folders, or patterns such as "photos/*.jpg"
@@ -7,7 +7,7 @@
 
 Prints the likeliest classes of each picture and writes them to results/predictions.csv. Where the folders carry the
 names of the classes, it also measures the accuracy and writes report.txt, confusion_matrix.csv, confusion_matrix.png
-and mistakes.png. Class names, normalisation and size come from the checkpoint.
+and mistakes.png. Class names, normalisation, size and how a recording becomes a picture come from the checkpoint.
 
 Exit status: 0; 1 an error; 2 a wrong option; 3 done, but some pictures could not be read.
 """
@@ -27,10 +27,10 @@ from tqdm import tqdm
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import PictureFiles, eval_transform
 from common.device import choose_device, choose_layout, choose_workers, has_bfloat16, keep_freed_memory
-from common.images import is_image, load_image
 from common.onnx_network import OnnxNetwork
 from common.options import UserError, run
 from common.plots import plot_confusion_matrix, plot_sheet
+from common.sounds import file_kind
 
 IMAGES: list[str] = []  # files, folders or patterns; []: test/ if it exists, else data/val
 CHECKPOINT: str = ""  # file of train.py, or .onnx; "": the newest checkpoints/*/best.pth, else "seedlings"
@@ -48,20 +48,20 @@ MAX_DIFFERENCE = 0.02  # of a probability in bf16 from that in float32, with whi
 SECONDS_TO_START = 3.0  # what starting processes may cost: for less reading than this it does not pay
 
 
-def find_pictures():
-    """The files that IMAGES names, each once, in order."""
+def find_pictures(kind):
+    """The files of a `Kind` that IMAGES names, each once, in order."""
     names = IMAGES or ["test" if Path("test").is_dir() else "data/val"]
     paths = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if is_image(file))
+            found = sorted(file for file in path.rglob("*") if kind.fits(file))
         elif path.is_file():
             found = [path]
         else:
-            found = sorted(file for file in map(Path, glob.glob(name, recursive=True)) if is_image(file))
+            found = sorted(file for file in map(Path, glob.glob(name, recursive=True)) if kind.fits(file))
         if not found:
-            raise UserError(f"{name} is no picture, no folder with pictures and no pattern that matches any")
+            raise UserError(f"{name} is no {kind.name}, no folder with {kind.name}s and no pattern that matches any")
         paths += found
     # Not by Path.resolve, which fails for symbolic links that lead in a circle.
     return list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
@@ -105,14 +105,14 @@ def choose_readers(pictures, device):
 
 
 @torch.inference_mode()
-def predict(model, paths, transform, device):
-    """Probabilities for every picture.
+def predict(model, paths, transform, device, sound=None):
+    """Probabilities for every picture or, with `sound`, recording (see common/sounds.py).
 
     Returns:
         (paths that could be read, float array (pictures, classes) in their order, [why the others could not],
         dtype that was computed in).
     """
-    pictures = PictureFiles(paths, transform)
+    pictures = PictureFiles(paths, transform, sound)
     loader = DataLoader(pictures, BATCH_SIZE, num_workers=choose_readers(pictures, device), collate_fn=list)
     reasons, probabilities, dtype = [], [], None
     # To find out whether bf16 gives the same answers takes as long as two batches.
@@ -129,7 +129,8 @@ def predict(model, paths, transform, device):
                 probabilities.append(torch.stack([compute(model, view, dtype) for view in views]).mean(0).cpu().numpy())
             bar.update(len(batch))
     if not probabilities:
-        raise UserError(f"none of the {len(paths)} pictures can be read; the first: {reasons[0]}")
+        name = file_kind(sound).name
+        raise UserError(f"none of the {len(paths)} {name}s can be read; the first: {reasons[0]}")
     read = [path for path, reason in zip(paths, reasons) if not reason]
     return read, np.concatenate(probabilities), list(filter(None, reasons)), dtype
 
@@ -146,8 +147,8 @@ def write_predictions(paths, probabilities, classes, folder):
             writer.writerow([path, *(cell for i in indices for cell in (classes[i], f"{row[i]:.6f}"))])
 
 
-def evaluate(paths, probabilities, classes, folder):
-    """Compare the answers with the names of the pictures' folders: report, confusion matrix and worst mistakes."""
+def evaluate(paths, probabilities, classes, folder, kind):
+    """Compare the answers with the names of the files' folders: report, confusion matrix and worst mistakes."""
     index = {name: number for number, name in enumerate(classes)}
     known = [number for number, path in enumerate(paths) if path.resolve().parent.name in index]
     for name in ("report.txt", "confusion_matrix.csv", "confusion_matrix.png", "mistakes.png"):
@@ -163,7 +164,7 @@ def evaluate(paths, probabilities, classes, folder):
     numbers = range(len(classes))
     report = classification_report(labels, predictions, labels=numbers, target_names=classes, digits=4, zero_division=0)
     (folder / "report.txt").write_text(report, encoding="utf-8")
-    print(f"\n{report}\nacc1 {acc1:.2f} %, acc5 {acc5:.2f} % on {len(known)} pictures")
+    print(f"\n{report}\nacc1 {acc1:.2f} %, acc5 {acc5:.2f} % on {len(known)} {kind.name}s")
 
     matrix = confusion_matrix(labels, predictions, labels=numbers)
     with open(folder / "confusion_matrix.csv", "w", newline="", encoding="utf-8-sig") as file:
@@ -175,7 +176,7 @@ def evaluate(paths, probabilities, classes, folder):
     sureness = probabilities[known].max(1)
     wrong = sorted(np.flatnonzero(predictions != labels), key=lambda i: -sureness[i])[:MISTAKES]
     if wrong:
-        pictures = [load_image(paths[known[i]]).resize((192, 192)) for i in wrong]
+        pictures = [kind.load(paths[known[i]]).resize((192, 192)) for i in wrong]
         captions = [f"{classes[predictions[i]]} {sureness[i]:.2f}\nis {classes[labels[i]]}" for i in wrong]
         plot_sheet(pictures, captions, folder / "mistakes.png")
 
@@ -196,23 +197,26 @@ def main():
         model = build_network(checkpoint, MERGE).to(device, memory_format=choose_layout(device))
         what = "EMA weights" if checkpoint.get("state_dict_ema") else "weights"
         what += ", merged" if MERGE else ", training structure"
+    classes, sound = checkpoint["classes"], checkpoint.get("sound")
+    if TTA and sound is not None:
+        raise UserError("TTA turns and mirrors, which makes another sound of a recording; set it to False")
     what += ", 8 views of each picture" if TTA else ""
-    classes = checkpoint["classes"]
-    paths = find_pictures()
+    kind = file_kind(sound)
+    paths = find_pictures(kind)
     transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
     print(f"{path}: {checkpoint['arch']}, {len(classes)} classes, {what}, {device}")
 
     folder = Path(OUTPUT)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    read, probabilities, broken, dtype = predict(model, paths, transform, device)
+    read, probabilities, broken, dtype = predict(model, paths, transform, device, sound)
     seconds = time.perf_counter() - started
     write_predictions(read, probabilities, classes, folder)
-    evaluate(read, probabilities, classes, folder)
+    evaluate(read, probabilities, classes, folder, kind)
     for reason in broken:
         print(f"left out: {reason}")
     print(
-        f"{len(read)} pictures in {seconds:.1f} s, {len(read) / seconds:.1f} a second, "
+        f"{len(read)} {kind.name}s in {seconds:.1f} s, {len(read) / seconds:.1f} a second, "
         f"{str(dtype).removeprefix('torch.')}; files in {folder}"
     )
     return 3 if broken else 0

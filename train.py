@@ -1,4 +1,4 @@
-"""Train UniRepLKNet on data/train and validate it on data/val.
+"""Train UniRepLKNet on data/train and validate it on data/val, on pictures or on sounds.
 
     python train.py                                      with the constants below
     python train.py --epochs 3 --model unireplknet_a     with some of them changed
@@ -50,9 +50,10 @@ from common.dataset import EpochBatches, SeededPictures, eval_transform, open_im
 from common.device import choose_device, choose_layout, choose_workers, has_bfloat16, keep_freed_memory, prefetch
 from common.finite import first_non_finite_layer
 from common.interrupt import Interrupt, leave_signals_to_the_main_process
-from common.manifest import CACHE, MANIFEST, STATISTICS, fingerprint, read_json
+from common.manifest import CACHE, MANIFEST, STATISTICS, fingerprint, read_json, read_sound
 from common.options import UserError, read_constants, run
 from common.plots import plot_curves
+from common.sounds import add_noise, change_gain, file_kind, mask, picture_size, shift_time
 from ema import ModelEma, unwrap
 from models import UniRepLKNet, describe_implementation, load_weights
 
@@ -76,7 +77,7 @@ WORKERS: int = -1  # processes that read pictures; -1: one for each core, up to 
 MEAN: list[float] | None = None  # of each channel, pixels from 0 to 1; None: from mean_std.py, else ImageNet's
 STD: list[float] | None = None  # likewise
 
-# --- augmentation
+# --- augmentation of pictures
 CROP: float = 0.7  # smallest share of a picture's area that is cut out and resized; 1: whole pictures
 CUTOUT: float = 0.25  # probability that a rectangle of a picture is erased; 0: off
 CUTOUT_SCALE: list[float] = [0.02, 0.4]  # smallest and largest share of the picture that is erased
@@ -86,6 +87,16 @@ VFLIP: float = 0.5  # probability of mirroring top to bottom, right for pictures
 QUARTER_TURNS: bool = True  # turn by a random multiple of 90 degrees, right for pictures from above
 ROTATION: float = 0.0  # largest turn in degrees to either side; 0: off
 COLOR_JITTER: float = 0.2  # largest relative change of brightness, contrast and saturation; 0: off
+
+# --- augmentation of sounds, instead of that of pictures and CutMix
+TIME_SHIFT: float = 0.1  # largest shift to either side, as a share of the time; 0: off
+GAIN: float = 6.0  # largest change of the loudness in decibels; 0: off
+NOISE: float = 0.5  # probability of white noise; 0: off
+NOISE_LEVELS: list[float] = [40.0, 80.0]  # smallest and largest distance of noise from the loudest place in decibels
+TIME_MASK: float = 0.1  # longest stretch that is masked, as a share of the time (SpecAugment); 0: off
+FREQUENCY_MASK: float = 0.1  # widest band that is masked, as a share of the mel bands (SpecAugment); 0: off
+
+# --- augmentation of both
 MIXUP: float = 0.8  # alpha of Mixup's Beta distribution; 0: no Mixup
 CUTMIX: float = 1.0  # alpha of CutMix's Beta distribution; 0: no CutMix
 MIX_PROB: float = 0.2  # probability that a batch is mixed at all; 0: off
@@ -155,7 +166,7 @@ def choose_amp(device):
     return torch.float16 if device.type == "cuda" else None
 
 
-def choose_mean_and_std():
+def choose_mean_and_std(sound=None):
     """Mean, std (three floats each) and where they come from: the constants, mean_std.py's file, or ImageNet."""
     if (MEAN is None) != (STD is None):
         raise UserError("MEAN and STD go together: set both or neither")
@@ -167,7 +178,9 @@ def choose_mean_and_std():
     if not statistics.is_file():
         return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD), "ImageNet, since mean_std.py was not run"
     measured = read_json(statistics)
-    source = f"{statistics}, {measured['pictures']} pictures"
+    source = f"{statistics}, {measured['pictures']} {file_kind(sound).name}s"
+    if measured.get("sound") != sound:
+        print("warning: makedata.py makes other pictures of the sounds since mean_std.py was run; run it again")
     if manifest.is_file() and read_json(manifest)["fingerprint"] != measured["fingerprint"]:
         print("warning: the pictures have changed since mean_std.py was run; run it again")
     return measured["mean"], measured["std"], source
@@ -178,8 +191,13 @@ def quarter_turn(picture):
     return picture.rotate(90 * random.randrange(4))
 
 
-def train_transform(mean, std):
-    """What is done to a training picture: PIL RGB -> float tensor (3, IMG_SIZE, IMG_SIZE)."""
+def train_transform(mean, std, sound=None):
+    """What is done to a training picture: PIL RGB -> float tensor (3, IMG_SIZE, IMG_SIZE).
+
+    To the picture of a recording, where `sound` says how it was made (see common/sounds.py): -> (3, mel bands, frames).
+    """
+    if sound is not None:
+        return sound_transform(mean, std, sound)
     steps = [transforms.Resize((IMG_SIZE, IMG_SIZE))]
     if CROP < 1:
         steps.append(transforms.RandomResizedCrop(IMG_SIZE, (CROP, 1.0)))
@@ -201,7 +219,41 @@ def train_transform(mean, std):
     return transforms.Compose(steps)
 
 
-def open_data(mean, std, device, rank, ranks):
+def sound_transform(mean, std, sound):
+    """`train_transform` of recordings."""
+    decibels = sound["decibels"]
+    steps = [transforms.ToTensor()]
+    if TIME_SHIFT:
+        steps.append(partial(shift_time, share=TIME_SHIFT))
+    if GAIN:
+        steps.append(partial(change_gain, largest=GAIN / decibels))
+    if NOISE:
+        steps.append(partial(add_noise, probability=NOISE, levels=NOISE_LEVELS, decibels=decibels))
+    steps.append(transforms.Normalize(mean, std))
+    for share, dim in ((TIME_MASK, 2), (FREQUENCY_MASK, 1)):
+        if share:
+            steps.append(partial(mask, share=share, dim=dim))
+    return transforms.Compose(steps)
+
+
+def describe_augmentation(sound):
+    """The constants of the augmentation that is on, in one line."""
+    names = ["CROP"] if CROP < 1 else []
+    names += ["CUTOUT", "HFLIP", "VFLIP", "QUARTER_TURNS", "ROTATION", "COLOR_JITTER"]
+    if sound is not None:
+        names = ["TIME_SHIFT", "GAIN", "NOISE", "TIME_MASK", "FREQUENCY_MASK"]
+    if MIX_PROB:
+        names += ["MIXUP", "CUTMIX"] if sound is None else ["MIXUP"]
+    on = [f"{name} {globals()[name]}" for name in names if globals()[name]]
+    return f"of {file_kind(sound).name}s: {', '.join(on) or 'none'}"
+
+
+def choose_size(sound):
+    """(height, width) in pixels of what the network sees."""
+    return (IMG_SIZE, IMG_SIZE) if sound is None else picture_size(sound)
+
+
+def open_data(mean, std, device, rank, ranks, sound=None):
     """Open data/train and data/val.
 
     Returns:
@@ -209,8 +261,9 @@ def open_data(mean, std, device, rank, ranks):
     """
     if not Path(DATA, "train").is_dir():
         raise UserError(f"there is no folder {Path(DATA, 'train')}; run makedata.py first")
-    train_set = open_image_folder(Path(DATA, "train"), train_transform(mean, std))
-    val_set = open_image_folder(Path(DATA, "val"), eval_transform(IMG_SIZE, mean, std))
+    size = choose_size(sound)
+    train_set = open_image_folder(Path(DATA, "train"), train_transform(mean, std, sound), sound)
+    val_set = open_image_folder(Path(DATA, "val"), eval_transform(size, mean, std), sound)
     if train_set.classes != val_set.classes:
         different = sorted(set(train_set.classes) ^ set(val_set.classes))
         raise UserError(
@@ -221,7 +274,7 @@ def open_data(mean, std, device, rank, ranks):
         raise UserError(f"{DATA}/train holds one class only, {train_set.classes[0]}; a classifier needs two or more")
 
     if CACHE_GB:
-        cache_pictures(train_set, val_set)
+        cache_pictures(train_set, val_set, sound=sound)
     workers = choose_workers(WORKERS, device)
     loading = dict(
         num_workers=workers,
@@ -234,7 +287,7 @@ def open_data(mean, std, device, rank, ranks):
     batch_size = min(BATCH_SIZE, len(train_set) // ranks)
     if batch_size < 1:
         raise UserError(f"{DATA}/train holds {len(train_set)} pictures, too few for {ranks} processes; start fewer")
-    if batch_size == 1 and training_size(0) <= 32:
+    if batch_size == 1 and max(size if sound else [training_size(0)]) <= 32:
         raise UserError(
             "batch norm cannot learn from single pictures of 32 pixels; raise BATCH_SIZE, or IMG_SIZE and START_SIZE"
         )
@@ -244,12 +297,12 @@ def open_data(mean, std, device, rank, ranks):
     return train_loader, val_loader, train_set.classes
 
 
-def cache_pictures(*picture_sets):
+def cache_pictures(*picture_sets, sound=None):
     """Let later epochs read resized pixels instead of decoding the files again, as far as CACHE_GB and the disk go."""
     folder, in_use, kept = Path(DATA, CACHE), [], 0
     for pictures in picture_sets:
         paths = [path for path, _ in pictures.samples]
-        pictures.cache, result = open_cache(paths, IMG_SIZE, folder, CACHE_GB * 1e9, in_use)
+        pictures.cache, result = open_cache(paths, choose_size(sound), folder, CACHE_GB * 1e9, in_use, sound)
         if pictures.cache is None:
             print(f"cache       {kept} pictures; the others are decoded in each epoch ({result})")
             return
@@ -365,12 +418,16 @@ def create_criterion(labels, num_classes, device):
     return lambda logits, targets: F.cross_entropy(logits + adjustment, targets)
 
 
-def create_mixup(num_classes):
-    """timm's Mixup with the constants; it also makes the targets of a batch that is not mixed."""
+def create_mixup(num_classes, sound=None):
+    """timm's Mixup with the constants; it also makes the targets of a batch that is not mixed.
+
+    Sounds add up, as in Mixup; a rectangle out of one spectrogram in another, as in CutMix, is nothing that is heard.
+    """
+    cutmix = CUTMIX if sound is None else 0.0
     return Mixup(
         mixup_alpha=MIXUP,
-        cutmix_alpha=CUTMIX,
-        prob=MIX_PROB if MIXUP or CUTMIX else 0.0,
+        cutmix_alpha=cutmix,
+        prob=MIX_PROB if MIXUP or cutmix else 0.0,
         switch_prob=MIX_SWITCH,
         label_smoothing=SMOOTHING,
         num_classes=num_classes,
@@ -509,12 +566,13 @@ def wants_compile(device, steps):
     return COMPILE == "on" or (COMPILE == "auto" and pays)
 
 
-def compile_network(model, pictures, device, amp_dtype):
-    """`model` compiled, after one pass with so many black pictures; `model` itself, and one line, where that fails."""
+def compile_network(model, pictures, size, device, amp_dtype):
+    """`model` compiled, after one pass with so many black pictures of `size` (height, width); `model` itself, and one
+    line, where that fails."""
     started = time.perf_counter()
     buffers = [buffer.clone() for buffer in model.buffers()]
     compiled = torch.compile(model.train())
-    images = torch.zeros(pictures, 3, IMG_SIZE, IMG_SIZE, device=device)
+    images = torch.zeros(pictures, 3, *size, device=device)
     images = images.contiguous(memory_format=choose_layout(device, CHANNELS_LAST))
     try:
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -724,7 +782,7 @@ def validate(model, loader, amp_dtype, device, description, interrupt=None):
     return figures, labels.tolist(), top_classes[:, 0].tolist()
 
 
-def load_resume(folder, classes):
+def load_resume(folder, classes, sound):
     """The checkpoint that RESUME asks for, as it is or the newest before it that is whole; None for a new run."""
     if not RESUME:
         return None
@@ -742,6 +800,7 @@ def load_resume(folder, classes):
         ("OPTIMIZER", OPTIMIZER, checkpoint.get("config", {}).get("OPTIMIZER", "adamw")),
         ("the classes", classes, checkpoint["classes"]),
         ("having a layer scale", bool(LAYER_SCALE), bool(layer_scale)),
+        ("how sounds become pictures", sound, checkpoint.get("sound")),
     ):
         if here != there:
             raise UserError(f"cannot continue {path}: {name} there is {there}, here {here}")
@@ -807,7 +866,7 @@ def format_row(row):
     return "  ".join(f"{cell:>{spec[:-1].split('.')[0]}}" for cell, spec in cells)
 
 
-def about_run(classes, mean, std, model_args, pictures, ranks):
+def about_run(classes, mean, std, model_args, pictures, ranks, sound):
     """What a checkpoint tells about its run, besides the run's state."""
     return dict(
         arch=MODEL,
@@ -815,7 +874,8 @@ def about_run(classes, mean, std, model_args, pictures, ranks):
         classes=classes,
         mean=mean,
         std=std,
-        img_size=IMG_SIZE,
+        img_size=IMG_SIZE if sound is None else list(choose_size(sound)),
+        **({} if sound is None else dict(sound=sound)),
         config={name: globals()[name] for name in read_constants(__file__)},
         pictures_train=len(pictures),
         pictures_fingerprint=fingerprint(Path(path).relative_to(DATA).as_posix() for path, _ in pictures.samples),
@@ -927,8 +987,11 @@ def main():
 def train(device, rank, ranks):
     """Everything after the choice of the device; returns the exit status."""
     amp_dtype = choose_amp(device)
-    mean, std, mean_source = choose_mean_and_std()
-    train_loader, val_loader, classes = open_data(mean, std, device, rank, ranks)
+    sound = read_sound(DATA)
+    if START_SIZE and sound is not None:
+        raise UserError("START_SIZE is for pictures; set it to 0 for sounds")
+    mean, std, mean_source = choose_mean_and_std(sound)
+    train_loader, val_loader, classes = open_data(mean, std, device, rank, ranks, sound)
     pictures = train_loader.dataset.pictures
 
     seed_everything(SEED)
@@ -941,13 +1004,13 @@ def train(device, rank, ranks):
     ema = ModelEma(model, EMA_DECAY) if USE_EMA else None
     optimizer = create_optimizer(model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    mixup = create_mixup(len(classes))
+    mixup = create_mixup(len(classes), sound)
     run = Run(model, ema, optimizer, scaler, device, create_criterion(pictures.targets, len(classes), device))
-    about = about_run(classes, mean, std, model_args, pictures, ranks)
+    about = about_run(classes, mean, std, model_args, pictures, ranks, sound)
 
     folder = Path(OUTPUT, MODEL)
     held = lock(folder) if rank == 0 else None  # noqa: F841  until this function returns
-    checkpoint = load_resume(folder, classes)
+    checkpoint = load_resume(folder, classes, sound)
     distributed.gather(None)  # all have read before the first one writes
     if rank == 0:
         prepare_folder(folder)
@@ -961,15 +1024,19 @@ def train(device, rank, ranks):
             ) from error
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    height, width = choose_size(sound)
     amp_name = "float32" if amp_dtype is None else f"autocast {str(amp_dtype).removeprefix('torch.')}"
     val_pictures = len(val_loader.dataset.dataset)
-    print(f"network     {MODEL}, {parameters / 1e6:.1f} million parameters, {IMG_SIZE} x {IMG_SIZE} pixels")
+    print(f"network     {MODEL}, {parameters / 1e6:.1f} million parameters, {height} x {width} pixels")
     print(f"large conv  {describe_implementation(device, amp_dtype or torch.float32)}")
     print(f"device      {device}, {amp_name}, torch {torch.__version__}, timm {timm.__version__}")
     if ranks > 1:
         step_pictures = train_loader.batch_sampler.batch_size * ACCUMULATE * ranks
         print(f"processes   {ranks}, together {step_pictures} pictures a step")
-    print(f"pictures    {len(pictures)} for training, {val_pictures} for validation")
+    print(f"{file_kind(sound).name + 's':11} {len(pictures)} for training, {val_pictures} for validation")
+    if sound is not None:
+        print(f"sound       {', '.join(f'{name} {value}' for name, value in sound.items())}")
+    print(f"augmented   {describe_augmentation(sound)}")
     print(f"classes     {len(classes)}: {', '.join(classes[:24])}{', ...' if len(classes) > 24 else ''}")
     print(f"mean, std   {[round(v, 4) for v in mean]}, {[round(v, 4) for v in std]} from {mean_source}")
     if CUTOUT and CUTOUT_ERROR:
@@ -979,14 +1046,14 @@ def train(device, rank, ranks):
         (folder / "class_indices.json").write_text(names + "\n", encoding="utf-8")
     board = Board(folder, run.epoch) if TENSORBOARD and rank == 0 else None
     if board is not None:
-        board.add_augmentation(run.epoch, pictures, classes, train_transform([0.0] * 3, [1.0] * 3), mixup, mix)
+        board.add_augmentation(run.epoch, pictures, classes, train_transform([0.0] * 3, [1.0] * 3, sound), mixup, mix)
 
     def save_last():
         if rank == 0:
             save(run, about, folder / "last.pth", KEEP)
 
     if wants_compile(device, (EPOCHS - run.epoch) * len(train_loader)):
-        run.model = compile_network(model, train_loader.batch_sampler.batch_size, device, amp_dtype)
+        run.model = compile_network(model, train_loader.batch_sampler.batch_size, (height, width), device, amp_dtype)
 
     print(format_row(None))
     for row in run.history:

@@ -3,10 +3,11 @@
 Resize is the first step of training and validation, and nothing before it is random: what follows gets the same pixels
 in every epoch, and decoding a large PNG takes longer than anything that comes after it.
 
-data/cache/<size>-<hash>.npy holds one set of pictures, a uint8 array (pictures, size, size, 3) in the set's order. The
-hash is that of the files' contents, so that a changed picture means another file, and the file is written beside and
-renamed, so that it is whole if it is there. contents.json remembers the hash of each file by its size and time of
-change, as git does, so that a run does not read all pictures just to find out that they are the same.
+data/cache/<size>-<hash>.npy holds one set of pictures, a uint8 array (pictures, height, width, 3) in the set's order;
+<size> is the edge or, of recordings, <height>x<width>. The hash is that of the files' contents, so that a changed
+picture means another file, and the file is written beside and renamed, so that it is whole if it is there.
+contents.json remembers the hash of each file by its size and time of change, as git does, so that a run does not read
+all pictures just to find out that they are the same.
 """
 
 import hashlib
@@ -14,7 +15,6 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import PIL
@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
-from common.images import load_image
+from common.dataset import height_and_width
 from common.interrupt import leave_signals_to_the_main_process
-from common.manifest import CACHE, CACHE_FILES
+from common.manifest import CACHE, CACHE_FILES, hash_file
+from common.sounds import file_kind
 
 # Names of files here stand in common/manifest.py's CACHE_FILES, too: makedata.py must know what is not the user's.
 CONTENTS, LOCK = "contents.json", "lock"
@@ -34,29 +35,31 @@ WORTH_PROCESSES = 256  # pictures; for fewer, starting processes costs more than
 
 
 class ResizedPictures(Dataset):
-    """Each file as uint8 array (img_size, img_size, 3), resized as for the network.
+    """Each file as uint8 array (height, width, 3), resized as for the network.
 
     Args:
         paths: the files.
-        img_size: edge in pixels.
+        size: (height, width) in pixels.
+        sound: None for pictures; for recordings see common/sounds.py.
     """
 
-    def __init__(self, paths, img_size):
+    def __init__(self, paths, size, sound):
         self.paths = paths
-        self.resize = transforms.Resize((img_size, img_size))
+        self.resize = transforms.Resize(size)
+        self.load = file_kind(sound).load
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return np.asarray(self.resize(load_image(self.paths[index])))
+        return np.asarray(self.resize(self.load(self.paths[index])))
 
 
 class Cache:
     """The first pictures of a set, decoded and resized.
 
     Args:
-        path: .npy file, uint8 (pictures, size, size, 3).
+        path: .npy file, uint8 (pictures, height, width, 3).
         count: number of its pictures.
     """
 
@@ -100,7 +103,7 @@ def hash_contents(paths, folder):
         entry = known.get(os.fsencode(path).hex())
         if isinstance(entry, list) and entry[:2] == stamp:
             return entry
-        return [*stamp, hashlib.sha256(Path(path).read_bytes()).hexdigest()]
+        return [*stamp, hash_file(path)]
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         entries = list(tqdm(pool.map(look_up, paths), total=len(paths), desc="hashing", unit="img", leave=False))
@@ -115,18 +118,18 @@ def hash_contents(paths, folder):
     return [entry[2] for entry in entries]
 
 
-def write_rows(paths, img_size, path):
+def write_rows(paths, size, sound, path):
     """Decode and resize all `paths` in parallel into the .npy file `path`, which is there only when it is whole."""
     part = path.with_name(f"{path.name}.part")
     workers = 0 if len(paths) < WORTH_PROCESSES else min(os.cpu_count() or 1, 8)
     loader = DataLoader(
-        ResizedPictures(paths, img_size),
+        ResizedPictures(paths, size, sound),
         batch_size=16,
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=leave_signals_to_the_main_process,
     )
-    header = dict(descr="|u1", fortran_order=False, shape=(len(paths), img_size, img_size, 3))
+    header = dict(descr="|u1", fortran_order=False, shape=(len(paths), *size, 3))
     try:
         # Written, not mapped: where the disk is full, writing to a map kills the process.
         with open(part, "wb") as file, tqdm(total=len(paths), desc="caching", unit="img", leave=False) as bar:
@@ -154,15 +157,16 @@ def make_room(folder, size, limit, in_use):
             file.unlink()
 
 
-def open_cache(paths, img_size, folder, limit, in_use=()):
+def open_cache(paths, img_size, folder, limit, in_use=(), sound=None):
     """Keep pictures decoded and resized: find the file that holds them, or make it.
 
     Args:
         paths: the files, in order.
-        img_size: edge in pixels.
+        img_size: edge in pixels, or (height, width).
         folder: data/cache.
         limit: bytes that the folder may hold in all. If the set is larger, the first pictures of it are kept.
         in_use: files of other sets that are to stay.
+        sound: None for pictures; for recordings see common/sounds.py.
 
     Returns:
         (`Cache`, its file), or (None, the reason why there is none).
@@ -170,16 +174,18 @@ def open_cache(paths, img_size, folder, limit, in_use=()):
     Raises:
         ImageError: if a picture cannot be read.
     """
-    picture_bytes = 3 * img_size**2
+    height, width = height_and_width(img_size)
+    picture_bytes = 3 * height * width
     try:
         paths = paths[: max(0, int(limit) - sum(file.stat().st_size for file in in_use)) // picture_bytes]
         if not paths:
             return None, "CACHE_GB is full"
         folder.mkdir(parents=True, exist_ok=True)
         contents = hash_contents(paths, folder)
-        # Another version of Pillow may decode or resize differently.
-        key = hashlib.sha256("\n".join([PIL.__version__, *contents]).encode()).hexdigest()[:16]
-        path = folder / f"{img_size}-{key}.npy"
+        # Another version of Pillow may decode or resize differently; other constants make another picture of a sound.
+        made_by = PIL.__version__ if sound is None else json.dumps(sound, sort_keys=True)
+        key = hashlib.sha256("\n".join([made_by, *contents]).encode()).hexdigest()[:16]
+        path = folder / f"{height if height == width else f'{height}x{width}'}-{key}.npy"
         size = 128 + len(paths) * picture_bytes  # 128: the header
 
         def is_whole():
@@ -194,7 +200,7 @@ def open_cache(paths, img_size, folder, limit, in_use=()):
                     free = shutil.disk_usage(folder).free
                     if size > free / 2:  # the checkpoints need room, too
                         return None, f"it needs {size / 1e9:.1f} GB, and only {free / 1e9:.1f} are free"
-                    write_rows(paths, img_size, path)
+                    write_rows(paths, (height, width), sound, path)
         if os.access(path, os.W_OK):
             os.utime(path)  # used now
     except (OSError, NotImplementedError) as error:  # read-only or full; some network drives know no locks

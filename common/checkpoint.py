@@ -185,7 +185,7 @@ def build_network(checkpoint, merge=True):
         merge: True gives the inference structure, which computes the same faster.
 
     Returns:
-        `nn.Module` in eval mode: images (N, 3, img_size, img_size) -> logits (N, len(classes)).
+        `nn.Module` in eval mode: images (N, 3, height, width) -> logits (N, len(classes)).
     """
     model = timm.create_model(checkpoint["arch"], **checkpoint["model_args"])
     model.load_state_dict(checkpoint.get("state_dict_ema") or checkpoint["state_dict"])

@@ -10,23 +10,26 @@ from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from common.images import ImageError, is_hidden, is_image, load_image, scan_class_folders
+from common.images import ImageError, is_hidden, scan_class_folders
 from common.options import UserError
+from common.sounds import file_kind, is_sound
 
 
 class PictureFolder(ImageFolder):
-    """torchvision's `ImageFolder` that reads by `load_image` and passes over hidden files and folders.
+    """torchvision's `ImageFolder` that reads by `load_image` or `load_sound`, and passes over hidden files and folders.
 
     Args:
         root: folder that holds <class>/<picture>.
         transform: function on PIL RGB pictures.
+        sound: None for pictures; for recordings see common/sounds.py.
 
     Attributes:
         cache: a `Cache` of the pictures, resized as the transform's first step does; None reads the files.
     """
 
-    def __init__(self, root, transform=None):
-        super().__init__(root, transform, loader=load_image, is_valid_file=is_image)
+    def __init__(self, root, transform=None, sound=None):
+        kind = file_kind(sound)
+        super().__init__(root, transform, loader=kind.load, is_valid_file=kind.fits)
         self.cache = None
 
     def __getitem__(self, index):
@@ -40,28 +43,36 @@ class PictureFolder(ImageFolder):
         return classes, {name: index for index, name in enumerate(classes)}
 
 
-def open_image_folder(root, transform=None):
+def open_image_folder(root, transform=None, sound=None):
     """Open `root/<class>/` as a `PictureFolder`.
 
     Raises:
-        UserError: if there is no class folder, or one holds no picture.
+        UserError: if there is no class folder, or one holds no picture (or recording, with `sound`).
     """
     classes, _ = scan_class_folders(root)
+    kind = file_kind(sound)
     for name, files in classes.items():
-        if not any(map(is_image, files)):
-            raise UserError(f"{Path(root) / name} holds no picture; put some there, or remove the folder")
-    return PictureFolder(root, transform)
+        if not any(map(kind.fits, files)):
+            if sound is None and any(map(is_sound, files)):  # makedata.py notes how they are to be read
+                raise UserError(f"{Path(root) / name} holds recordings, but no manifest says so; run makedata.py first")
+            raise UserError(f"{Path(root) / name} holds no {kind.name}; put some there, or remove the folder")
+    return PictureFolder(root, transform, sound)
+
+
+def height_and_width(img_size):
+    """(height, width) in pixels of what a checkpoint calls img_size: one number for a square, or both."""
+    return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
 
 
 def eval_transform(img_size, mean, std):
-    """What is done to a picture for validation and prediction: PIL RGB -> float tensor (3, img_size, img_size).
+    """What is done to a picture for validation and prediction: PIL RGB -> float tensor (3, height, width).
 
     Args:
-        img_size: edge in pixels; the picture is squeezed to a square, as in training.
+        img_size: edge in pixels, or (height, width); the picture is squeezed to that, as in training.
         mean, std: three values each, for pixels from 0 to 1.
     """
     return transforms.Compose(
-        [transforms.Resize((img_size, img_size)), transforms.ToTensor(), transforms.Normalize(mean, std)]
+        [transforms.Resize(height_and_width(img_size)), transforms.ToTensor(), transforms.Normalize(mean, std)]
     )
 
 
@@ -137,17 +148,19 @@ class PictureFiles(Dataset):
     Args:
         paths: the files.
         transform: function on PIL RGB pictures.
+        sound: None for pictures; for recordings see common/sounds.py.
     """
 
-    def __init__(self, paths, transform):
+    def __init__(self, paths, transform, sound=None):
         self.paths = paths
         self.transform = transform
+        self.load = file_kind(sound).load
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
         try:
-            return self.transform(load_image(self.paths[index])), ""
+            return self.transform(self.load(self.paths[index])), ""
         except ImageError as error:
             return None, str(error)

@@ -1,11 +1,10 @@
-"""makedata.py --check: what is wrong with a folder of pictures, and what to do about it. Nothing is changed.
+"""makedata.py --check: what is wrong with a folder of pictures or sounds, and what to do about it. Nothing is changed.
 
 Near duplicates are found by a perceptual hash of 64 bits (imagehash's phash: the signs of the lowest frequencies of the
 grey picture), which hardly changes when a picture is compressed, scaled or made brighter, but does when it is turned,
 mirrored or cropped.
 """
 
-import hashlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from common.extras import require
-from common.images import EXTENSIONS, ImageError, is_image, load_image, scan_class_folders
-from common.manifest import MANIFEST, read_json
+from common.images import ImageError, scan_class_folders
+from common.manifest import MANIFEST, hash_file, read_json
 from common.plots import plot_sheet
+from common.sounds import duration, file_kind
 
 SMALL_CLASS = 5  # a class smaller than the largest by more than this factor is worth a word
 LONG_PICTURE = 2.0  # long side / short side from which squeezing to a square distorts much
@@ -41,19 +41,22 @@ class Picture:
         return f"{self.path}{f' ({self.side})' if self.side else ''}"
 
 
-def examine(picture):
-    """Read one file and fill in `picture`."""
-    if not is_image(picture.path):
-        picture.reason = f"{picture.path} is not named like a picture ({', '.join(EXTENSIONS)})"
+def examine(picture, kind):
+    """Read one file, of a `Kind` of common/sounds.py, and fill in `picture`."""
+    if not kind.fits(picture.path):
+        picture.reason = f"{picture.path} is not named like a {kind.name} ({', '.join(kind.extensions)})"
         return picture
     try:
-        image = load_image(picture.path)
+        image = kind.load(picture.path)
     except ImageError as error:
         picture.reason = str(error)
         return picture
-    picture.content = hashlib.sha256(picture.path.read_bytes()).hexdigest()
+    picture.content = hash_file(picture.path)
     picture.size = image.size
-    picture.bits = require("imagehash").phash(image).hash.ravel()
+    if kind.name == "picture":
+        picture.bits = require("imagehash").phash(image).hash.ravel()
+    else:  # spectrograms of one word are all alike, so only identical recordings are worth a word
+        picture.bits = np.unpackbits(np.frombuffer(bytes.fromhex(picture.content[:16]), np.uint8)).astype(bool)
     return picture
 
 
@@ -116,6 +119,12 @@ def size_table(pictures):
         )
 
 
+def length_table(pictures):
+    """Line: how long recordings last."""
+    low, middle, high = np.percentile([duration(picture.path) for picture in pictures], [0, 50, 100])
+    yield f"  {low:.2f} to {high:.2f} s, median {middle:.2f}; SECONDS says how much of it the network hears"
+
+
 def judge(first, second):
     """What is wrong with a pair, and how bad it is: (0 worst, kind, remedy)."""
     if first.name != second.name:
@@ -125,7 +134,7 @@ def judge(first, second):
     return 2, "in one class, on one side", "harmless; keep one of them if you want each picture to count once"
 
 
-def check(source, target, near, folder):
+def check(source, target, near, folder, sound=None):
     """Print what is wrong with `source`/<class>/ and write report.txt and pairs.png.
 
     Args:
@@ -133,26 +142,30 @@ def check(source, target, near, folder):
         target: folder that makedata.py made, for the sides of the split.
         near: bits in which the hashes of near duplicates may differ, of 64.
         folder: where report.txt and pairs.png go.
+        sound: None for pictures; for recordings, of which only identical ones are found, see common/sounds.py.
 
     Returns:
         Exit status: 0 nothing to do, 3 something is wrong.
     """
-    require("imagehash")
+    if sound is None:
+        require("imagehash")
+    kind = file_kind(sound)
     classes, beside = scan_class_folders(source)
     sides = read_sides(target)
     pictures = [Picture(path, name, sides.get(path, "")) for name, paths in classes.items() for path in paths]
     with ThreadPoolExecutor() as pool:  # decoding lets other threads run
-        work = pool.map(examine, pictures)
+        work = pool.map(examine, pictures, [kind] * len(pictures))
         pictures = list(tqdm(work, total=len(pictures), desc="checking", unit="img", leave=False))
     usable = [picture for picture in pictures if not picture.reason]
     broken = [picture.reason for picture in pictures if picture.reason]
-    broken += [f"{path} does not lie in a class folder" for path in beside if is_image(path)]
+    broken += [f"{path} does not lie in a class folder" for path in beside if kind.fits(path)]
 
-    sections = [(f"{len(usable)} usable pictures in {len(classes)} classes", list(class_table(classes, usable)))]
+    sections = [(f"{len(usable)} usable {kind.name}s in {len(classes)} classes", list(class_table(classes, usable)))]
     found = []
     if usable:
-        sections.append(("sizes", list(size_table(usable))))
-        for first, second, bits in find_near(np.stack([picture.bits for picture in usable]), near):
+        sections.append(("sizes", list(size_table(usable))) if sound is None else ("lengths", [*length_table(usable)]))
+        limit = near if sound is None else 0
+        for first, second, bits in find_near(np.stack([picture.bits for picture in usable]), limit):
             first, second = usable[first], usable[second]
             rank, kind, remedy = judge(first, second)
             what = "identical" if first.content == second.content else f"{bits} of 64 bits differ"
@@ -176,16 +189,16 @@ def check(source, target, near, folder):
             print(title, *shown, sep="\n")
     (folder / "pairs.png").unlink(missing_ok=True)
     if found:
-        draw_pairs(found[:MAX_PAIRS], folder / "pairs.png")
+        draw_pairs(found[:MAX_PAIRS], file_kind(sound), folder / "pairs.png")
         print(f"\nthe first {min(len(found), MAX_PAIRS)} pairs are drawn in {folder / 'pairs.png'}")
     return 3 if broken or any(rank < 2 for rank, *_ in found) else 0
 
 
-def draw_pairs(found, path):
-    """Draw pairs side by side, three to a row."""
+def draw_pairs(found, kind, path):
+    """Draw pairs, of a `Kind` of files, side by side, three to a row."""
     cells, captions = [], []
-    for _, kind, _, first, second, what in found:
-        for picture, note in ((first, what), (second, kind)):
-            cells.append(load_image(picture.path).resize((192, 192)))
+    for _, where, _, first, second, what in found:
+        for picture, note in ((first, what), (second, where)):
+            cells.append(kind.load(picture.path).resize((192, 192)))
             captions.append(f"{picture.name}{f', {picture.side}' if picture.side else ''}\n{picture.path.name}\n{note}")
     plot_sheet(cells, captions, path)

@@ -8,11 +8,11 @@ import torch
 from tqdm import tqdm
 
 from common.dataset import open_image_folder
-from common.images import load_image
 from common.options import UserError
+from common.sounds import file_kind
 
 
-def choose_pictures(folder, classes, count, seed=0):
+def choose_pictures(folder, classes, count, seed=0, sound=None):
     """Choose pictures of folder/<class>/, as many of each class as there are, in an order that mixes the classes.
 
     Args:
@@ -20,6 +20,7 @@ def choose_pictures(folder, classes, count, seed=0):
         classes: names in the network's order.
         count: pictures in all; 0: every one.
         seed: any integer.
+        sound: None for pictures; for recordings see common/sounds.py.
 
     Returns:
         (paths, labels), two lists.
@@ -27,7 +28,7 @@ def choose_pictures(folder, classes, count, seed=0):
     Raises:
         UserError: if the folder holds other classes.
     """
-    pictures = open_image_folder(folder)
+    pictures = open_image_folder(folder, sound=sound)
     if pictures.classes != list(classes):
         different = sorted(set(pictures.classes) ^ set(classes))
         raise UserError(
@@ -41,28 +42,30 @@ def choose_pictures(folder, classes, count, seed=0):
     return [path for _, _, path in chosen], [label for _, label, _ in chosen]
 
 
-def read_batches(paths, transform, batch_size, description):
-    """Read pictures with a progress bar: yields tensors (up to `batch_size`, 3, H, W)."""
+def read_batches(paths, transform, batch_size, description, sound=None):
+    """Read pictures, or recordings, with a progress bar: yields tensors (up to `batch_size`, 3, H, W)."""
+    load = file_kind(sound).load
     with tqdm(total=len(paths), desc=description, unit="img", leave=False) as bar:
         for start in range(0, len(paths), batch_size):
-            batch = [transform(load_image(path)) for path in paths[start : start + batch_size]]
+            batch = [transform(load(path)) for path in paths[start : start + batch_size]]
             yield torch.stack(batch)
             bar.update(len(batch))
 
 
 @torch.inference_mode()
-def compute_logits(network, paths, transform, batch_size=32, description="pictures"):
+def compute_logits(network, paths, transform, batch_size=32, description="pictures", sound=None):
     """A network's logits on pictures.
 
     Args:
         network: function on images (N, 3, H, W).
         paths: the files.
         transform: function on PIL RGB pictures.
+        sound: None for pictures; for recordings see common/sounds.py.
 
     Returns:
         float32 array (pictures, classes).
     """
-    batches = read_batches(paths, transform, batch_size, description)
+    batches = read_batches(paths, transform, batch_size, description, sound)
     return np.concatenate([network(images).float().cpu().numpy() for images in batches])
 
 

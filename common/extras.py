@@ -18,5 +18,5 @@ def require(module, package=None):
     package = package or module.split(".")[0]
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a system library that the package needs is missing
         raise UserError(f"this needs the package {package} ({error}); pip install {package}") from error

@@ -21,7 +21,7 @@ POWERS_OF_LEVELS = np.arange(256)[:, None] ** [0, 1, 2]  # (256, 3)
 
 
 class ImageError(UserError):
-    """A file that cannot be read as a picture; the message names it and says why."""
+    """A file that cannot be read as a picture, or as a sound; the message names it and says why."""
 
 
 def is_hidden(path):

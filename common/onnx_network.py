@@ -1,7 +1,7 @@
 """An ONNX file that tools/export.py wrote, run by onnxruntime.
 
-All that test.py needs to know beside the network stands in the file's metadata, as JSON: arch, classes, mean, std and
-img_size.
+All that test.py needs to know beside the network stands in the file's metadata, as JSON: arch, classes, mean, std,
+img_size and, for recordings, sound.
 """
 
 import json
@@ -13,16 +13,17 @@ from common.extras import require
 from common.options import UserError
 
 METADATA = ("arch", "classes", "mean", "std", "img_size")  # keys of a checkpoint that go into every exported file
+METADATA_OF_SOUNDS = ("sound",)  # and those that only a network for recordings has
 
 
 class OnnxNetwork:
-    """Function on images (N, 3, img_size, img_size) -> logits (N, classes), both float32 tensors on the CPU.
+    """Function on images (N, 3, height, width) -> logits (N, classes), both float32 tensors on the CPU.
 
     Args:
         path: .onnx file.
 
     Attributes:
-        about: what `METADATA` names.
+        about: what `METADATA` names, and `METADATA_OF_SOUNDS` for recordings.
 
     Raises:
         UserError: if the file does not exist, is damaged, or was not written by tools/export.py.
@@ -41,7 +42,8 @@ class OnnxNetwork:
         missing = [name for name in METADATA if name not in metadata]
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)} in its metadata; export it with tools/export.py")
-        self.about = {name: json.loads(metadata[name]) for name in METADATA}
+        named = [name for name in (*METADATA, *METADATA_OF_SOUNDS) if name in metadata]
+        self.about = {name: json.loads(metadata[name]) for name in named}
 
     def __call__(self, images):
         return torch.from_numpy(self.session.run(None, {"images": images.numpy()})[0])

@@ -82,7 +82,7 @@ def test_epochs_equal_those_without_a_cache_tensor_for_tensor(workers, place, mo
     for _ in range(2):  # made, then found
         actual = batches(1, workers, monkeypatch)
         assert len(actual) == len(expected) and all(map(torch.equal, actual, expected))
-    monkeypatch.setattr(cache, "load_image", None)  # nothing is decoded any more
+    monkeypatch.setattr(cache, "ResizedPictures", None)  # nothing is decoded any more
     assert all(map(torch.equal, batches(1, 0, monkeypatch), expected))
 
 
@@ -98,11 +98,10 @@ def test_a_changed_picture_is_decoded_again_and_nothing_else_is_read(paths, monk
     draw_picture("another", (60, 40)).save(paths[3])
     os.utime(paths[3], ns=(0, 12345))  # in case the file system's clock is coarse
     read = []
-    monkeypatch.setattr(
-        Path, "read_bytes", lambda path, read_bytes=Path.read_bytes: read.append(path) or read_bytes(path)
-    )
+    hash_file = cache.hash_file
+    monkeypatch.setattr(cache, "hash_file", lambda path: read.append(path) or hash_file(path))
     kept, _ = open_cache(paths, 32, FOLDER, 1e9)
-    assert read == [Path(paths[3])]
+    assert read == [paths[3]]
     assert all(map(np.array_equal, pixels(kept), resized(paths, 32)))
     # A file that was only touched is no other picture.
     os.utime(paths[5], ns=(0, 54321))
@@ -163,11 +162,11 @@ SLOW = """
 import time
 from common import cache
 from common.cache import open_cache
-load_image = cache.load_image
-def slow(path):
+read = cache.ResizedPictures.__getitem__
+def slow(pictures, index):
     time.sleep({seconds})
-    return load_image(path)
-cache.load_image = slow
+    return read(pictures, index)
+cache.ResizedPictures.__getitem__ = slow
 from pathlib import Path
 kept, path = open_cache(sorted(map(str, Path("pictures").rglob("*.*"))), 32, Path("data/cache"), 1e9)
 print(kept.count)
@@ -206,7 +205,7 @@ def test_of_two_runs_at_once_one_decodes(paths):
     process = start(0.1)
     wait_for_part(process)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "load_image", None)
+        patch.setattr(cache, "ResizedPictures", None)
         kept, _ = open_cache(paths, 32, FOLDER, 1e9)  # waits for the other one
     assert process.wait() == 0 and process.stdout.read().strip() == b"12"
     assert all(map(np.array_equal, pixels(kept), resized(paths, 32)))
@@ -246,7 +245,7 @@ def test_a_read_only_cache_that_is_there_is_used(paths, monkeypatch):
     try:
         open_cache(paths, 32, FOLDER, 1e9)
         subprocess.run(["mount", "-o", "remount,ro", FOLDER], check=True)
-        monkeypatch.setattr(cache, "load_image", None)
+        monkeypatch.setattr(cache, "ResizedPictures", None)
         kept, _ = open_cache(paths, 32, FOLDER, 1e9)
         assert kept.count == 12
     finally:

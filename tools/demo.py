@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts and common/
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
-from common.dataset import eval_transform
+from common.dataset import eval_transform, height_and_width
 from common.device import choose_device
 from common.extras import require
 from common.gradcam import grad_cam, overlay
-from common.images import load_image
 from common.options import UserError, run
+from common.sounds import file_kind
 
 CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth, else "seedlings"
 TOP_K: int = 5  # how many of the likeliest classes to show
@@ -44,17 +44,18 @@ class Answers:
         self.network = build_network(checkpoint).to(device)
         self.transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
         self.device = device
+        self.kind = file_kind(checkpoint.get("sound"))
 
     def __call__(self, path):
-        photo = load_image(path)
+        photo = self.kind.load(path)
         logits, cam = grad_cam(self.network, self.transform(photo)[None].to(self.device))
         top = logits[0].softmax(0).topk(min(TOP_K, len(self.classes)))
         probabilities = {self.classes[i]: p for p, i in zip(top.values.tolist(), top.indices.tolist())}
         return probabilities, overlay(photo, cam[0].cpu())
 
 
-def build_page(answers, title):
-    """The gradio page around `answers`."""
+def build_page(answers, title, sound=None):
+    """The gradio page around `answers`, for photographs or, where `sound` is not None, recordings."""
     gradio = require("gradio")
 
     def answer(path):
@@ -68,7 +69,10 @@ def build_page(answers, title):
     with gradio.Blocks(title="UniRepLKNet", analytics_enabled=False) as page:
         gradio.Markdown(f"# UniRepLKNet\n{title}")
         with gradio.Row():
-            photo = gradio.Image(type="filepath", sources=["upload", "clipboard"], label="photograph")
+            if sound is None:
+                photo = gradio.Image(type="filepath", sources=["upload", "clipboard"], label="photograph")
+            else:
+                photo = gradio.Audio(type="filepath", sources=["upload", "microphone"], label="recording")
             with gradio.Column():
                 label = gradio.Label(num_top_classes=TOP_K, label="likeliest classes")
                 cam = gradio.Image(label="Grad-CAM", interactive=False)
@@ -85,9 +89,9 @@ def main():
     path = find_checkpoint(CHECKPOINT)
     checkpoint = load_checkpoint(path)
     device = choose_device(DEVICE)
-    size, classes = checkpoint["img_size"], checkpoint["classes"]
-    title = f"{checkpoint['arch']}, {size} x {size} pixels, {len(classes)} classes: {', '.join(classes)}"
-    page = build_page(Answers(checkpoint, device), title)
+    (height, width), classes = height_and_width(checkpoint["img_size"]), checkpoint["classes"]
+    title = f"{checkpoint['arch']}, {height} x {width} pixels, {len(classes)} classes: {', '.join(classes)}"
+    page = build_page(Answers(checkpoint, device), title, checkpoint.get("sound"))
     page.launch(server_port=PORT, share=SHARE)
 
 

@@ -11,8 +11,8 @@ Leaves in exports/<model>/:
     model.pt2            torch.export's program, which needs none of this repository's code
     timm/                model.safetensors and config.json as on the Hugging Face Hub, to train further with timm
 
-The first three hold the merged network. All take pictures (N, 3, size, size), resized and normalised as by test.py, and
-give logits; class names, mean, std and size are inside. Each is run on pictures of data/val and compared with the
+The first three hold the merged network. All take pictures (N, 3, height, width), resized and normalised as by test.py,
+and give logits; class names, mean, std and size are inside. Each is run on pictures of data/val and compared with the
 network that was trained: one that differs by more than TOLERANCE is not left there. 8 bits do change the logits, so for
 them the accuracy before and after is told instead.
 """
@@ -32,11 +32,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts and common/
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
-from common.dataset import eval_transform
+from common.dataset import eval_transform, height_and_width
 from common.evaluation import accuracy, choose_pictures, compute_logits, read_batches
 from common.extras import require
-from common.onnx_network import METADATA, OnnxNetwork
+from common.onnx_network import METADATA, METADATA_OF_SOUNDS, OnnxNetwork
 from common.options import UserError, run
+from common.sounds import file_kind
 
 CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth, else "seedlings"
 FORMATS: list[str] = ["onnx", "int8", "program", "timm"]  # what to write
@@ -50,13 +51,13 @@ OPSET = 18  # writes GELU with Erf; from 20 on there is an operator of its own, 
 
 
 def describe(checkpoint):
-    """The metadata of an exported file: {name: JSON}."""
-    return {name: json.dumps(checkpoint[name]) for name in METADATA}
+    """The metadata of an exported file."""
+    return {name: checkpoint[name] for name in (*METADATA, *METADATA_OF_SOUNDS) if name in checkpoint}
 
 
 def example(checkpoint):
     """Images to trace the network with; two, since PyTorch takes a single one for a batch of always one."""
-    return (torch.zeros(2, 3, checkpoint["img_size"], checkpoint["img_size"]),)
+    return (torch.zeros(2, 3, *height_and_width(checkpoint["img_size"])),)
 
 
 def write_onnx(network, checkpoint, path):
@@ -80,26 +81,24 @@ def write_onnx(network, checkpoint, path):
     model = onnx.load(path)
     foreign = {f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")}
     assert not foreign, f"operators that only PyTorch has are left in the graph: {foreign}"
-    onnx.helper.set_model_props(model, describe(checkpoint))
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in describe(checkpoint).items()})
     onnx.save(model, path)
 
 
 def write_program(network, checkpoint, path):
     """Write the merged `network` as torch.export's program, with the metadata as `metadata.json` inside."""
     program = torch.export.export(network, example(checkpoint), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    metadata = {name: checkpoint[name] for name in METADATA}
-    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(describe(checkpoint))})
 
 
 def write_timm(checkpoint, folder):
     """Write the training structure as timm does for the Hugging Face Hub: model.safetensors and config.json."""
     network = build_network(checkpoint, merge=False)
-    size = checkpoint["img_size"]
     network.pretrained_cfg = dict(
         network.pretrained_cfg,
         tag="",  # not that of published weights
         pool_size=None,
-        input_size=(3, size, size),
+        input_size=(3, *height_and_width(checkpoint["img_size"])),
         mean=checkpoint["mean"],
         std=checkpoint["std"],
         crop_mode="squash",  # resized to a square as in test.py, nothing cut off
@@ -121,7 +120,7 @@ def read_timm(folder):
     return network.eval()
 
 
-def write_int8(source, paths, transform, path):
+def write_int8(source, paths, transform, path, sound=None):
     """Quantise the ONNX file `source` to 8 bits: weights for each channel, activations by calibration.
 
     Args:
@@ -129,13 +128,14 @@ def write_int8(source, paths, transform, path):
         paths: pictures to calibrate on.
         transform: function on PIL RGB pictures.
         path: .onnx file to write.
+        sound: None for pictures; for recordings see common/sounds.py.
     """
     quantization = require("onnxruntime.quantization")
     shape_inference = require("onnxruntime.quantization.shape_inference")
 
     class Pictures(quantization.CalibrationDataReader):
         def __init__(self):
-            self.batches = read_batches(paths, transform, 8, "calibration")
+            self.batches = read_batches(paths, transform, 8, "calibration", sound)
 
         def get_next(self):
             batch = next(self.batches, None)
@@ -191,13 +191,16 @@ def main():
         raise UserError(f"PICTURES must be 0 or more and CALIBRATION 1 or more, got {PICTURES} and {CALIBRATION}")
     path = find_checkpoint(CHECKPOINT)
     checkpoint = load_checkpoint(path)
-    classes, size = checkpoint["classes"], checkpoint["img_size"]
-    transform = eval_transform(size, checkpoint["mean"], checkpoint["std"])
-    paths, labels = choose_pictures(Path(DATA, "val"), classes, PICTURES)
-    trained = compute_logits(build_network(checkpoint, merge=False), paths, transform, description="PyTorch")
+    classes, sound = checkpoint["classes"], checkpoint.get("sound")
+    height, width = height_and_width(checkpoint["img_size"])
+    transform = eval_transform((height, width), checkpoint["mean"], checkpoint["std"])
+    paths, labels = choose_pictures(Path(DATA, "val"), classes, PICTURES, sound=sound)
+    network = build_network(checkpoint, merge=False)
+    trained = compute_logits(network, paths, transform, description="PyTorch", sound=sound)
     before = accuracy(trained, labels)
-    print(f"{path}: {checkpoint['arch']}, {len(classes)} classes, {size} x {size} pixels")
-    print(f"{'PyTorch, as trained':24} acc1 {before:.2f} % on {len(paths)} pictures of {Path(DATA, 'val')}")
+    print(f"{path}: {checkpoint['arch']}, {len(classes)} classes, {height} x {width} pixels")
+    files = f"{len(paths)} {file_kind(sound).name}s of {Path(DATA, 'val')}"
+    print(f"{'PyTorch, as trained':24} acc1 {before:.2f} % on {files}")
 
     folder = Path(OUTPUT, checkpoint["arch"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +210,7 @@ def main():
 
         def check(name, network, accept):
             """Compare with the trained network; move the file into place if `accept` allows the difference."""
-            logits = compute_logits(network, paths, transform, description=name)
+            logits = compute_logits(network, paths, transform, description=name, sound=sound)
             difference = float(abs(logits - trained).max())
             same = 100 * float((logits.argmax(1) == trained.argmax(1)).mean())
             print(
@@ -224,8 +227,8 @@ def main():
         if {"onnx", "int8"} & set(FORMATS):
             write_onnx(merged, checkpoint, scratch / "model.onnx")
         if "int8" in FORMATS:
-            calibration, _ = choose_pictures(Path(DATA, "train"), classes, CALIBRATION)
-            write_int8(scratch / "model.onnx", calibration, transform, scratch / "model.int8.onnx")
+            calibration, _ = choose_pictures(Path(DATA, "train"), classes, CALIBRATION, sound=sound)
+            write_int8(scratch / "model.onnx", calibration, transform, scratch / "model.int8.onnx", sound)
             check("model.int8.onnx", OnnxNetwork(scratch / "model.int8.onnx"), np.inf)
         if "onnx" in FORMATS:
             check("model.onnx", OnnxNetwork(scratch / "model.onnx"), TOLERANCE)

@@ -1,4 +1,4 @@
-"""Look at the pictures that a network is trained on, and at what it has learned.
+"""Look at the pictures, or spectrograms of sounds, that a network is trained on, and at what it has learned.
 
     python tools/visualize.py augmentation                         before training: what train.py's constants do
     python tools/visualize.py                                      all five, for the newest checkpoints/*/best.pth
@@ -35,9 +35,10 @@ from common.dataset import eval_transform, open_image_folder, seed_everything
 from common.device import choose_device
 from common.evaluation import choose_pictures, read_batches
 from common.gradcam import grad_cam, overlay
-from common.images import load_image
+from common.manifest import read_sound
 from common.options import UserError, run
 from common.plots import plot_augmentation, plot_kernels, plot_map, plot_receptive_fields, plot_sheet
+from common.sounds import file_kind
 
 WHAT: list[str] = []  # augmentation, gradcam, receptive_field, kernels, features; []: all
 CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth, else "seedlings"
@@ -56,24 +57,25 @@ SHARES = (50, 90, 99)  # percent of the gradient in the squares of receptive_fie
 
 def show_augmentation(folder):
     """Draw augmentation.png by train.py's own functions and constants."""
-    pictures = open_image_folder(Path(DATA, "train"))
-    paths, labels = choose_pictures(Path(DATA, "train"), pictures.classes, SHOWN + 1, SEED)
+    sound = read_sound(DATA)
+    pictures = open_image_folder(Path(DATA, "train"), sound=sound)
+    paths, labels = choose_pictures(Path(DATA, "train"), pictures.classes, SHOWN + 1, SEED, sound)
     seed_everything(SEED)
-    transform = train.train_transform(mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])
-    mixup = train.create_mixup(len(pictures.classes))
+    transform = train.train_transform([0.0, 0.0, 0.0], [1.0, 1.0, 1.0], sound)
+    mixup = train.create_mixup(len(pictures.classes), sound)
     path = folder / "augmentation.png"
     plot_augmentation(
-        [load_image(file) for file in paths], labels, pictures.classes, transform, mixup, train.mix, path
+        [pictures.loader(file) for file in paths], labels, pictures.classes, transform, mixup, train.mix, path
     )
     return path
 
 
 def show_grad_cam(checkpoint, network, paths, labels, device, folder):
     """Draw gradcam/<class>.png."""
-    classes = checkpoint["classes"]
+    classes, sound = checkpoint["classes"], checkpoint.get("sound")
     transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
     probabilities, cams = [], []
-    for images in read_batches(paths, transform, 16, "gradcam"):
+    for images in read_batches(paths, transform, 16, "gradcam", sound):
         logits, cam = grad_cam(network, images.to(device))
         probabilities.append(logits.softmax(1).cpu().numpy())
         cams.append(cam.half().cpu().numpy())
@@ -85,7 +87,7 @@ def show_grad_cam(checkpoint, network, paths, labels, device, folder):
         cells, captions = [], []
         for chosen in (answers == number, answers != number):
             found = sorted(np.flatnonzero(chosen & (labels == number)), key=lambda i: -sureness[i])[:SHOWN]
-            photos = [load_image(paths[i]) for i in found]
+            photos = [file_kind(sound).load(paths[i]) for i in found]
             empty = [None] * (SHOWN - len(found))
             cells += photos + empty + [overlay(photo, cams[i]) for photo, i in zip(photos, found)] + empty
             captions += [f"{paths[i].name[:24]}" for i in found] + [""] * len(empty)
@@ -148,7 +150,8 @@ def show_receptive_field(checkpoint, network, paths, device, folder):
     fields = {}
     transform = eval_transform(FIELD_SIZE, checkpoint["mean"], checkpoint["std"])
     for name, network in networks.items():
-        field = receptive_field(network, read_batches(paths[:FIELD_PICTURES], transform, 1, name), device)
+        batches = read_batches(paths[:FIELD_PICTURES], transform, 1, name, checkpoint.get("sound"))
+        field = receptive_field(network, batches, device)
         fields[name] = field, {share: middle_square(field, share) for share in SHARES}
     path = folder / "receptive_field.png"
     plot_receptive_fields(fields, path)
@@ -181,7 +184,7 @@ def show_features(checkpoint, network, paths, labels, device, folder):
     """Draw features.png from the pooled features."""
     transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
     features = []
-    for images in read_batches(paths, transform, 32, "features"):
+    for images in read_batches(paths, transform, 32, "features", checkpoint.get("sound")):
         maps = network.forward_features(images.to(device))
         features.append(network.forward_head(maps, pre_logits=True).float().cpu().numpy())
     if len(paths) < 4:
@@ -217,7 +220,8 @@ def main():
     device = choose_device(DEVICE)
     network = build_network(checkpoint).to(device)
     print(f"network     {path}: {checkpoint['arch']}, {len(checkpoint['classes'])} classes, {device}")
-    paths, labels = choose_pictures(Path(DATA, "val"), checkpoint["classes"], PICTURES, SEED)
+    sound = checkpoint.get("sound")
+    paths, labels = choose_pictures(Path(DATA, "val"), checkpoint["classes"], PICTURES, SEED, sound)
     if "gradcam" in what:
         tell("gradcam", show_grad_cam(checkpoint, network, paths, labels, device, folder))
     if "receptive_field" in what:
