@@ -6,8 +6,8 @@
     python -m benchmarks.accuracy --what weights                    train on every picture, and write weights to ship
 
 Each run is `makedata.py`, `mean_std.py`, `train.py` and `test.py`, with one seed for the split and for the weights.
-Measured are the last epoch's EMA weights, so that nothing is chosen by the pictures that it is measured on. Runs that are
-finished are not repeated, and one that was interrupted is continued. Prints tables in Markdown, and leaves
+Measured are the last epoch's EMA weights, so that nothing is chosen by the pictures that it is measured on. Runs that
+are finished are not repeated, and one that was interrupted is continued. Prints tables in Markdown, and leaves
 confusion_matrix.png of all splits together.
 """
 
@@ -81,8 +81,8 @@ def run_once(name, options, split, data, threads):
     """Train and test once.
 
     Returns:
-        dict of plain types: classes, epochs, minutes, images a second, accuracy of the raw weights, confusion matrices of
-        the EMA weights without (plain) and with test-time augmentation (tta), ...
+        dict of plain types: classes, epochs, minutes, images a second, accuracy of the raw weights, confusion matrices
+        of the EMA weights without (plain) and with test-time augmentation (tta), ...
     """
     folder = Path(OUTPUT, name.replace(" ", "_"), str(split))
     result = folder / "accuracy.json"
