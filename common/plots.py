@@ -128,8 +128,9 @@ def plot_forecasts(columns, dates, known, forecasts, path, most=8):
         axes.set_ylabel(column, fontsize=9)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=7, labelbottom=place + across >= len(columns))
-        axes.xaxis.set_major_locator(AutoDateLocator(maxticks=6))
-        axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator()))
+        locator = AutoDateLocator(minticks=3, maxticks=7)
+        axes.xaxis.set_major_locator(locator)
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     for axes in grid.flat[len(columns) :]:
         axes.remove()
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)

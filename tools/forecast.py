@@ -7,13 +7,13 @@
 
 How a series becomes a picture. UniRepLKNet's authors cut a series of many variables into nodes, treat each node as an
 image of its own, and reshape its embedding, a vector for each point of time, into a map of one channel (paper,
-arXiv:2311.15599, Section 3.3). Here each column is a node, and its last LOOKBACK periods (days) are written like a
-calendar: one row of pixels for each day, one pixel for each hour. The neighbours of a pixel are the hour and the day
-before, and one large kernel sees both. The picture of 21 days of 24 hours shrinks to one pixel in the last stage, so
-that pooling loses no place of it, and the classifier has one output for each step of the forecast instead of each class.
-A day of more than 32 rows fills several channels (see `fold`). The network's structure is not touched. All columns pass
-through the same network: this gives it more to learn from, and on little data it generalises better than mixing columns
-(PatchTST, arXiv:2211.14730, Section 3.1).
+arXiv:2311.15599, "Generalizing UniRepLKNet beyond Image"). Here each column is a node, and its last LOOKBACK periods
+(days) are written like a calendar: one row of pixels for each day, one pixel for each hour. The neighbours of a pixel
+are the hour and the day before, and one large kernel sees both. The picture of 21 days of 24 hours shrinks to one pixel
+in the last stage, so that pooling loses no place of it, and the classifier has one output for each step of the forecast
+instead of each class. A day of more than 32 rows fills several channels (see `fold`). The network's structure is not
+touched. All columns pass through the same network: this gives it more to learn from, and on little data it generalises
+better than mixing columns (PatchTST, arXiv:2211.14730).
 
 What the network has to say. Instance normalisation (RevIN, Kim et al., ICLR 2022) takes level and size of each window
 away, and gives them back to its forecast. Here the level is one for each hour of the day: the mean day of the window.
@@ -76,7 +76,7 @@ TARGETS: list[str] = []  # those of COLUMNS that are forecast and measured; []: 
 ENCODING: str = "utf-8-sig"  # of the file; utf-8-sig also reads files with a byte order mark
 SPLIT: list[float] = [12, 4, 4]  # training, validation, test: months of 30 days; or, with sum 1, shares of the rows
 PERIOD: int = 0  # rows after which the series repeats itself; 0: those of a day, or of a week where a day has under 4
-LOOKBACK: int = 21  # periods that are seen; up to 32 the network's last map is one pixel
+LOOKBACK: int = 21  # periods that are seen; up to 32 of them the network's last map is one pixel
 HORIZONS: list[int] = [96, 192, 336, 720]  # rows to forecast; a network is trained for each
 
 # --- network
@@ -92,8 +92,8 @@ DROP_PATH: float = 0.0  # stochastic depth: probability that the last block is s
 LOSS: str = "mae"  # what is minimised: "mae", which outliers move least, "mse", or "huber" between them
 MIXUP: float = 1.0  # alpha of the Beta distribution by which two series, of any columns, are averaged; 0: off
 FLIP: float = 0.5  # probability that a series is turned upside down; 0: off
-EPOCHS: int = 4  # at most
-EPOCH_STEPS: int = 250  # steps of an epoch, after which the network is validated
+EPOCHS: int = 6  # at most
+EPOCH_STEPS: int = 100  # steps of an epoch, after which the network is validated
 BATCH_SIZE: int = 256  # windows of one column in a step, drawn at random
 LEARNING_RATE: float = 2e-3  # highest learning rate
 MIN_LEARNING_RATE: float = 1e-6  # learning rate at the end
@@ -105,8 +105,8 @@ PATIENCE: int = 3  # epochs without a better validation MSE after which training
 MAX_SKIPPED: int = 10  # steps in a row with a loss or gradient that is not finite, after which the run stops
 
 # --- DLinear, as published for the ETT data
-DLINEAR_LOOKBACK: int = 336  # rows that are seen
-DLINEAR_LEARNING_RATE: float = 5e-3  # highest learning rate; the loss is the MSE
+DLINEAR_LOOKBACK: int = 336  # rows that DLinear sees
+DLINEAR_LEARNING_RATE: float = 5e-3  # DLinear's highest learning rate; its loss is the MSE
 
 # --- run
 CHECKPOINT: str = ""  # "": train; a best.pth: forecast what comes after the end of CSV
@@ -296,8 +296,8 @@ class Fit:
 def draw_batch(windows, mixup, flip):
     """BATCH_SIZE windows of one column each, any of any: (BATCH_SIZE, 1, lookback + horizon), augmented.
 
-    The sum of two series has the sum of their futures, so Mixup (arXiv:1710.09412) invents no future; nor does turning a
-    series upside down. Windows overlap so much that a network without them soon knows all by heart.
+    The sum of two series has the sum of their futures, so Mixup (arXiv:1710.09412) invents none; nor does turning a
+    series upside down. Windows overlap so much that without both a network soon knows them by heart.
     """
     count, columns = windows.shape[:2]
     index = torch.randint(count * columns, (BATCH_SIZE,))
@@ -680,9 +680,8 @@ def forecast():
         period = checkpoint["period"]
         for name, measured in ((checkpoint["arch"], model), ("last period", Repeat(period, 1, horizon))):
             figures = evaluate(measured, windows, lookback, targets)
-            print(
-                f"{name:11} MSE {figures['mse']:.4f}, MAE {figures['mae']:.4f} (z-scored) over {len(windows)} windows of {CSV}"
-            )
+            errors = f"MSE {figures['mse']:.4f}, MAE {figures['mae']:.4f} (z-scored)"
+            print(f"{name:11} {errors} over {len(windows)} windows of {CSV}")
 
 
 def main():
