@@ -45,14 +45,24 @@ from tqdm import tqdm
 from common import distributed
 from common.board import Board
 from common.cache import open_cache
-from common.checkpoint import SEEDLINGS, load_checkpoint, load_file, load_newest, lock, save_checkpoint
+from common.checkpoint import (
+    SEEDLINGS,
+    check_finite,
+    load_checkpoint,
+    load_file,
+    load_newest,
+    lock,
+    save_checkpoint,
+    set_aside,
+)
 from common.dataset import EpochBatches, SeededPictures, eval_transform, open_image_folder, seed_everything
 from common.device import choose_device, choose_layout, choose_workers, has_bfloat16, keep_freed_memory, prefetch
-from common.finite import first_non_finite_layer
-from common.interrupt import Interrupt, leave_signals_to_the_main_process
+from common.finite import copy_tensors, first_non_finite_layer
+from common.interrupt import Interrupt, Stopped, leave_signals_to_the_main_process
 from common.manifest import CACHE, MANIFEST, STATISTICS, fingerprint, read_json, read_sound
 from common.options import UserError, read_constants, run
 from common.plots import plot_curves
+from common.schedule import warmup_cosine
 from common.sounds import add_noise, change_gain, file_kind, mask, picture_size, shift_time
 from ema import ModelEma, unwrap
 from models import UniRepLKNet, describe_implementation, load_weights
@@ -370,11 +380,7 @@ def learning_rate(step, steps, warmup_steps, pictures):
     For optimizers that divide by the gradient's size, it grows with the root of the pictures in a step (Malladi et al.,
     "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms", NeurIPS 2022).
     """
-    highest = LEARNING_RATE * math.sqrt(pictures / 32)
-    if step < warmup_steps:
-        return highest * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(steps - 1 - warmup_steps, 1)
-    return MIN_LEARNING_RATE + (highest - MIN_LEARNING_RATE) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+    return warmup_cosine(step, steps, warmup_steps, LEARNING_RATE * math.sqrt(pictures / 32), MIN_LEARNING_RATE)
 
 
 def training_size(epoch):
@@ -517,10 +523,6 @@ class Run:
             setattr(self, name, checkpoint.get(name, getattr(self, name)))
 
 
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C came, and what was begun is finished."""
-
-
 def prepare_batch(run, batch, number, mixup):
     """Batch `number` of the whole run on the device: images (N, 3, H, W), labels (N,), targets (N, classes)."""
     seed_everything(SEED, "step", number)  # Mixup, dropout and stochastic depth depend on the batch's number only
@@ -587,12 +589,6 @@ def compile_network(model, pictures, size, device, amp_dtype):
     copy_tensors(buffers, list(model.buffers()))
     model.zero_grad(set_to_none=True)
     return compiled
-
-
-def copy_tensors(source, target):
-    """Copy a list of tensors into another one, all at once."""
-    if source:  # a network without batch norms has no buffers
-        torch._foreach_copy_(target, source)
 
 
 def is_out_of_memory(error):
@@ -838,9 +834,8 @@ def describe_changes(checkpoint, about):
 def prepare_folder(folder):
     """Make the folder of this run; that of another run is renamed, so that nothing is lost."""
     continued = RESUME == "auto" or (RESUME and Path(RESUME).resolve().parent == folder.resolve())
-    if not continued and folder.is_dir() and any(folder.iterdir()):
-        number = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
-        print(f"the earlier run in {folder} is now in {folder.rename(f'{folder}.{number}')}")
+    if not continued:
+        set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -893,10 +888,7 @@ def about_run(classes, mean, std, model_args, pictures, ranks, sound):
 def save(run, about, path, keep=1):
     """Write a checkpoint, unless its weights are not finite: then the one before is the better one."""
     state = run.state()
-    for weights in (state["state_dict"], state["state_dict_ema"] or {}):
-        name = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
-        if name is not None:
-            raise UserError(f"{name} is no longer finite, so nothing is saved over what is there; lower LEARNING_RATE")
+    check_finite(state["state_dict"], state["state_dict_ema"] or {})
     save_checkpoint(about | state, path, keep)
 
 

@@ -60,13 +60,33 @@ def save_checkpoint(checkpoint, path, keep=1):
         ) from error
 
 
+def check_finite(*state_dicts):
+    """UserError if a weight is not finite: then the checkpoint before is the better one."""
+    for weights in state_dicts:
+        name = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+        if name is not None:
+            raise UserError(f"{name} is no longer finite, so nothing is saved over what is there; lower LEARNING_RATE")
+
+
+def set_aside(folder):
+    """Rename the folder of an earlier run, unless it is empty, so that nothing is lost."""
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        number = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
+        print(f"the earlier run in {folder} is now in {folder.rename(f'{folder}.{number}')}")
+
+
 def earlier_checkpoint(path, number):
     """Name of the checkpoint `number` saves before `path`: last.1.pth for 1, `path` itself for 0."""
     return path.with_name(f"{path.stem}.{number}{path.suffix}") if number else path
 
 
-def load_newest(path):
+def load_newest(path, required=REQUIRED):
     """Read `path`, or the newest of the checkpoints before it that is whole; says so where one is damaged.
+
+    Args:
+        path: the file, such as last.pth.
+        required: see `load_checkpoint`.
 
     Returns:
         (checkpoint, its path), or (None, `path`) if there is none at all.
@@ -80,7 +100,7 @@ def load_newest(path):
     files += sorted(numbered, key=lambda file: int(file.stem.split(".")[-1]))
     for file in files:
         try:
-            return load_checkpoint(file), file
+            return load_checkpoint(file, required), file
         except UserError as error:
             if file == files[-1]:
                 raise
@@ -142,21 +162,25 @@ def load_file(path):
         raise UserError(f"{path} is damaged or no checkpoint ({reason}); use another one") from error
 
 
-def load_checkpoint(path):
-    """Read a checkpoint that train.py saved.
+def load_checkpoint(path, required=REQUIRED):
+    """Read a checkpoint.
+
+    Args:
+        path: the file.
+        required: keys that it must have.
 
     Returns:
-        dict with at least the keys in `REQUIRED`.
+        dict with at least the keys in `required`.
 
     Raises:
         UserError: see `load_file`; and if keys are missing, as in the authors' files, which hold weights only.
     """
     checkpoint = load_file(path)
-    missing = [key for key in REQUIRED if key not in checkpoint] if isinstance(checkpoint, dict) else REQUIRED
+    missing = [key for key in required if key not in checkpoint] if isinstance(checkpoint, dict) else required
     if missing:
         raise UserError(
-            f"{path} lacks {', '.join(missing)}, so it was not saved by train.py; to start from its weights set "
-            "PRETRAINED to it in train.py"
+            f"{path} lacks {', '.join(missing)}, so another script saved it; give a checkpoint of this one. To start "
+            "from weights alone set PRETRAINED to them in train.py"
         )
     return checkpoint
 

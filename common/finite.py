@@ -1,4 +1,4 @@
-"""Where a number that is not finite (NaN or infinite) comes from."""
+"""Where a number that is not finite (NaN or infinite) comes from, and what keeps it out."""
 
 import torch
 
@@ -39,3 +39,9 @@ def first_non_finite_layer(model, images):
         for buffer, before in zip(model.buffers(), buffers):
             buffer.copy_(before)
     return None
+
+
+def copy_tensors(source, target):
+    """Copy a list of tensors into another one, all at once."""
+    if source:  # a network without batch norms has no buffers
+        torch._foreach_copy_(target, source)

@@ -3,6 +3,10 @@
 import signal
 
 
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C came, and what was begun is finished."""
+
+
 class Interrupt:
     """Inside `with Interrupt() as interrupt`, SIGTERM (what clusters send before they stop a job) and SIGINT (Ctrl-C)
     are noted and do not end the process; the second one ends it at once.

@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+import math
 import warnings
 
 import numpy as np
 import torch
 from matplotlib import font_manager, rcParams
 from matplotlib.colors import LogNorm
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -94,6 +96,44 @@ def plot_confusion_matrix(matrix, classes, path):
             if count:
                 color = "white" if share[true, predicted] > 0.5 else "black"
                 axes.text(predicted, true, count, ha="center", va="center", color=color, fontsize=8)
+    save(figure, path)
+
+
+FORECAST_LINES = (("C0", "--", "o"), ("C1", ":", "^"), ("C2", "-.", "s"))  # to be told apart without colours
+
+
+def plot_forecasts(columns, dates, known, forecasts, path, most=8):
+    """Draw what was seen, what came, and what was forecast, each column in a field of its own.
+
+    Args:
+        columns: names; the first `most` of them are drawn.
+        dates: of what was seen and of what is forecast.
+        known: array (columns, rows) of the true values, from the first date on; may end before the dates do.
+        forecasts: {name: array (columns, horizon)} up to the last date.
+        path: PNG file to write.
+    """
+    columns = columns[:most]
+    across = min(2, len(columns))
+    down = math.ceil(len(columns) / across)
+    figure = Figure(figsize=(4.6 * across, 1.5 * down + 0.9), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False)
+    for place, column in enumerate(columns):
+        axes = grid.flat[place]
+        axes.plot(dates[: known.shape[1]], known[place], color="black", lw=1.1, label="truth")
+        for (name, forecast), (color, line, marker) in zip(forecasts.items(), FORECAST_LINES):
+            horizon = forecast.shape[1]
+            look = dict(color=color, lw=1.3, marker=marker, ms=3, markevery=max(1, horizon // 12))
+            axes.plot(dates[-horizon:], forecast[place], line, label=name, **look)
+        axes.axvline(dates[-horizon], color="black", lw=0.8, ls=(0, (2, 3)))  # where the forecast begins
+        axes.set_ylabel(column, fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=7, labelbottom=place + across >= len(columns))
+        locator = AutoDateLocator(minticks=3, maxticks=7)
+        axes.xaxis.set_major_locator(locator)
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    for axes in grid.flat[len(columns) :]:
+        axes.remove()
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
     save(figure, path)
 
 

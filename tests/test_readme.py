@@ -9,7 +9,7 @@ import pytest
 from common.options import read_constants
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ("tools/visualize.py", "tools/export.py", "tools/demo.py")
+TOOLS = ("tools/visualize.py", "tools/export.py", "tools/demo.py", "tools/forecast.py")
 SCRIPTS = ("makedata.py", "mean_std.py", "train.py", "test.py", *TOOLS)
 READMES = ("README.md", "README.zh-CN.md")
 
