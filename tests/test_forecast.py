@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import shutil
 import signal
 from datetime import datetime, timedelta
@@ -233,7 +232,10 @@ BAD = {
     "unsorted": (lambda lines: [lines[0], *lines[:0:-1]], "line 3: the date .* comes after .*; sort the rows"),
     "a zone": (change(7, "2020-01-01 05:00:00+00:00,1.0,1.0"), "some dates have a time zone"),
     "short": (lambda lines: lines[:150], "the training part of the series is too short"),
-    "constant": (lambda lines: [lines[0], *(f"{line.rsplit(',', 1)[0]},3.5" for line in lines[1:])], "south is constant"),
+    "constant": (
+        lambda lines: [lines[0], *(f"{line.rsplit(',', 1)[0]},3.5" for line in lines[1:])],
+        "south is constant",
+    ),
 }
 
 
@@ -339,7 +341,7 @@ def test_an_interrupted_run_ends_as_one_left_alone(finished, run_forecast, monke
     def draw_batch(*arguments):
         calls.append(None)
         if len(calls) == 20:  # in the second epoch
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return original(*arguments)
 
     monkeypatch.setattr(forecast, "draw_batch", draw_batch)
