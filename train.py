@@ -81,6 +81,7 @@ del np.int
 DATA: str = "data"  # folder that holds train/<class> and val/<class>; makedata.py makes it
 IMG_SIZE: int = 224  # edge in pixels to which every picture is resized; at least 32
 START_SIZE: int = 0  # edge in the first epoch; grows to IMG_SIZE by 32 at a time; 0: IMG_SIZE from the start
+TEST_SIZE: int = 0  # edge for validation and test.py; larger suits networks that were trained on crops; 0: IMG_SIZE
 BATCH_SIZE: int = 32  # pictures that pass through the network at once, on each GPU
 CACHE_GB: float = 8.0  # largest size of data/cache, which keeps pictures decoded and resized; 0: decode in each epoch
 WORKERS: int = -1  # processes that read pictures; -1: one for each core, up to 8, beside a GPU, else 0; 0: none
@@ -258,9 +259,15 @@ def describe_augmentation(sound):
     return f"of {file_kind(sound).name}s: {', '.join(on) or 'none'}"
 
 
-def choose_size(sound):
-    """(height, width) in pixels of what the network sees."""
-    return (IMG_SIZE, IMG_SIZE) if sound is None else picture_size(sound)
+def choose_sizes(sound):
+    """(height, width) in pixels of what the network sees in training and in validation.
+
+    A crop that is scaled to IMG_SIZE shows things larger than the whole picture does, so that the network expects them
+    larger (Touvron et al., "Fixing the train-test resolution discrepancy", NeurIPS 2019).
+    """
+    if sound is not None:
+        return picture_size(sound), picture_size(sound)
+    return (IMG_SIZE, IMG_SIZE), (TEST_SIZE or IMG_SIZE, TEST_SIZE or IMG_SIZE)
 
 
 def open_data(mean, std, device, rank, ranks, sound=None):
@@ -271,9 +278,9 @@ def open_data(mean, std, device, rank, ranks, sound=None):
     """
     if not Path(DATA, "train").is_dir():
         raise UserError(f"there is no folder {Path(DATA, 'train')}; run makedata.py first")
-    size = choose_size(sound)
+    size, val_size = choose_sizes(sound)
     train_set = open_image_folder(Path(DATA, "train"), train_transform(mean, std, sound), sound)
-    val_set = open_image_folder(Path(DATA, "val"), eval_transform(size, mean, std), sound)
+    val_set = open_image_folder(Path(DATA, "val"), eval_transform(val_size, mean, std), sound)
     if train_set.classes != val_set.classes:
         different = sorted(set(train_set.classes) ^ set(val_set.classes))
         raise UserError(
@@ -284,7 +291,7 @@ def open_data(mean, std, device, rank, ranks, sound=None):
         raise UserError(f"{DATA}/train holds one class only, {train_set.classes[0]}; a classifier needs two or more")
 
     if CACHE_GB:
-        cache_pictures(train_set, val_set, sound=sound)
+        cache_pictures((train_set, size), (val_set, val_size), sound=sound)
     workers = choose_workers(WORKERS, device)
     loading = dict(
         num_workers=workers,
@@ -308,18 +315,24 @@ def open_data(mean, std, device, rank, ranks, sound=None):
 
 
 def cache_pictures(*picture_sets, sound=None):
-    """Let later epochs read resized pixels instead of decoding the files again, as far as CACHE_GB and the disk go."""
+    """Let later epochs read resized pixels instead of decoding the files again, as far as CACHE_GB and the disk go.
+
+    Args:
+        picture_sets: pairs of a `PictureFolder` and its (height, width).
+    """
     folder, in_use, kept = Path(DATA, CACHE), [], 0
-    for pictures in picture_sets:
+    for pictures, size in picture_sets:
         paths = [path for path, _ in pictures.samples]
-        pictures.cache, result = open_cache(paths, choose_size(sound), folder, CACHE_GB * 1e9, in_use, sound)
+        pictures.cache, result = open_cache(paths, size, folder, CACHE_GB * 1e9, in_use, sound)
         if pictures.cache is None:
             print(f"cache       {kept} pictures; the others are decoded in each epoch ({result})")
             return
         kept += pictures.cache.count
         in_use.append(result)
-    size = sum(path.stat().st_size for path in in_use)
-    print(f"cache       {kept} of {sum(map(len, picture_sets))} pictures in {folder}, {size / 1e9:.2f} GB")
+    gigabytes = sum(path.stat().st_size for path in in_use) / 1e9
+    print(
+        f"cache       {kept} of {sum(len(pictures) for pictures, _ in picture_sets)} pictures in {folder}, {gigabytes:.2f} GB"
+    )
 
 
 def create_network(num_classes):
@@ -869,7 +882,7 @@ def about_run(classes, mean, std, model_args, pictures, ranks, sound):
         classes=classes,
         mean=mean,
         std=std,
-        img_size=IMG_SIZE if sound is None else list(choose_size(sound)),
+        img_size=(TEST_SIZE or IMG_SIZE) if sound is None else list(picture_size(sound)),
         **({} if sound is None else dict(sound=sound)),
         config={name: globals()[name] for name in read_constants(__file__)},
         pictures_train=len(pictures),
@@ -945,6 +958,8 @@ def main():
         raise UserError("IMG_SIZE must be at least 32; BATCH_SIZE, EPOCHS, ACCUMULATE, KEEP and MAX_SKIPPED at least 1")
     if START_SIZE and not 32 <= START_SIZE <= IMG_SIZE:
         raise UserError(f"START_SIZE must be 0, or from 32 to IMG_SIZE ({IMG_SIZE}), got {START_SIZE}")
+    if TEST_SIZE and TEST_SIZE < 32:
+        raise UserError(f"TEST_SIZE must be 0 or at least 32, got {TEST_SIZE}")
     if not 0 < CROP <= 1:
         raise UserError(f"CROP must lie above 0 and be at most 1, got {CROP}")
     if COMPILE not in ("auto", "on", "off"):
@@ -1016,7 +1031,7 @@ def train(device, rank, ranks):
             ) from error
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    height, width = choose_size(sound)
+    (height, width), _ = choose_sizes(sound)
     amp_name = "float32" if amp_dtype is None else f"autocast {str(amp_dtype).removeprefix('torch.')}"
     val_pictures = len(val_loader.dataset.dataset)
     print(f"network     {MODEL}, {parameters / 1e6:.1f} million parameters, {height} x {width} pixels")
