@@ -29,7 +29,8 @@ from makedata import place
 
 WHAT: str = "recipe"  # recipe, ablations, fine_tuning or weights
 SPLITS: list[int] = [0, 1, 2]  # seeds of the splits, which are those of the weights and the augmentation, too
-OPTIONS: str = "--model unireplknet_a --img-size 128 --start-size 96 --epochs 36 --drop-path 0"  # of train.py, each run
+# Options of train.py for every run: the smallest network, on pictures that suit a CPU.
+OPTIONS: str = "--model unireplknet_a --img-size 128 --start-size 96 --test-size 160 --epochs 36 --drop-path 0"
 JOBS: int = 1  # runs at once, each with its share of the cores
 SOURCE: str = "data1"  # folder that holds <class>/<picture>
 OUTPUT: str = "accuracy"  # folder for splits and runs

@@ -32,13 +32,13 @@ from common.sounds import file_kind
 SOURCE: str = "data1"  # folder that holds <digit>/<digit>_<speaker>_<index>.wav
 OUTPUT: str = "results/sounds"  # folder for the runs, the table and the sheet; a split that is done there is not redone
 SPLITS: list[str] = []  # of them "random" and names of speakers to leave out; []: all
-EPOCHS: int = 6  # of each run
+EPOCHS: int = 10  # of each run
 SHOWN: int = 18  # spectrograms on the sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEAKER = r"_([a-z]+)_"  # in the name of a file
 SOUND = ["--sample-rate", "8000", "--seconds", "0.7", "--hop", "16", "--mels", "40"]  # 40 bands x 44 frames
-TRAINING = ["--model", "unireplknet_a", "--learning-rate", "1e-3", "--warmup-epochs", "1", "--drop-path", "0"]
+TRAINING = ["--model", "unireplknet_a", "--warmup-epochs", "1", "--drop-path", "0"]
 
 
 def call(script, *words, log):
