@@ -381,7 +381,7 @@ def evaluate(model, windows, lookback, targets, interrupt=None):
     windows = windows[:, targets]
     squares, absolutes = 0.0, 0.0
     for batch in windows.split(max(1, 512 // len(targets))):
-        error = (model(batch[..., :lookback]) - batch[..., lookback:]).double()
+        error = (model(batch[..., :lookback]) - batch[..., lookback:]).cpu().double()
         squares += error.square().sum().item()
         absolutes += error.abs().sum().item()
         if interrupt is not None and interrupt.signal is not None:
@@ -487,7 +487,7 @@ def write_forecasts(series, about, horizon, windows, forecasters, path):
     mean, std = (torch.tensor(about[name])[targets, None] for name in ("mean", "std"))
 
     def to_units(z):
-        return (z[:, targets].double().cpu() * std + mean).numpy()
+        return (z[:, targets].cpu().double() * std + mean).numpy()
 
     tiles = windows[::horizon]
     truth = to_units(tiles)  # (tiles, targets, lookback + horizon)
@@ -655,7 +655,7 @@ def forecast():
     mean, std = (torch.tensor(checkpoint[name], dtype=torch.float64) for name in ("mean", "std"))
     values = ((torch.from_numpy(series.values) - mean) / std).float().to(device)
     targets = [columns.index(name) for name in checkpoint["targets"]]
-    future = model(values[-lookback:].T[None])[0].T.double().cpu() * std + mean  # (horizon, C)
+    future = model(values[-lookback:].T[None])[0].T.cpu().double() * std + mean  # (horizon, C)
     dates = [series.dates[-1] + interval * (step + 1) for step in range(horizon)]
 
     folder = Path(RESULTS)
