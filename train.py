@@ -81,7 +81,7 @@ del np.int
 DATA: str = "data"  # folder that holds train/<class> and val/<class>; makedata.py makes it
 IMG_SIZE: int = 224  # edge in pixels to which every picture is resized; at least 32
 START_SIZE: int = 0  # edge in the first epoch; grows to IMG_SIZE by 32 at a time; 0: IMG_SIZE from the start
-TEST_SIZE: int = 0  # edge for validation and test.py; larger suits networks that were trained on crops; 0: IMG_SIZE
+TEST_SIZE: int = 0  # edge for validation and test.py, a multiple of 32, larger where crops are learned; 0: IMG_SIZE
 BATCH_SIZE: int = 32  # pictures that pass through the network at once, on each GPU
 CACHE_GB: float = 8.0  # largest size of data/cache, which keeps pictures decoded and resized; 0: decode in each epoch
 WORKERS: int = -1  # processes that read pictures; -1: one for each core, up to 8, beside a GPU, else 0; 0: none
