@@ -172,7 +172,7 @@ class Bomb:
         return os.system, ("touch exploded",)
 
 
-def test_foreign_and_dangerous_checkpoints_are_refused(run_test, place):
+def test_foreign_and_dangerous_checkpoints_are_refused(run_test, place, monkeypatch):
     torch.save(torch.nn.Linear(1, 1).state_dict(), "bare.pth")
     with pytest.raises(UserError, match="bare.pth lacks arch.*PRETRAINED"):
         run_test("data/val", CHECKPOINT="bare.pth")
@@ -187,6 +187,7 @@ def test_foreign_and_dangerous_checkpoints_are_refused(run_test, place):
     with pytest.raises(UserError, match="cut.pth is damaged"):
         run_test("data/val", CHECKPOINT="cut.pth")
     shutil.rmtree("checkpoints")
+    monkeypatch.setattr("common.checkpoint.SEEDLINGS", Path("nowhere.pth"))
     with pytest.raises(UserError, match="run train.py first"):
         run_test("data/val", CHECKPOINT="")
 

@@ -60,6 +60,7 @@ def test_augmentation_is_what_training_does(place, monkeypatch):
     assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.mix_prob) == (train.MIXUP, train.CUTMIX, train.MIX_PROB)
     for name in ("CUTOUT", "COLOR_JITTER", "HFLIP", "VFLIP", "QUARTER_TURNS"):
         monkeypatch.setattr(train, name, 0)
+    monkeypatch.setattr(train, "CROP", 1.0)
     plain = train.train_transform([0.0] * 3, [1.0] * 3)(pictures[0])
     expected = np.asarray(pictures[0].resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1) / 255
     np.testing.assert_allclose(plain.numpy(), expected, atol=1e-6)
