@@ -55,7 +55,14 @@ from common.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from common.dataset import EpochBatches, SeededPictures, eval_transform, open_image_folder, seed_everything
+from common.dataset import (
+    EpochBatches,
+    SeededPictures,
+    eval_transform,
+    height_and_width,
+    open_image_folder,
+    seed_everything,
+)
 from common.device import choose_device, choose_layout, choose_workers, has_bfloat16, keep_freed_memory, prefetch
 from common.finite import copy_tensors, first_non_finite_layer
 from common.interrupt import Interrupt, Stopped, leave_signals_to_the_main_process
@@ -407,6 +414,17 @@ def training_size(epoch):
     return (START_SIZE + (IMG_SIZE - START_SIZE) * epoch // full_from) // 32 * 32
 
 
+def validation_size(epoch, sound=None):
+    """Edge in pixels, or [height, width], of what the weights of epoch `epoch` (from 0) are validated and tested on.
+
+    As long as the training pictures grow it is theirs: the network does not know larger ones yet.
+    """
+    if sound is not None:
+        return list(picture_size(sound))
+    size = training_size(epoch)
+    return size if size < IMG_SIZE else TEST_SIZE or IMG_SIZE
+
+
 def create_optimizer(model, device):
     """timm's OPTIMIZER with the constants.
 
@@ -536,13 +554,18 @@ class Run:
             setattr(self, name, checkpoint.get(name, getattr(self, name)))
 
 
+def resize(images, size):
+    """Images (N, 3, H, W) at `size`, an edge or [height, width], in pixels."""
+    size = height_and_width(size)
+    return images if images.shape[2:] == size else F.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
 def prepare_batch(run, batch, number, mixup):
     """Batch `number` of the whole run on the device: images (N, 3, H, W), labels (N,), targets (N, classes)."""
     seed_everything(SEED, "step", number)  # Mixup, dropout and stochastic depth depend on the batch's number only
     images, labels = (tensor.to(run.device, non_blocking=True, copy=True) for tensor in batch)  # Mixup works in place
-    size = training_size(run.epoch)
-    if size != IMG_SIZE:
-        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+    if START_SIZE:
+        images = resize(images, training_size(run.epoch))
     images = images.contiguous(memory_format=choose_layout(run.device, CHANNELS_LAST))
     images, targets = mix(mixup, images, labels)
     return images, labels, targets
@@ -757,8 +780,8 @@ def train_one_epoch(run, loader, mixup, amp_dtype, interrupt, save):
 
 
 @torch.inference_mode()
-def validate(model, loader, amp_dtype, device, description, interrupt=None):
-    """One pass over data/val; each process takes a part, and all get the figures of the whole.
+def validate(model, loader, size, amp_dtype, device, description, interrupt=None):
+    """One pass over data/val at `size` (see `validation_size`); each process takes a part, all get the whole's figures.
 
     Returns:
         (dict: loss, acc1 and acc5 in percent, each weighted by picture; true labels; predicted labels).
@@ -771,7 +794,7 @@ def validate(model, loader, amp_dtype, device, description, interrupt=None):
     for images, labels in tqdm(loader, desc=description, unit="batch", leave=False, disable=distributed.rank() > 0):
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
-        images = images.contiguous(memory_format=choose_layout(device, CHANNELS_LAST))
+        images = resize(images, size).contiguous(memory_format=choose_layout(device, CHANNELS_LAST))
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(images)
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
@@ -882,7 +905,7 @@ def about_run(classes, mean, std, model_args, pictures, ranks, sound):
         classes=classes,
         mean=mean,
         std=std,
-        img_size=(TEST_SIZE or IMG_SIZE) if sound is None else list(picture_size(sound)),
+        img_size=validation_size(EPOCHS - 1, sound),
         **({} if sound is None else dict(sound=sound)),
         config={name: globals()[name] for name in read_constants(__file__)},
         pictures_train=len(pictures),
@@ -935,13 +958,17 @@ def finish_epoch(run, row, loader, amp_dtype, interrupt, about, folder):
     for prefix, model in models.items():
         if dist.is_initialized():  # each process validates a part, with the batch norm statistics of the first one
             distribute_bn(unwrap(model), dist.get_world_size())
-        figures, labels, predictions = validate(model, loader, amp_dtype, run.device, prefix, interrupt)
+        figures, labels, predictions = validate(
+            model, loader, about["img_size"], amp_dtype, run.device, prefix, interrupt
+        )
         row |= {f"{prefix}_{name}": value for name, value in figures.items()}
     row["seconds"] = run.seconds + time.perf_counter() - started
     print(format_row(row))
 
     # `figures` and `predictions` are those of the weights that test.py will use: the EMA's, where there is one.
-    is_best = figures["acc1"] > run.best_acc1 or not (folder / "best.pth").is_file()
+    # Accuracies on pictures of different sizes are not compared: the larger ones' is what counts in the end.
+    grown = about["img_size"] != validation_size(max(run.epoch - 1, 0), about.get("sound"))
+    is_best = figures["acc1"] > run.best_acc1 or grown or not (folder / "best.pth").is_file()
     is_best = is_best and math.isfinite(figures["loss"])
     run.best_acc1 = figures["acc1"] if is_best else run.best_acc1
     run.history.append(row)
@@ -1068,6 +1095,7 @@ def train(device, rank, ranks):
     with Interrupt() as interrupt:
         try:
             while run.epoch < EPOCHS:
+                about["img_size"] = validation_size(run.epoch, sound)
                 row = train_one_epoch(run, train_loader, mixup, amp_dtype, interrupt, save_last)
                 answers = finish_epoch(run, row, val_loader, amp_dtype, interrupt, about, folder)
                 save_last()

@@ -206,8 +206,20 @@ def test_the_network_sees_pictures_of_the_epoch_s_size(run_train, monkeypatch):
     monkeypatch.setattr(
         train, "mix", lambda mixup, images, labels: edges.append(images.shape[2:]) or original(mixup, images, labels)
     )
-    run_train(EPOCHS=2, IMG_SIZE=64, START_SIZE=32)
-    assert len(edges) == 10 and edges == [(32, 32)] * 5 + [(64, 64)] * 5
+    validated = []
+    validate = train.validate
+    monkeypatch.setattr(train, "validate", lambda *args: validated.append(args[2]) or falling(validate(*args)))
+
+    def falling(answer):  # every validation is worse than the one before
+        answer[0]["acc1"] = 100.0 - len(validated)
+        return answer
+
+    folder = run_train(EPOCHS=3, IMG_SIZE=64, START_SIZE=32, TEST_SIZE=96)
+    assert len(edges) == 15 and edges == [(32, 32)] * 10 + [(64, 64)] * 5
+    assert validated == [32] * 4 + [96] * 2
+    # An accuracy on small pictures does not keep that on the larger ones from being the best.
+    best = load_checkpoint(folder / "best.pth")
+    assert best["epoch"] == 3 and best["img_size"] == 96
 
 
 def test_crops_hold_at_least_their_share_of_the_picture(monkeypatch):
@@ -304,7 +316,7 @@ def test_validation_weighs_every_picture_alike():
     logits, labels = torch.randn(11, 7), torch.randint(7, (11,))
     images = torch.nn.functional.pad(logits, (0, 0, 0, 0)).view(11, 1, 1, 7)
     loader = DataLoader(TensorDataset(images, labels), batch_size=4)
-    figures, true, predicted = train.validate(torch.nn.Flatten(), loader, None, torch.device("cpu"), "val")
+    figures, true, predicted = train.validate(torch.nn.Flatten(), loader, [1, 7], None, torch.device("cpu"), "val")
     assert figures["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert figures["acc1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
