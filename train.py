@@ -337,9 +337,8 @@ def cache_pictures(*picture_sets, sound=None):
         kept += pictures.cache.count
         in_use.append(result)
     gigabytes = sum(path.stat().st_size for path in in_use) / 1e9
-    print(
-        f"cache       {kept} of {sum(len(pictures) for pictures, _ in picture_sets)} pictures in {folder}, {gigabytes:.2f} GB"
-    )
+    wanted = sum(len(pictures) for pictures, _ in picture_sets)
+    print(f"cache       {kept} of {wanted} pictures in {folder}, {gigabytes:.2f} GB")
 
 
 def create_network(num_classes):

@@ -25,6 +25,7 @@ from common.options import UserError
 # 21 training pictures: 5 batches of 4, so 3 steps an epoch; enough randomness to notice a step that is not repeated.
 RUN = dict(EPOCHS=3, ACCUMULATE=2, MIX_PROB=0.7, DROP_PATH=0.3)
 OPTIONS = "--model unireplknet_a --img-size 32 --batch-size 4 --workers 0 --device cpu --amp off".split()
+OPTIONS += ["--optimizer", "adamw"]
 
 
 @pytest.fixture
