@@ -52,6 +52,29 @@ def test_weights_to_ship_are_small_and_know_every_picture(small):
     assert Path("accuracy/seedlings_unireplknet_a.pth").stat().st_size < 10e6
 
 
+def test_fine_tuning_starts_from_a_network_that_knows_other_classes(small, capsys):
+    """Which networks are trained, on which classes, and from which weights; the training itself is left out."""
+    small.setattr(accuracy, "WHAT", "fine_tuning")
+    checkpoint = Path("accuracy/known_classes/3/unireplknet_a/last.pth")
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    calls = []
+
+    def run_all(experiments, data):
+        options = {name: value(3) if callable(value) else value for name, value in experiments.items()}
+        classes = {path.parent.name for path in data(3).glob("*/*/*") if path.suffix == ".png"}
+        calls.append((options, classes))
+        return {}
+
+    small.setattr(accuracy, "run_all", run_all)
+    accuracy.main()
+    (known, known_classes), (new, new_classes) = calls
+    assert known_classes | new_classes == set(CLASSES) and not known_classes & new_classes
+    assert known == {"known classes": []}
+    assert [options[-2:] for options in new.values()] == [["--epochs", 12]] * 2  # as long as the one from scratch
+    assert [options[:-2] for options in new.values()] == [[], ["--pretrained", checkpoint]]
+
+
 def test_bad_constants(small):
     for name, value in dict(WHAT="everything", SPLITS=[], JOBS=0).items():
         with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=name):
