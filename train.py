@@ -96,7 +96,7 @@ MEAN: list[float] | None = None  # of each channel, pixels from 0 to 1; None: fr
 STD: list[float] | None = None  # likewise
 
 # --- augmentation of pictures
-CROP: float = 0.7  # smallest share of a picture's area that is cut out and resized; 1: whole pictures
+CROP: float = 1.0  # smallest share of a picture's area that is cut out and resized; 1: whole pictures
 CUTOUT: float = 0.25  # probability that a rectangle of a picture is erased; 0: off
 CUTOUT_SCALE: list[float] = [0.02, 0.4]  # smallest and largest share of the picture that is erased
 CUTOUT_RATIO: list[float] = [0.4, 2.5]  # smallest and largest aspect ratio of the rectangle

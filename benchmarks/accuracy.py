@@ -30,7 +30,7 @@ from makedata import place
 WHAT: str = "recipe"  # recipe, ablations, fine_tuning or weights
 SPLITS: list[int] = [0, 1, 2]  # seeds of the splits, which are those of the weights and the augmentation, too
 # Options of train.py for every run: the smallest network, on pictures that suit a CPU.
-OPTIONS: str = "--model unireplknet_a --img-size 128 --start-size 96 --test-size 160 --epochs 36 --drop-path 0"
+OPTIONS: str = "--model unireplknet_a --img-size 160 --start-size 64 --epochs 60 --drop-path 0"
 JOBS: int = 1  # runs at once, each with its share of the cores
 SOURCE: str = "data1"  # folder that holds <class>/<picture>
 OUTPUT: str = "accuracy"  # folder for splits and runs
@@ -41,7 +41,12 @@ ROOT = Path(__file__).resolve().parent.parent
 ABLATIONS = {
     "recipe": [],
     "AdamW, learning rate 1e-3": ["--optimizer", "adamw", "--learning-rate", "1e-3"],
-    "whole pictures": ["--crop", "1"],
+    "crops of 70 % and more": ["--crop", "0.7"],
+    "no Mixup, no CutMix": ["--mix-prob", "0"],
+    "no Cutout": ["--cutout", "0"],
+    "no label smoothing": ["--smoothing", "0"],
+    "layer scale from 1e-6": ["--layer-scale", "1e-6"],
+    "full size from the start": ["--start-size", "0"],
 }
 
 
