@@ -341,13 +341,13 @@ def cache_pictures(*picture_sets, sound=None):
     print(f"cache       {kept} of {wanted} pictures in {folder}, {gigabytes:.2f} GB")
 
 
-def create_network(num_classes):
-    """Build MODEL with `num_classes` outputs and load PRETRAINED.
+def create_network(classes):
+    """Build MODEL with an output for each class name and load PRETRAINED.
 
     Returns:
         (network, arguments that build it again without stochastic depth).
     """
-    arguments = dict(num_classes=num_classes)
+    arguments = dict(num_classes=len(classes))
     if MODEL not in timm.list_models():
         near = timm.list_models("unireplknet*")
         raise UserError(f"MODEL {MODEL!r} is unknown; choose one of {', '.join(near)}, or another name that timm lists")
@@ -362,12 +362,12 @@ def create_network(num_classes):
     if GRAD_CHECKPOINTING:
         model.set_grad_checkpointing()
     if PRETRAINED:
-        print(f"pretrained  {PRETRAINED}: {load_pretrained(model)}")
+        print(f"pretrained  {PRETRAINED}: {load_pretrained(model, classes)}")
     return model, arguments
 
 
-def load_pretrained(model):
-    """Load PRETRAINED into `model`, whatever the number of classes; returns what was loaded and what was skipped."""
+def load_pretrained(model, classes):
+    """Load PRETRAINED into `model`, whatever its classes; returns what was loaded and what was not, in words."""
     if not isinstance(model, UniRepLKNet):
         raise UserError(f"PRETRAINED works with the UniRepLKNet variants, not with {MODEL}; set one of them to ''")
     if PRETRAINED == "seedlings" or Path(PRETRAINED).is_file():
@@ -387,10 +387,17 @@ def load_pretrained(model):
                 f"cannot download {published.hf_hub_filename} from {published.hf_hub_id} ({type(error).__name__}); "
                 "download it by hand and set PRETRAINED to its path"
             ) from error
+    head = model.get_classifier()
+    fresh = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     try:
-        return load_weights(model, state_dict)
+        loaded = load_weights(model, state_dict)
     except ValueError as error:
         raise UserError(f"PRETRAINED {PRETRAINED!r}: {error}") from error
+    known = state_dict.get("classes", classes)  # published weights do not tell theirs
+    if known != classes and len(known) == len(classes):
+        head.load_state_dict(fresh)  # sure of the wrong answers, it would cost the first epochs
+        loaded += "; the head starts anew, since its classes are others"
+    return loaded
 
 
 def learning_rate(step, steps, warmup_steps, pictures):
@@ -1028,7 +1035,7 @@ def train(device, rank, ranks):
     pictures = train_loader.dataset.pictures
 
     seed_everything(SEED)
-    model, model_args = create_network(len(classes))
+    model, model_args = create_network(classes)
     if SYNC_BATCH_NORM and ranks > 1:
         if device.type != "cuda":
             raise UserError("SYNC_BATCH_NORM works on GPUs only; set it to False")

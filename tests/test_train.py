@@ -346,6 +346,20 @@ def test_pretrained_weights_of_other_classes(run_train, place, capsys, make_data
     assert "skipped head.weight ((3, 320) there, (2, 320) here)" in capsys.readouterr().out
 
 
+def test_a_head_that_knows_other_classes_starts_anew(run_train, monkeypatch, capsys):
+    """As many classes, of other names: the old head would be sure of wrong answers."""
+    shutil.copy(run_train(EPOCHS=1) / "best.pth", "weights.pth")
+    theirs = load_checkpoint("weights.pth")
+    capsys.readouterr()
+    monkeypatch.setattr(train, "PRETRAINED", "weights.pth")
+    for classes, anew in ((theirs["classes"], False), (["a", "b", "c"], True)):
+        model, _ = train.create_network(classes)
+        state = model.state_dict()
+        different = {name for name in state if not torch.equal(state[name], theirs["state_dict_ema"][name])}
+        assert different == ({"head.weight", "head.bias"} if anew else set())
+        assert ("the head starts anew, since its classes are others" in capsys.readouterr().out) == anew
+
+
 def test_training_starts_from_the_weights_that_came_along(run_train, capsys):
     folder = run_train(EPOCHS=1, FREEZE_EPOCHS=1, PRETRAINED="seedlings", USE_EMA=False)
     assert "pretrained  seedlings: loaded" in capsys.readouterr().out
