@@ -127,7 +127,7 @@ MODEL: str = "unireplknet_t"  # unireplknet_a f p n t s b l xl, or any other cla
 PRETRAINED: str = ""  # "": from scratch; "seedlings": this repository's; "in1k" or another tag: download; a path
 DROP_PATH: float = 0.1  # stochastic depth: probability that the last block is skipped; 0: off
 LAYER_SCALE: float = 0.1  # first value of each block's layer scale, 1e-6 in the paper; 0: none
-FREEZE_EPOCHS: int = 0  # first epochs in which only the head learns, sensible with PRETRAINED; 0: off
+FREEZE_EPOCHS: int = 0  # first epochs in which only the head learns, for PRETRAINED; 0: off
 GRAD_CHECKPOINTING: bool = False  # compute each block twice instead of keeping it in memory
 
 # --- optimisation
@@ -163,7 +163,7 @@ TENSORBOARD: bool = False  # also write curves, augmentation and confusion matri
 SEED: int = 42  # first weights, order of the pictures and augmentation
 
 # --- what these become where PRETRAINED is set, unless the command line sets them
-FINE_TUNING = dict(EPOCHS=20, LEARNING_RATE=3e-4, WARMUP_EPOCHS=1, FREEZE_EPOCHS=1, LAYER_DECAY=0.8)
+FINE_TUNING = dict(EPOCHS=20, WARMUP_EPOCHS=1, LAYER_DECAY=0.9)
 
 # --- what a constant that was changed does to a run that is continued
 NO_EFFECT = ("CACHE_GB", "WORKERS", "OUTPUT", "RESUME", "SAVE_MINUTES", "KEEP", "MAX_SKIPPED", "TENSORBOARD")

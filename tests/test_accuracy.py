@@ -71,8 +71,8 @@ def test_fine_tuning_starts_from_a_network_that_knows_other_classes(small, capsy
     (known, known_classes), (new, new_classes) = calls
     assert known_classes | new_classes == set(CLASSES) and not known_classes & new_classes
     assert known == {"known classes": []}
-    assert [options[-2:] for options in new.values()] == [["--epochs", 12]] * 2  # as long as the one from scratch
-    assert [options[:-2] for options in new.values()] == [[], ["--pretrained", checkpoint]]
+    assert new["new classes from scratch"] == ["--epochs", 12]
+    assert new["fine-tuned"][:4] == ["--pretrained", checkpoint, "--epochs", 8]
 
 
 def test_bad_constants(small):
