@@ -1,6 +1,6 @@
 """What train.py shows in TensorBoard, where TENSORBOARD is set.
 
-tensorboard --logdir checkpoints
+    tensorboard --logdir checkpoints
 """
 
 import io
