@@ -152,7 +152,8 @@ def get_mean_and_std(dataset, workers=-1):
 
 
 def main():
-    folder = Path(OUTPUT or "data/").parent
+    folders = (Path(OUTPUT).parent, Path("data"))  # makedata.py's record lies beside OUTPUT, or where it is by default
+    folder = next((folder for folder in folders if (folder / MANIFEST).is_file()), folders[1])
     sound = read_sound(folder)
     dataset = open_image_folder(SOURCE, sound=sound)
     results = measure(dataset, WORKERS, known_sums(folder / MANIFEST))

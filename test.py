@@ -67,6 +67,11 @@ def find_pictures(kind):
     return list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
 
 
+def folder_name(path):
+    """Name of the folder that holds `path`, which of a symbolic link is the link's own."""
+    return Path(os.path.abspath(path)).parent.name
+
+
 def symmetries(images):
     """The 8 copies of images (N, 3, H, H) that quarter turns and mirroring make."""
     return [mirrored.rot90(quarter, (2, 3)) for mirrored in (images, images.flip(3)) for quarter in range(4)]
@@ -100,7 +105,7 @@ def choose_readers(pictures, device):
         started = time.perf_counter()
         pictures[0]
         seconds = (time.perf_counter() - started) * len(pictures)
-        return (os.cpu_count() or 1) if seconds > SECONDS_TO_START else 0
+        return min(os.cpu_count() or 1, 8) if seconds > SECONDS_TO_START else 0
     return min(choose_workers(WORKERS, device), len(pictures) // BATCH_SIZE)  # a few pictures are not worth a process
 
 
@@ -150,12 +155,12 @@ def write_predictions(paths, probabilities, classes, folder):
 def evaluate(paths, probabilities, classes, folder, kind):
     """Compare the answers with the names of the files' folders: report, confusion matrix and worst mistakes."""
     index = {name: number for number, name in enumerate(classes)}
-    known = [number for number, path in enumerate(paths) if path.resolve().parent.name in index]
+    known = [number for number, path in enumerate(paths) if folder_name(path) in index]
     for name in ("report.txt", "confusion_matrix.csv", "confusion_matrix.png", "mistakes.png"):
         (folder / name).unlink(missing_ok=True)  # one from an earlier call would tell of other pictures
     if not known:
         return
-    labels = np.array([index[paths[number].resolve().parent.name] for number in known])
+    labels = np.array([index[folder_name(paths[number])] for number in known])
     predictions = probabilities[known].argmax(1)
     top5 = np.argsort(-probabilities[known], axis=1)[:, :5]
     acc1 = 100 * (predictions == labels).mean()

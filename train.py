@@ -87,7 +87,7 @@ del np.int
 # --- data
 DATA: str = "data"  # folder that holds train/<class> and val/<class>; makedata.py makes it
 IMG_SIZE: int = 224  # edge in pixels to which every picture is resized; at least 32
-START_SIZE: int = 0  # edge in the first epoch; grows to IMG_SIZE by 32 at a time; 0: IMG_SIZE from the start
+START_SIZE: int = 0  # edge in the first epoch, a multiple of 32; grows by 32 at a time; 0: IMG_SIZE from the start
 TEST_SIZE: int = 0  # edge for validation and test.py, a multiple of 32, larger where crops are learned; 0: IMG_SIZE
 BATCH_SIZE: int = 32  # pictures that pass through the network at once, on each GPU
 CACHE_GB: float = 8.0  # largest size of data/cache, which keeps pictures decoded and resized; 0: decode in each epoch
@@ -341,8 +341,12 @@ def cache_pictures(*picture_sets, sound=None):
     print(f"cache       {kept} of {wanted} pictures in {folder}, {gigabytes:.2f} GB")
 
 
-def create_network(classes):
-    """Build MODEL with an output for each class name and load PRETRAINED.
+def create_network(classes, size, checkpoint=None):
+    """Build MODEL with an output for each class name; a new run's starts from PRETRAINED.
+
+    Args:
+        size: (height, width) in pixels of the smallest pictures that it will see.
+        checkpoint: of the run that is continued, whose weights will replace these.
 
     Returns:
         (network, arguments that build it again without stochastic depth).
@@ -355,13 +359,26 @@ def create_network(classes):
         arguments["layer_scale_init_value"] = LAYER_SCALE
         # A residual stream in bfloat16 would lose what a layer scale as small as the paper's leaves of each block.
         arguments["published_arithmetic"] = 0 < LAYER_SCALE < 0.01
+    if checkpoint is not None:
+        arguments = checkpoint["model_args"]
     try:
         model = timm.create_model(MODEL, drop_path_rate=DROP_PATH or None, **arguments)
     except TypeError as error:
         raise UserError(f"{MODEL} has no stochastic depth; set DROP_PATH to 0 ({error})") from error
-    if GRAD_CHECKPOINTING:
-        model.set_grad_checkpointing()
-    if PRETRAINED:
+    try:
+        if GRAD_CHECKPOINTING:
+            model.set_grad_checkpointing()
+        if not isinstance(model, UniRepLKNet):  # which takes any size
+            with torch.inference_mode():
+                model.eval()(torch.zeros(1, 3, *size))
+    except (AssertionError, RuntimeError, ValueError) as error:  # timm's networks refuse in many ways
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{MODEL} does not work with pictures of {size[0]} x {size[1]} pixels, or not with GRAD_CHECKPOINTING "
+            f"{GRAD_CHECKPOINTING} ({reason}); set IMG_SIZE to the size it was made for and START_SIZE to 0, or "
+            "GRAD_CHECKPOINTING to False"
+        ) from error
+    if PRETRAINED and checkpoint is None:
         print(f"pretrained  {PRETRAINED}: {load_pretrained(model, classes)}")
     return model, arguments
 
@@ -434,8 +451,8 @@ def validation_size(epoch, sound=None):
 def create_optimizer(model, device):
     """timm's OPTIMIZER with the constants.
 
-    Muon (Jordan et al., 2024) takes the momentum of each matrix, and of each kernel as a matrix, to the nearest
-    orthogonal one, so that all directions learn equally fast; vectors are left to AdamW.
+    Muon (Jordan et al., 2024) takes the momentum of each matrix, and of each dense kernel as a matrix, to the nearest
+    orthogonal one, so that all directions learn equally fast; depthwise kernels and vectors are left to AdamW.
     """
     if OPTIMIZER not in list_optimizers():
         raise UserError(f'OPTIMIZER {OPTIMIZER!r} is unknown; set it to "muon", "adamw" or another that timm lists')
@@ -511,6 +528,7 @@ class Run:
     skipped_in_a_row: int = 0
     pieces: int = 1  # parts in which each batch is computed, more than one after memory ran out
     best_acc1: float = -1.0
+    best_size: int | list = 0  # `validation_size` at which it was measured
     history: list = field(default_factory=list)  # one dict for each finished epoch
 
     COUNTERS = (
@@ -522,6 +540,7 @@ class Run:
         "skipped_in_a_row",
         "pieces",
         "best_acc1",
+        "best_size",
         "history",
     )
 
@@ -556,6 +575,7 @@ class Run:
         for group, own in zip(self.optimizer.param_groups, constants):
             group.update(own)
         self.scaler.load_state_dict(checkpoint["scaler"])
+        checkpoint = dict(best_size=checkpoint.get("img_size", 0)) | checkpoint  # which earlier versions did not save
         for name in self.COUNTERS:
             setattr(self, name, checkpoint.get(name, getattr(self, name)))
 
@@ -599,23 +619,25 @@ def compute_gradients(run, network, batches, numbers, mixup, amp_dtype):
             with torch.no_grad():
                 unmixed = target.gather(1, y[:, None]).squeeze(1) > 1 - SMOOTHING - 1e-4
                 right = (logits.argmax(1) == y) & unmixed
-                ones = torch.tensor(float(len(x)), device=run.device)
-                totals += torch.stack([loss.detach() * ones, right.sum(), unmixed.sum(), ones])
+                count = torch.full((), float(len(x)), device=run.device)  # unlike torch.tensor, without waiting
+                totals += torch.stack([loss.detach() * count, right.sum(), unmixed.sum(), count])
     return totals
 
 
 def wants_compile(device, steps):
-    """Whether torch.compile is to be used in a run of `steps` steps."""
+    """Whether torch.compile is to be used in a run that has `steps` steps in all."""
     pays = device.type == "cuda" and sys.platform == "linux" and steps >= STEPS_TO_COMPILE and not GRAD_CHECKPOINTING
     return COMPILE == "on" or (COMPILE == "auto" and pays)
 
 
 def compile_network(model, pictures, size, device, amp_dtype):
-    """`model` compiled, after one pass with so many black pictures of `size` (height, width); `model` itself, and one
+    """`model` compiled for training with so many pictures of `size` (height, width) at once; `model` itself, and one
     line, where that fails."""
     started = time.perf_counter()
     buffers = [buffer.clone() for buffer in model.buffers()]
-    compiled = torch.compile(model.train())
+    if dist.is_initialized():
+        torch._dynamo.config.optimize_ddp = False  # it cuts the graph, and knows no autograd functions in it
+    compiled = torch.compile(model.train().requires_grad_(True), dynamic=False)  # not as FREEZE_EPOCHS left it
     images = torch.zeros(pictures, 3, *size, device=device)
     images = images.contiguous(memory_format=choose_layout(device, CHANNELS_LAST))
     try:
@@ -736,8 +758,9 @@ def train_one_epoch(run, loader, mixup, amp_dtype, interrupt, save):
         run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD or math.inf)
         # What all processes must agree on, summed over them, and fetched at once, since the CPU waits for the device.
-        flags = torch.stack([~norm.isfinite(), torch.tensor(interrupt.signal is not None, device=run.device)])
-        *totals, bad_gradient, stop = distributed.total(torch.cat([totals, flags.float()])).tolist()
+        stop = torch.full_like(norm, interrupt.signal is not None)
+        flags = torch.stack([~norm.isfinite(), stop])
+        *totals, bad_gradient, stop = distributed.total(torch.cat([totals, flags])).tolist()
         bad_loss = not math.isfinite(totals[0])
         # fp16's scaler looks for the largest scale by going too far now and then, and leaves such a step out itself.
         if bad_gradient and not bad_loss and run.scaler.get_scale() > 1:
@@ -832,12 +855,10 @@ def load_resume(folder, classes, sound):
         return None
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} holds no optimizer state, so it cannot be continued; set PRETRAINED to it instead")
-    layer_scale = checkpoint.get("config", {}).get("LAYER_SCALE", LAYER_SCALE)
     for name, here, there in (
         ("MODEL", MODEL, checkpoint["arch"]),
         ("OPTIMIZER", OPTIMIZER, checkpoint.get("config", {}).get("OPTIMIZER", "adamw")),
         ("the classes", classes, checkpoint["classes"]),
-        ("having a layer scale", bool(LAYER_SCALE), bool(layer_scale)),
         ("how sounds become pictures", sound, checkpoint.get("sound")),
     ):
         if here != there:
@@ -858,7 +879,7 @@ def describe_changes(checkpoint, about):
     exact = True
     for name in (name for name in new if name in old and old[name] != new[name] and name not in NO_EFFECT):
         if name in ONLY_AT_THE_START:
-            print(f"changed     {name}: without effect, since the weights come from the checkpoint")
+            print(f"changed     {name}: the network and its weights come from the checkpoint all the same")
             continue
         print(f"changed     {name} was {old[name]!r}, is {new[name]!r} from here on")
         exact = False
@@ -903,8 +924,12 @@ def format_row(row):
     return "  ".join(f"{cell:>{spec[:-1].split('.')[0]}}" for cell, spec in cells)
 
 
-def about_run(classes, mean, std, model_args, pictures, ranks, sound):
-    """What a checkpoint tells about its run, besides the run's state."""
+def about_run(classes, mean, std, model_args, pictures, ranks, sound, computed):
+    """What a checkpoint tells about its run, besides the run's state.
+
+    Args:
+        computed: how and where it is computed, which decides with the packages' versions about the last bits.
+    """
     return dict(
         arch=MODEL,
         model_args=model_args,
@@ -923,6 +948,7 @@ def about_run(classes, mean, std, model_args, pictures, ranks, sound):
             timm=timm.__version__,
             processes=ranks,
             threads=torch.get_num_threads(),
+            **computed,
         ),
     )
 
@@ -960,10 +986,10 @@ def finish_epoch(run, row, loader, amp_dtype, interrupt, about, folder):
     """
     started = time.perf_counter()
     row = dict(epoch=run.epoch + 1) | row
-    models = dict(val=run.model) | ({} if run.ema is None else dict(ema=run.ema.ema))
+    models = dict(val=unwrap(run.model)) | ({} if run.ema is None else dict(ema=run.ema.ema))
     for prefix, model in models.items():
         if dist.is_initialized():  # each process validates a part, with the batch norm statistics of the first one
-            distribute_bn(unwrap(model), dist.get_world_size())
+            distribute_bn(model, dist.get_world_size())
         figures, labels, predictions = validate(
             model, loader, about["img_size"], amp_dtype, run.device, prefix, interrupt
         )
@@ -972,11 +998,15 @@ def finish_epoch(run, row, loader, amp_dtype, interrupt, about, folder):
     print(format_row(row))
 
     # `figures` and `predictions` are those of the weights that test.py will use: the EMA's, where there is one.
-    # Accuracies on pictures of different sizes are not compared: the larger ones' is what counts in the end.
-    grown = about["img_size"] != validation_size(max(run.epoch - 1, 0), about.get("sound"))
-    is_best = figures["acc1"] > run.best_acc1 or grown or not (folder / "best.pth").is_file()
-    is_best = is_best and math.isfinite(figures["loss"])
-    run.best_acc1 = figures["acc1"] if is_best else run.best_acc1
+    # Accuracies on pictures of different sizes are not compared: the last size counts, before it the larger one.
+    size, last_size = about["img_size"], validation_size(EPOCHS - 1, about.get("sound"))
+    if size == run.best_size:
+        is_best = figures["acc1"] > run.best_acc1
+    else:
+        is_best = size == last_size or size > run.best_size != last_size
+    is_best = (is_best or not (folder / "best.pth").is_file()) and math.isfinite(figures["loss"])
+    if is_best:
+        run.best_acc1, run.best_size = figures["acc1"], size
     run.history.append(row)
     run.epoch += 1
     run.start_epoch()
@@ -989,8 +1019,8 @@ def finish_epoch(run, row, loader, amp_dtype, interrupt, about, folder):
 def main():
     if IMG_SIZE < 32 or min(BATCH_SIZE, EPOCHS, ACCUMULATE, KEEP, MAX_SKIPPED) < 1:
         raise UserError("IMG_SIZE must be at least 32; BATCH_SIZE, EPOCHS, ACCUMULATE, KEEP and MAX_SKIPPED at least 1")
-    if START_SIZE and not 32 <= START_SIZE <= IMG_SIZE:
-        raise UserError(f"START_SIZE must be 0, or from 32 to IMG_SIZE ({IMG_SIZE}), got {START_SIZE}")
+    if START_SIZE and (START_SIZE % 32 or not 32 <= START_SIZE <= IMG_SIZE):
+        raise UserError(f"START_SIZE must be 0, or 32, 64, 96, ... up to IMG_SIZE ({IMG_SIZE}), got {START_SIZE}")
     if TEST_SIZE and TEST_SIZE < 32:
         raise UserError(f"TEST_SIZE must be 0 or at least 32, got {TEST_SIZE}")
     if not 0 < CROP <= 1:
@@ -1004,7 +1034,7 @@ def main():
     if DETERMINISTIC and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this setting
         torch.use_deterministic_algorithms(True)
-    # All batches have the same size, so it pays to try cuDNN's algorithms once; which one wins can vary, though.
+    # Batches have few sizes, so it pays to try cuDNN's algorithms once; which one wins can vary, though.
     torch.backends.cudnn.benchmark = not DETERMINISTIC
     if device.type == "cpu":
         keep_freed_memory()
@@ -1034,8 +1064,15 @@ def train(device, rank, ranks):
     train_loader, val_loader, classes = open_data(mean, std, device, rank, ranks, sound)
     pictures = train_loader.dataset.pictures
 
+    folder = Path(OUTPUT, MODEL)
+    held = lock(folder) if rank == 0 else None  # noqa: F841  until this function returns
+    checkpoint = load_resume(folder, classes, sound)
+    distributed.gather(None)  # all have read before the first one writes
+
+    (height, width), _ = choose_sizes(sound)
+    smallest = (training_size(0),) * 2 if sound is None else (height, width)
     seed_everything(SEED)
-    model, model_args = create_network(classes)
+    model, model_args = create_network(classes, smallest, checkpoint)
     if SYNC_BATCH_NORM and ranks > 1:
         if device.type != "cuda":
             raise UserError("SYNC_BATCH_NORM works on GPUs only; set it to False")
@@ -1046,12 +1083,11 @@ def train(device, rank, ranks):
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     mixup = create_mixup(len(classes), sound)
     run = Run(model, ema, optimizer, scaler, device, create_criterion(pictures.targets, len(classes), device))
-    about = about_run(classes, mean, std, model_args, pictures, ranks, sound)
-
-    folder = Path(OUTPUT, MODEL)
-    held = lock(folder) if rank == 0 else None  # noqa: F841  until this function returns
-    checkpoint = load_resume(folder, classes, sound)
-    distributed.gather(None)  # all have read before the first one writes
+    to_compile = wants_compile(device, EPOCHS * math.ceil(len(train_loader) / ACCUMULATE))
+    amp_name = "float32" if amp_dtype is None else f"autocast {str(amp_dtype).removeprefix('torch.')}"
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    computed = dict(device=device_name, precision=amp_name, compiled=to_compile)
+    about = about_run(classes, mean, std, model_args, pictures, ranks, sound, computed)
     if rank == 0:
         prepare_folder(folder)
     if checkpoint is not None:
@@ -1060,12 +1096,11 @@ def train(device, rank, ranks):
             run.load(checkpoint)
         except ValueError as error:
             raise UserError(
-                "cannot continue: LAYER_DECAY, or WEIGHT_DECAY to or from 0, groups the parameters anew; set them back"
+                "cannot continue: LAYER_DECAY (which depends on PRETRAINED), or WEIGHT_DECAY to or from 0, groups the "
+                "parameters anew; set them back"
             ) from error
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    (height, width), _ = choose_sizes(sound)
-    amp_name = "float32" if amp_dtype is None else f"autocast {str(amp_dtype).removeprefix('torch.')}"
     val_pictures = len(val_loader.dataset.dataset)
     print(f"network     {MODEL}, {parameters / 1e6:.1f} million parameters, {height} x {width} pixels")
     print(f"large conv  {describe_implementation(device, amp_dtype or torch.float32)}")
@@ -1092,16 +1127,19 @@ def train(device, rank, ranks):
         if rank == 0:
             save(run, about, folder / "last.pth", KEEP)
 
-    if wants_compile(device, (EPOCHS - run.epoch) * len(train_loader)):
-        run.model = compile_network(model, train_loader.batch_sampler.batch_size, (height, width), device, amp_dtype)
-
     print(format_row(None))
     for row in run.history:
         print(format_row(row))
     with Interrupt() as interrupt:
         try:
+            compiled_size = None
             while run.epoch < EPOCHS:
                 about["img_size"] = validation_size(run.epoch, sound)
+                size = (training_size(run.epoch),) * 2 if sound is None else (height, width)
+                if to_compile and size != compiled_size and run.epoch >= FREEZE_EPOCHS:
+                    batch_size = train_loader.batch_sampler.batch_size
+                    run.model = compile_network(model, batch_size, size, device, amp_dtype)
+                    compiled_size, to_compile = size, run.model is not model
                 row = train_one_epoch(run, train_loader, mixup, amp_dtype, interrupt, save_last)
                 answers = finish_epoch(run, row, val_loader, amp_dtype, interrupt, about, folder)
                 save_last()

@@ -204,6 +204,8 @@ def train_weights():
         name: tensor.half() if tensor.is_floating_point() and "running" not in name else tensor
         for name, tensor in checkpoint["state_dict_ema"].items()
     }
+    for name in ("DATA", "OUTPUT", "RESUME"):  # where this run lay is nobody's concern
+        del checkpoint["config"][name]
     keep = ("arch", "model_args", "classes", "mean", "std", "img_size", "epoch", "pictures_train", "config", "versions")
     path = Path(OUTPUT, f"seedlings_{checkpoint['arch']}.pth")
     save_checkpoint(dict(state_dict=state_dict) | {name: checkpoint[name] for name in keep}, path)

@@ -5,8 +5,8 @@
 Without torchrun there is one process, and each function here does the obvious thing.
 """
 
-import sys
 import os
+import sys
 
 import torch.distributed as dist
 

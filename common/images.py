@@ -118,6 +118,10 @@ def scan_class_folders(root):
     entries = sorted(entry for entry in root.iterdir() if not is_hidden(entry))
     classes = {}
     for folder in filter(Path.is_dir, entries):
+        try:
+            folder.name.encode()
+        except UnicodeEncodeError as error:  # as after unpacking a GBK archive under Linux
+            raise UserError(f"the name of the folder {str(folder)!a} is not UTF-8; rename it") from error
         files = sorted(file for file in folder.iterdir() if not is_hidden(file))
         nested = next(filter(Path.is_dir, files), None)
         if nested is not None:

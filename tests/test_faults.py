@@ -510,7 +510,7 @@ def test_changed_constants_are_named_with_what_follows(run_train, capsys):
     folder = run_train(EPOCHS=2, WEIGHT_DECAY=0.1, LAYER_SCALE=0.2, KEEP=3, RESUME="auto")
     out = capsys.readouterr().out
     assert "EPOCHS was 1, is 2 from here on" in out and "WEIGHT_DECAY was 0.05, is 0.1 from here on" in out
-    assert "LAYER_SCALE: without effect" in out and "KEEP" not in out
+    assert "LAYER_SCALE: the network and its weights come from the checkpoint" in out and "KEEP" not in out
     assert "the end will not be, to the last bit, what it would have been" in out
     groups = load_checkpoint(folder / "last.pth")["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
@@ -518,9 +518,28 @@ def test_changed_constants_are_named_with_what_follows(run_train, capsys):
 
 def test_what_breaks_the_network_is_refused(run_train):
     run_train(EPOCHS=1)
-    for constants, words in ((dict(LAYER_SCALE=0.0), "having a layer scale"), (dict(LAYER_DECAY=0.8), "LAYER_DECAY")):
-        with pytest.raises(UserError, match=words):
-            run_train(EPOCHS=2, RESUME="auto", **constants)
+    with pytest.raises(UserError, match="LAYER_DECAY"):
+        run_train(EPOCHS=2, RESUME="auto", LAYER_DECAY=0.8)
+
+
+def test_the_network_is_built_as_the_checkpoint_has_it(run_train):
+    arguments = load_checkpoint(run_train(EPOCHS=1, LAYER_SCALE=1e-6) / "last.pth")["model_args"]
+    assert arguments["published_arithmetic"] is True
+    for constants in (dict(LAYER_SCALE=0.1), dict(LAYER_SCALE=0.0)):
+        folder = run_train(EPOCHS=2, RESUME="auto", **constants)
+        assert load_checkpoint(folder / "last.pth")["model_args"] == arguments
+
+
+def test_another_device_or_precision_is_named(run_train, capsys):
+    folder = run_train(EPOCHS=1, AMP="off")
+    saved = load_checkpoint(folder / "last.pth")
+    saved["versions"] |= dict(device="NVIDIA H100", precision="autocast bfloat16", compiled=True)
+    save_checkpoint(saved, folder / "last.pth")
+    capsys.readouterr()
+    run_train(EPOCHS=2, AMP="off", RESUME="auto")
+    out = capsys.readouterr().out
+    assert "device was NVIDIA H100, is cpu" in out and "precision was autocast bfloat16, is float32" in out
+    assert "compiled was True, is False" in out and "the end will not be, to the last bit" in out
 
 
 def test_ema_may_be_turned_on_and_off(run_train):

@@ -325,14 +325,19 @@ def test_an_impossible_ratio_is_refused(ratio, make, make_data1):
 
 
 def test_names_that_are_not_utf8(make, picture):
-    """An archive packed on a Chinese Windows leaves such names on Linux."""
+    """An archive packed on a Chinese Windows leaves such names on Linux: of files they do no harm."""
     folder = os.fsencode("data1/") + "玉米".encode("gbk")
     try:
         os.makedirs(folder)
     except (OSError, UnicodeError):
         pytest.skip("this file system takes UTF-8 names only")
     for number in range(4):
-        picture(str(number)).save(Path(os.fsdecode(folder), f"{number}.png"))
+        name = os.fsdecode(f"图{number}.png".encode("gbk"))
+        picture(str(number)).save(Path(os.fsdecode(folder), name))
+    with pytest.raises(UserError, match="the name of the folder .* is not UTF-8; rename it") as error:
+        make()
+    str(error.value).encode()
+    os.rename(folder, "data1/maize")
     assert make() == 0
     assert make() == 0
     assert len(sides()) == 4

@@ -124,6 +124,19 @@ def test_pictures_in_unknown_folders_are_answered_without_a_report(run_test, pla
     assert {file.name for file in (place / "results").iterdir()} == {"predictions.csv"}
 
 
+def test_a_link_counts_to_the_folder_that_it_lies_in(run_test, place, capsys):
+    folder = place / "test" / "Maize"
+    folder.mkdir(parents=True)
+    wheat = sorted((place / "data/val/Common wheat").iterdir())[0]
+    try:
+        (folder / "link.png").symlink_to(wheat)
+    except OSError:
+        pytest.skip("this system makes no symbolic links")
+    run_test()
+    support = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert support["Maize"] == "1.0" and "acc1" in support
+
+
 def test_files_folders_and_patterns(run_test, place):
     maize = sorted((place / "data/val/Maize").iterdir())
     _, rows = run_test("data/val/Maize/*", maize[0], "data/val/Common wheat")
@@ -232,6 +245,6 @@ def test_large_pictures_are_read_by_processes(run_test, place, monkeypatch):
     pictures = script.PictureFiles(sorted(Path("data/val").rglob("*.png")), np.asarray)
     for name, value in dict(WORKERS=-1, SECONDS_TO_START=1e-9).items():
         monkeypatch.setattr(script, name, value)
-    assert script.choose_readers(pictures, torch.device("cpu")) == os.cpu_count()
+    assert script.choose_readers(pictures, torch.device("cpu")) == min(os.cpu_count(), 8)
     monkeypatch.setattr(script, "SECONDS_TO_START", 100.0)
     assert script.choose_readers(pictures, torch.device("cpu")) == 0

@@ -291,6 +291,15 @@ def test_pictures_and_recordings_are_not_mixed(place):
     assert not Path("data").exists()
 
 
+def test_statistics_of_recordings_may_lie_elsewhere_or_nowhere(place, monkeypatch, capsys):
+    makedata.main()
+    for output in ("", "elsewhere/statistics.json"):
+        monkeypatch.setattr(mean_std, "OUTPUT", output)
+        assert mean_std.main() == 0
+        assert "recordings" in capsys.readouterr().out
+    assert read_json(Path("elsewhere/statistics.json"))["sound"] == SOUND
+
+
 def test_recordings_need_the_manifest(place, monkeypatch):
     with pytest.raises(UserError, match="holds recordings, but no manifest says so; run makedata.py first"):
         mean_std.main()

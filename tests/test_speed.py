@@ -46,7 +46,7 @@ def test_a_compiled_run_gives_the_same_losses_and_one_that_cannot_compile_goes_o
     plain = losses(run_train(**small, OUTPUT="plain", COMPILE="off"))
     real_compile = torch.compile
 
-    def fail(model):
+    def fail(model, dynamic):
         def call(images):
             model(images)  # the batch norms' statistics change before it fails
             raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
@@ -64,6 +64,17 @@ def test_a_compiled_run_gives_the_same_losses_and_one_that_cannot_compile_goes_o
     assert losses(folder) == [pytest.approx(row, rel=1e-4) for row in plain]
     state = torch.load(folder / "last.pth", weights_only=True)
     assert not any(name.startswith("_orig_mod") for name in state["state_dict"])
+
+
+def test_pictures_that_grow_are_compiled_at_each_size_and_validated_without(run_train, monkeypatch):
+    sizes, validated = [], []
+    monkeypatch.setattr(train, "compile_network", lambda model, n, size, *_: sizes.append(size) or torch.compile(model))
+    validate = train.validate
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(train, "validate", lambda model, *rest: validated.append(model) or validate(model, *rest))
+    run_train(EPOCHS=4, IMG_SIZE=64, START_SIZE=32, COMPILE="on", FREEZE_EPOCHS=1, USE_EMA=False)
+    assert sizes == [(32, 32), (64, 64)]
+    assert not any(hasattr(model, "_orig_mod") for model in validated)
 
 
 @pytest.mark.parametrize(("saved", "here"), [(True, None), (None, True)])
