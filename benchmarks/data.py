@@ -147,11 +147,11 @@ def main():
     print(f"\n| an epoch, resized to {IMG_SIZE} | decoding, ms a picture | from the cache | ratio |\n|---|---|---|---|")
     for size, suffix, plain, ours in sorted(epochs):
         print(f"| {size} {suffix} | {row(plain, ours)} |")
-    print("\n| statistics | plain loop, ms a picture | mean_std.py | ratio | by decoding alone | after makedata.py |")
+    print("\n| statistics | plain loop, ms a picture | mean_std.py | ratio | mean_std.py / decoding alone | after makedata.py |")
     print("|---|---|---|---|---|---|")
     for size, suffix, plain, ours, known, _, decoding in sorted(reading):
         print(f"| {size} {suffix} | {row(plain, ours)} | {ours / decoding:.2f} | {1e3 * known / PICTURES:.2f} |")
-    print("\n| makedata.py | its check, ms a picture | by decoding alone, on all cores |\n|---|---|---|")
+    print("\n| makedata.py | its check, ms a picture | check / decoding alone, on all cores |\n|---|---|---|")
     for size, suffix, _, _, _, check, decoding in sorted(reading):
         print(f"| {size} {suffix} | {1e3 * check / PICTURES:.2f} | {check / decoding:.2f} |")
 

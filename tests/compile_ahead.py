@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for GPUs that are not here, and see that what they need fits.
+"""Compile the Triton kernels ahead of time for several GPUs, and see that what they need fits.
 
     python -m tests.compile_ahead                        every shape of unireplknet_t and _s at 224 and 384 pixels
     python -m tests.compile_ahead --models unireplknet_xl --sizes 224

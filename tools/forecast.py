@@ -23,7 +23,8 @@ Beside it, with the same data and steps, DLinear (Zeng et al., AAAI 2023) is tra
 The last period again is the floor; the mean of the LOOKBACK periods shows what the network adds.
 
 Protocol: three parts by SPLIT; each column is z-scored by its training part; errors are those of z-scored values, over
-every window of the test part. The best epoch is chosen by the validation part, and nothing by the test part.
+every window of the test part. The best epoch is chosen by the validation part; what the constants rest on stands in
+benchmarks/forecast.md.
 
 Leaves in checkpoints/forecast/<name of the CSV file>/:
 
