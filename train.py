@@ -352,9 +352,6 @@ def create_network(classes, size, checkpoint=None):
         (network, arguments that build it again without stochastic depth).
     """
     arguments = dict(num_classes=len(classes))
-    if MODEL not in timm.list_models():
-        near = timm.list_models("unireplknet*")
-        raise UserError(f"MODEL {MODEL!r} is unknown; choose one of {', '.join(near)}, or another name that timm lists")
     if MODEL.startswith("unireplknet"):
         arguments["layer_scale_init_value"] = LAYER_SCALE
         # A residual stream in bfloat16 would lose what a layer scale as small as the paper's leaves of each block.
@@ -1019,6 +1016,9 @@ def finish_epoch(run, row, loader, amp_dtype, interrupt, about, folder):
 def main():
     if IMG_SIZE < 32 or min(BATCH_SIZE, EPOCHS, ACCUMULATE, KEEP, MAX_SKIPPED) < 1:
         raise UserError("IMG_SIZE must be at least 32; BATCH_SIZE, EPOCHS, ACCUMULATE, KEEP and MAX_SKIPPED at least 1")
+    if MODEL not in timm.list_models():
+        near = timm.list_models("unireplknet*")
+        raise UserError(f"MODEL {MODEL!r} is unknown; choose one of {', '.join(near)}, or another name that timm lists")
     if START_SIZE and (START_SIZE % 32 or not 32 <= START_SIZE <= IMG_SIZE):
         raise UserError(f"START_SIZE must be 0, or 32, 64, 96, ... up to IMG_SIZE ({IMG_SIZE}), got {START_SIZE}")
     if TEST_SIZE and TEST_SIZE < 32:
