@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +34,7 @@ import torch.nn.functional as F
 import torchvision
 from sklearn.metrics import classification_report
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
-from timm.optim import create_optimizer_v2, list_optimizers, muon
-from timm.optim.muon import zeropower_via_newtonschulz
+from timm.optim import Muon, create_optimizer_v2, list_optimizers, muon
 from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
@@ -51,9 +50,7 @@ from common.checkpoint import (
     load_checkpoint,
     load_file,
     load_newest,
-    lock,
     save_checkpoint,
-    set_aside,
 )
 from common.dataset import (
     EpochBatches,
@@ -64,11 +61,12 @@ from common.dataset import (
     seed_everything,
 )
 from common.device import choose_device, choose_layout, choose_workers, has_bfloat16, keep_freed_memory, prefetch
-from common.finite import copy_tensors, first_non_finite_layer
-from common.interrupt import Interrupt, Stopped, leave_signals_to_the_main_process
+from common.faults import copy_tensors, first_non_finite_layer
+from common.faults import Interrupt, Stopped, ignore_signals_in_worker
 from common.manifest import CACHE, MANIFEST, STATISTICS, fingerprint, read_json, read_sound
 from common.options import UserError, read_constants, run
 from common.plots import plot_curves
+from common.run_folder import lock, set_aside
 from common.schedule import warmup_cosine
 from common.sounds import add_noise, change_gain, file_kind, mask, picture_size, shift_time
 from ema import ModelEma, unwrap
@@ -161,9 +159,6 @@ SAVE_MINUTES: float = 10.0  # minutes between checkpoints inside an epoch; each 
 KEEP: int = 2  # newest checkpoints to keep: last.pth, last.1.pth, ...; one that is damaged is passed over
 TENSORBOARD: bool = False  # also write curves, augmentation and confusion matrices for TensorBoard (a package)
 SEED: int = 42  # first weights, order of the pictures and augmentation
-
-# --- what these become where PRETRAINED is set, unless the command line sets them
-FINE_TUNING = dict(EPOCHS=20, WARMUP_EPOCHS=1, LAYER_DECAY=0.9)
 
 # --- what a constant that was changed does to a run that is continued
 NO_EFFECT = ("CACHE_GB", "WORKERS", "OUTPUT", "RESUME", "SAVE_MINUTES", "KEEP", "MAX_SKIPPED", "TENSORBOARD")
@@ -304,7 +299,7 @@ def open_data(mean, std, device, rank, ranks, sound=None):
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=ignore_signals_in_worker,
     )
     # A last, smaller batch would weigh its pictures more and disturb the batch norms, so it is dropped; in each epoch
     # it holds other pictures. A set smaller than a batch is one batch.
@@ -453,11 +448,28 @@ def create_optimizer(model, device):
     """
     if OPTIMIZER not in list_optimizers():
         raise UserError(f'OPTIMIZER {OPTIMIZER!r} is unknown; set it to "muon", "adamw" or another that timm lists')
-    if not has_bfloat16(device):  # timm would orthogonalise in bfloat16 even where that is many times slower
-        muon.zeropower_via_newtonschulz = partial(zeropower_via_newtonschulz, dtype=torch.float32)
     fused = dict(fused=True) if OPTIMIZER == "adamw" and device.type in ("cpu", "cuda") else {}
     layer_decay = LAYER_DECAY if LAYER_DECAY != 1 else None
-    return create_optimizer_v2(model, OPTIMIZER, LEARNING_RATE, WEIGHT_DECAY, layer_decay=layer_decay, **fused)
+    optimizer = create_optimizer_v2(model, OPTIMIZER, LEARNING_RATE, WEIGHT_DECAY, layer_decay=layer_decay, **fused)
+    if isinstance(optimizer, Muon) and not has_bfloat16(device):
+        optimizer.step = orthogonalise_in_float32(optimizer.step)
+    return optimizer
+
+
+def orthogonalise_in_float32(step):
+    """Muon's `step`, orthogonalising in float32: timm's has no option for it, and bfloat16 is many times slower on a
+    device without it. timm's function is exchanged only while the step runs."""
+
+    @wraps(step)
+    def step_in_float32(closure=None):
+        original = muon.zeropower_via_newtonschulz
+        muon.zeropower_via_newtonschulz = partial(original, dtype=torch.float32)
+        try:
+            return step(closure)
+        finally:
+            muon.zeropower_via_newtonschulz = original
+
+    return step_in_float32
 
 
 def create_criterion(labels, num_classes, device):
@@ -1065,7 +1077,8 @@ def train(device, rank, ranks):
     pictures = train_loader.dataset.pictures
 
     folder = Path(OUTPUT, MODEL)
-    held = lock(folder) if rank == 0 else None  # noqa: F841  until this function returns
+    held = lock(folder) if rank == 0 else nullcontext()
+    held.__enter__()
     checkpoint = load_resume(folder, classes, sound)
     distributed.gather(None)  # all have read before the first one writes
 
@@ -1164,4 +1177,4 @@ def train(device, rank, ranks):
 
 
 if __name__ == "__main__":
-    run(main, preset=lambda: FINE_TUNING if PRETRAINED else {})
+    run(main)

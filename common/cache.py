@@ -25,7 +25,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from common.dataset import height_and_width
-from common.interrupt import leave_signals_to_the_main_process
+from common.faults import ignore_signals_in_worker
 from common.manifest import CACHE, CACHE_FILES, hash_file
 from common.sounds import file_kind
 
@@ -127,7 +127,7 @@ def write_rows(paths, size, sound, path):
         batch_size=16,
         num_workers=workers,
         collate_fn=list,
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=ignore_signals_in_worker,
     )
     header = dict(descr="|u1", fortran_order=False, shape=(len(paths), *size, 3))
     try:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import timm
 import torch
-from filelock import FileLock, Timeout
 
 import models  # noqa: F401  registers the UniRepLKNet variants with timm
 from common.options import UserError
@@ -68,14 +67,6 @@ def check_finite(*state_dicts):
             raise UserError(f"{name} is no longer finite, so nothing is saved over what is there; lower LEARNING_RATE")
 
 
-def set_aside(folder):
-    """Rename the folder of an earlier run, unless it is empty, so that nothing is lost."""
-    folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        number = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
-        print(f"the earlier run in {folder} is now in {folder.rename(f'{folder}.{number}')}")
-
-
 def earlier_checkpoint(path, number):
     """Name of the checkpoint `number` saves before `path`: last.1.pth for 1, `path` itself for 0."""
     return path.with_name(f"{path.stem}.{number}{path.suffix}") if number else path
@@ -106,30 +97,6 @@ def load_newest(path, required=REQUIRED):
                 raise
             print(f"warning: {error}; trying the checkpoint before it")
     return None, path
-
-
-def lock(folder):
-    """Keep other processes from training in `folder` until this process ends, however it ends.
-
-    Returns:
-        The lock: the system frees it with the process, so that a crash leaves none behind.
-
-    Raises:
-        UserError: if another process holds it.
-    """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, which may be renamed while it is held.
-    held = FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        held.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(
-            f"another run is training in {folder}; wait for it, end it, or set OUTPUT to another folder"
-        ) from error
-    except NotImplementedError:  # some network drives know no locks
-        print(f"warning: {folder.parent} knows no locks, so nothing keeps a second run out of {folder}")
-    return held
 
 
 def load_file(path):

@@ -18,7 +18,7 @@ from kill import differences, kill_and_compare
 
 import train
 from common.checkpoint import load_checkpoint, load_file, load_newest, save_checkpoint
-from common.finite import first_non_finite_layer
+from common.faults import first_non_finite_layer
 from common.images import load_image
 from common.options import UserError
 
@@ -298,7 +298,7 @@ def test_a_read_only_folder_is_named(place):
 # --- two runs at once
 
 
-HOLD = "import sys, time; sys.path.insert(0, sys.argv[1]); from common.checkpoint import lock\n"
+HOLD = "import sys, time; sys.path.insert(0, sys.argv[1]); from common.run_folder import lock\n"
 HOLD += "held = lock(sys.argv[2]); print('held', flush=True); time.sleep(600)"
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -280,7 +281,13 @@ def test_crops_hold_at_least_their_share_of_the_picture(monkeypatch):
 
 
 def test_muon_orthogonalises_and_does_so_in_float32_without_bfloat16(monkeypatch):
-    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", muon.zeropower_via_newtonschulz)  # put back afterwards
+    original, dtypes = muon.zeropower_via_newtonschulz, []
+
+    def record(*arguments, dtype=torch.bfloat16, **options):
+        dtypes.append(dtype)
+        return original(*arguments, dtype=dtype, **options)
+
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", record)
     monkeypatch.setattr(train, "LEARNING_RATE", 1.0)
     monkeypatch.setattr(train, "WEIGHT_DECAY", 0.0)
     steps = []
@@ -298,11 +305,28 @@ def test_muon_orthogonalises_and_does_so_in_float32_without_bfloat16(monkeypatch
         left, _, right = torch.linalg.svd(model.weight.grad, full_matrices=False)
         assert (steps[-1] - left @ right).abs().max() < 0.15
     assert 0 < (steps[0] - steps[1]).abs().max() < 0.02  # bfloat16 and float32
-    assert muon.zeropower_via_newtonschulz.keywords == dict(dtype=torch.float32)
+    assert dtypes == [torch.bfloat16, torch.float32]
 
 
-def test_muon_takes_matrices_and_dense_kernels_and_leaves_the_rest_to_adamw(monkeypatch):
-    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", muon.zeropower_via_newtonschulz)
+@pytest.mark.parametrize("failing", [False, True])
+def test_timm_s_muon_is_as_it_was_after_a_step(monkeypatch, failing):
+    original = muon.zeropower_via_newtonschulz
+    monkeypatch.setattr(train, "has_bfloat16", lambda device: False)
+    model = torch.nn.Linear(4, 8)
+    optimizer = train.create_optimizer(model, torch.device("cpu"))
+    model(torch.zeros(1, 4)).sum().backward()
+
+    def closure():
+        assert muon.zeropower_via_newtonschulz is not original
+        if failing:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError) if failing else nullcontext():
+        optimizer.step(closure)
+    assert muon.zeropower_via_newtonschulz is original
+
+
+def test_muon_takes_matrices_and_dense_kernels_and_leaves_the_rest_to_adamw():
     model = train.timm.create_model("unireplknet_a", num_classes=12)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

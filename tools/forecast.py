@@ -58,13 +58,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # ema.py, models/ and common/
 import models  # noqa: F401  registers the UniRepLKNet variants with timm
-from common.checkpoint import check_finite, load_checkpoint, load_newest, lock, save_checkpoint, set_aside
+from common.checkpoint import check_finite, load_checkpoint, load_newest, save_checkpoint
 from common.dataset import seed_everything
 from common.device import choose_device, keep_freed_memory
-from common.finite import copy_tensors, first_non_finite_layer
-from common.interrupt import Interrupt, Stopped
+from common.faults import copy_tensors, first_non_finite_layer
+from common.faults import Interrupt, Stopped
 from common.options import UserError, read_constants, run
 from common.plots import plot_forecasts
+from common.run_folder import lock, set_aside
 from common.schedule import warmup_cosine
 from common.series import choose_period, read_series, split_rows, split_windows
 from ema import ModelEma
@@ -589,7 +590,7 @@ def train_all(interrupt):
     for horizon in HORIZONS:  # a part that is too short is to be noticed at the start
         split_windows(values, ends, longest, horizon)
     folder = Path(OUTPUT, Path(CSV).stem)
-    held = lock(folder)  # noqa: F841  until this function returns
+    lock(folder).__enter__()
     if not RESUME:
         set_aside(folder)
     network = create_model(MODEL, network_arguments(HORIZONS[0], period), period)
