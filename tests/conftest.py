@@ -127,8 +127,13 @@ def run_train(place, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def picture():
+def draw_image():
     """The function `draw_picture`."""
+    return draw_picture
+
+
+@pytest.fixture(scope="session")
+def picture():
     return draw_picture
 
 
