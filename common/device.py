@@ -1,19 +1,22 @@
-"""The device that a script computes on, what suits it, and how pictures get there."""
+"""The device that a script computes on, what suits it, and how images get there."""
 
 import ctypes
 import os
 import sys
+import time
 
 import torch
+import torch.distributed as dist
 
-from common.options import UserError
+from common.faults import copy_tensors, is_out_of_memory
+from common.options import ConstantError
 
 
 def choose_device(name):
     """The `torch.device` called `name`; "auto" takes cuda, else mps, else cpu.
 
     Raises:
-        UserError: if this machine does not have it.
+        ConstantError: if this machine does not have it.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -23,30 +26,48 @@ def choose_device(name):
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f'DEVICE {name!r} is not available here ({reason}); set it to "auto" or "cpu"') from error
+        raise ConstantError(f'DEVICE {name!r} is not available here ({reason}); set it to "auto" or "cpu"') from error
     return torch.device(name)
 
 
-def choose_layout(device, channels_last="auto"):
-    """The memory format in which pictures and weights are kept on `device`.
+def prepare_device(device, deterministic=False):
+    """Process-wide settings for long work on `device`."""
+    if deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this setting
+        torch.use_deterministic_algorithms(True)
+    # Batches have few sizes, so it pays to try cuDNN's algorithms once; which one wins can vary, though.
+    torch.backends.cudnn.benchmark = not deterministic
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def choose_amp(name, device):
+    """The dtype of autocast on `device`, or None where mixed precision is off.
 
     Args:
+        name: "bf16", "fp16", "off", or "auto": bf16 where the device has it, else fp16 on cuda.
         device: a `torch.device`.
-        channels_last: "on", "off", or "auto": on a CPU, where it is faster.
     """
-    if channels_last not in ("auto", "on", "off"):
-        raise UserError(f'CHANNELS_LAST must be "auto", "on" or "off", got {channels_last!r}')
-    last = channels_last == "on" or channels_last == "auto" and device.type == "cpu"
-    return torch.channels_last if last else torch.contiguous_format
+    choices = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+    if name in choices:
+        return choices[name]
+    if has_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else None
+
+
+def choose_layout(device):
+    """The memory format of images and weights on `device`: NHWC on a CPU, where it is faster."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
 def choose_workers(number, device):
-    """The number of processes that read pictures: `number`, or for -1 what suits `device`.
+    """The number of processes that read images: `number`, or for None what suits `device`.
 
     Beside a GPU it is one for each core, up to 8. On a CPU it is none: reading is a small part of the work there, and
     processes beside the network take the cores away from its threads, which wait for each other at every layer.
     """
-    if number >= 0:
+    if number is not None:
         return number
     return 0 if device.type == "cpu" else min(os.cpu_count() or 1, 8)
 
@@ -101,3 +122,61 @@ def prefetch(batches, device):
         waiting = coming
     if waiting is not None:
         yield hand_over(*waiting)
+
+
+def wants_compile(choice, device, steps, grad_checkpointing):
+    """Whether to use torch.compile in a run of `steps` steps; it takes minutes and saves hundredths of a second a step."""
+    pays = device.type == "cuda" and sys.platform == "linux" and steps >= 5000 and not grad_checkpointing
+    return choice == "on" or (choice == "auto" and pays)
+
+
+class NetworkForSize:
+    """`model`, compiled for each image size by torch.compile where that is wanted and works.
+
+    Args:
+        model: the network, on its device.
+        compiling: whether to compile.
+        batch_size: images at once.
+        amp: function that returns the autocast context.
+    """
+
+    def __init__(self, model, compiling, batch_size, amp):
+        self.model = model
+        self.compiling = compiling
+        self.batch_size = batch_size
+        self.amp = amp
+        self.size = self.compiled = None
+
+    def __call__(self, size):
+        """The network for training on images of `size` (height, width)."""
+        if not self.compiling:
+            return self.model
+        if size != self.size:
+            self.size, self.compiled = size, compile_network(self.model, self.batch_size, size, self.amp)
+            self.compiling = self.compiled is not self.model
+        return self.compiled
+
+
+def compile_network(model, batch_size, size, amp):
+    """`model` compiled for training on `batch_size` images of `size` (height, width); `model` itself, and one printed
+    line, where that fails."""
+    started = time.perf_counter()
+    device = next(model.parameters()).device
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    if dist.is_initialized():
+        torch._dynamo.config.optimize_ddp = False  # it cuts the graph, and has no support for autograd functions in it
+    compiled = torch.compile(model.train().requires_grad_(True), dynamic=False)
+    images = torch.zeros(batch_size, 3, *size, device=device).contiguous(memory_format=choose_layout(device))
+    try:
+        with amp():
+            loss = compiled(images).float().mean()
+        loss.backward()
+        print(f"compile     in {time.perf_counter() - started:.0f} s")
+    except Exception as error:  # no C compiler, a kernel that cannot be built: many kinds
+        if not is_out_of_memory(error):  # a full memory is dealt with in the first step
+            reason = str(error).strip().partition("\n")[0]
+            print(f"compile     failed, so it is off: {type(error).__name__}: {reason}")
+            compiled = model
+    copy_tensors(buffers, list(model.buffers()))
+    model.zero_grad(set_to_none=True)
+    return compiled

@@ -1,14 +1,20 @@
-"""One script on several GPUs: what processes that torchrun started must agree on.
+"""One script on several GPUs: what the processes that torchrun started must agree on.
 
     torchrun --nproc_per_node=8 train.py
 
 Without torchrun there is one process, and each function here does the obvious thing.
 """
 
+import contextlib
 import os
 import sys
+import warnings
 
+import torch
 import torch.distributed as dist
+
+from common.device import choose_device, prepare_device
+from common.options import ConstantError, UserError
 
 
 def launched():
@@ -26,19 +32,40 @@ def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def join(device):
-    """Meet the other processes.
+@contextlib.contextmanager
+def processes(device_name, deterministic=False):
+    """Join the other processes of the run; yields (`torch.device` of this process, its rank, world size).
 
     Args:
-        device: the `torch.device` that this process computes on.
+        device_name: see `choose_device`; under torchrun each process takes a GPU of its own.
+        deterministic: see `prepare_device`.
 
-    Returns:
-        (number of this process, from 0; how many there are).
+    Raises:
+        UserError: inside the context, if another process of the run has ended.
     """
-    if not launched():
-        return 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+    device = choose_device(device_name)
+    if launched() and device.type == "cuda":
+        if device.index is not None:
+            raise ConstantError(
+                f'DEVICE must be "auto" or "cuda" under torchrun, which gives each process its own GPU, got {device_name!r}'
+            )
+        device = choose_device(f"cuda:{local_rank()}")
+        torch.cuda.set_device(device)
+    prepare_device(device, deterministic)
+    world_size = 1
+    if launched():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        world_size = dist.get_world_size()
+        # Depthwise gradients have other strides than DistributedDataParallel's buffers: it copies them, no error.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process reports for all
+    try:
+        yield device, rank(), world_size
+    except RuntimeError as error:
+        if world_size > 1 and is_lost_process(error):
+            raise UserError("another process of this run has ended; its message says why") from error
+        raise
 
 
 def total(tensor):
@@ -64,17 +91,19 @@ def is_lost_process(error):
 
 
 def leave(device, status):
-    """End this process's part of the run, once all are done, so that none leaves while another one still needs it.
+    """End this process's part of the run once all are done, so that none leaves while another one still needs it.
 
     Args:
         device: what it computed on.
-        status: exit status. On the CPU the process ends here: gloo's threads, which Python's own way out would stop,
-            hang at times with PyTorch 2.6 and abort at times with 2.15.
+        status: exit status, which is returned. With several processes on the CPU the process ends here: gloo's threads,
+            which Python's own exit would stop, hang at times with PyTorch 2.6 and abort at times with 2.15.
     """
+    if not dist.is_initialized():
+        return status
     gather(None)
     if device.type == "cuda":
         dist.destroy_process_group()
-        return
+        return status
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

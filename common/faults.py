@@ -1,8 +1,12 @@
 """What can go wrong during a long run: signals, numbers that are not finite, full memory."""
 
+import contextlib
 import signal
 
 import torch
+
+from common.options import UserError
+from ema import unwrap
 
 
 class Stopped(Exception):
@@ -96,3 +100,67 @@ def copy_tensors(source, target):
 def is_out_of_memory(error):
     """Whether PyTorch's error says that the memory of the GPU or the computer is full."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@contextlib.contextmanager
+def split_when_out_of_memory(state, sampler):
+    """A context that ends quietly when memory runs out, with `state.micro_batches` doubled.
+
+    Args:
+        state: of the run, see common/run_folder.py.
+        sampler: the `EpochBatches`.
+
+    Raises:
+        UserError: where single images do not fit either, or several processes would have to split alike.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        if sampler.world_size > 1 or state.micro_batches >= sampler.batch_size:
+            raise UserError(
+                "memory is full; lower BATCH_SIZE, and raise ACCUMULATE to keep the same step, lower IMG_SIZE, or set "
+                "GRAD_CHECKPOINTING"
+            ) from error
+        state.micro_batches *= 2
+
+
+MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient after which a run stops
+
+
+def skip_step(state, what, step, explain, bar):
+    """Count a step whose loss or gradient (`what`) is not finite; UserError after `MAX_SKIPPED` in a row."""
+    state.skipped += 1
+    state.skipped_in_a_row += 1
+    place = f"epoch {state.epoch + 1}, step {step + 1}"
+    if state.skipped == 1:
+        bar.write(f"warning: {place}: the {what} is not finite; the step is skipped")
+    if state.skipped_in_a_row >= MAX_SKIPPED:
+        raise UserError(
+            f"the {what} was not finite in {state.skipped_in_a_row} steps in a row, the last of them {place}: "
+            f"{explain()}; none of them reached the weights, and the saved checkpoints are intact"
+        )
+
+
+def explain_not_finite(state, loader, first_batch, batches, numbers, prepare, amp):
+    """Where the loss or gradient of a step that was skipped comes from, in words."""
+    sampler, dataset = loader.batch_sampler, loader.dataset.dataset
+    sampler.start = first_batch
+    paths = [[dataset.samples[index][0] for _, index in keys] for keys, _ in zip(sampler, batches)]
+    origin = "the output of every layer is finite, but not the loss or the gradient"
+    for batch, number, names in zip(batches, numbers, paths):
+        broken = [name for name, image in zip(names, batch[0]) if not image.isfinite().all()]
+        if broken:
+            return f"not finite after the augmentation: {', '.join(broken[:4])}; check MEAN and STD"
+        with amp():
+            layer = first_non_finite_layer(unwrap(state.model), prepare(batch, number)[0])
+        if layer is not None:
+            origin = f"the first layer with a non-finite output is {layer}"
+            break
+    names = [name for batch in paths for name in batch]
+    others = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return (
+        f"{origin}; images {', '.join(names[:4])}{others}. Lower LEARNING_RATE, set CLIP_GRAD above 0, or set AMP to "
+        '"off"'
+    )

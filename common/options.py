@@ -212,6 +212,11 @@ def read_constants(path):
     return constants
 
 
+def current_values(namespace):
+    """{name: value} of the constants of a script, given its globals."""
+    return {name: namespace[name] for name in read_constants(namespace["__file__"])}
+
+
 def read_kinds(namespace):
     """{name: annotation} of the globals of a script."""
     # From Python 3.14 on, annotations are evaluated on demand.

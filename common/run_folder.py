@@ -1,11 +1,145 @@
-"""The folder of a run, checkpoints/<model>: one run at a time, nothing of an earlier run lost."""
+"""The folder of a run, checkpoints/<model>: one run at a time, nothing of an earlier run lost, everything to resume.
+
+    last.pth, last.1.pth         the newest checkpoints, each with all that a resumed run needs
+    best.pth                     the checkpoint of the epoch with the highest validation accuracy
+    log.csv, loss.png, acc.png   one row for each epoch, and learning curves
+    result.json, classification_report.txt   metrics of the best epoch
+    class_indices.json           number and name of each class
+"""
 
 import contextlib
+import csv
+import json
+import math
+import platform
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+import timm
+import torch
+import torchvision
 from filelock import FileLock, Timeout
+from sklearn.metrics import classification_report
 
+from common import distributed
+from common.augment import CUTOUT_ERROR
+from common.checkpoint import check_finite, load_checkpoint, load_newest, save_checkpoint
+from common.dataset import height_and_width
+from common.device import choose_amp
+from common.manifest import fingerprint
 from common.options import UserError
+from common.plots import plot_curves
+from common.renamed import FORMER_CONSTANTS, upgrade_config
+from ema import ModelEma, unwrap
+from models import describe_implementation
+
+KEEP = 2  # newest checkpoints that are kept; one that is damaged is skipped when a run is resumed
+
+# --- what a constant that was changed does to a run that is resumed
+NO_EFFECT = ("DATA", "CACHE_GB", "WORKERS", "OUTPUT", "RESUME", "SAVE_MINUTES", "TENSORBOARD")
+ONLY_AT_THE_START = ("PRETRAINED", "LAYER_SCALE")
+
+
+class Totals(NamedTuple):
+    """Sums over images of an epoch; `correct` counts among the `unmixed` ones."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    unmixed: float = 0.0
+    images: float = 0.0
+
+    def plus(self, other):
+        return Totals(*(mine + theirs for mine, theirs in zip(self, other)))
+
+
+@dataclass
+class TrainingState:
+    """All that changes during training. A checkpoint holds all of it, and nothing else is needed to resume: the order of
+    the images, their augmentation, Mixup and stochastic depth follow from seed, epoch and batch."""
+
+    model: torch.nn.Module
+    ema: ModelEma | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch: int = 0  # finished epochs
+    images: int = 0  # images of the next epoch that are done, on all processes
+    totals: Totals = Totals()  # of these images
+    seconds: float = 0.0  # that they took
+    skipped: int = 0  # steps of this epoch without a finite loss and gradient, which were not taken
+    skipped_in_a_row: int = 0
+    micro_batches: int = 1  # parts in which each batch is computed, more than one after memory ran out
+    best_acc1: float = -1.0
+    best_size: int | list = 0  # image size at which it was measured, as in `img_size`
+    history: list = field(default_factory=list)  # one dict for each finished epoch
+    img_size: int | list = 0  # at which the weights are validated: one number for a square, or [height, width]
+
+    # attribute -> key of a checkpoint
+    COUNTERS = dict(
+        epoch="epoch",
+        images="pictures",
+        totals="totals",
+        seconds="seconds",
+        skipped="skipped",
+        skipped_in_a_row="skipped_in_a_row",
+        micro_batches="pieces",
+        best_acc1="best_acc1",
+        best_size="best_size",
+        history="history",
+    )
+
+    def start_epoch(self):
+        self.images, self.totals, self.seconds, self.skipped = 0, Totals(), 0.0, 0
+
+    def networks(self):
+        """{prefix in log.csv: network to validate}; the last one is what test.py uses."""
+        return dict(val=unwrap(self.model)) | ({} if self.ema is None else dict(ema=self.ema.ema))
+
+    def to_checkpoint(self):
+        """What a checkpoint holds: plain types and tensors."""
+        counters = {key: getattr(self, name) for name, key in self.COUNTERS.items()}
+        return dict(
+            state_dict=unwrap(self.model).state_dict(),
+            state_dict_ema=None if self.ema is None else self.ema.ema.state_dict(),
+            ema_updates=0 if self.ema is None else self.ema.updates,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            img_size=self.img_size,
+            **counters | dict(totals=list(self.totals)),
+        )
+
+    def load(self, checkpoint):
+        """Resume from a checkpoint.
+
+        Raises:
+            UserError: if its optimizer has other groups of parameters.
+        """
+        self.model.load_state_dict(checkpoint["state_dict"])
+        if self.ema is not None:
+            self.ema.load(checkpoint["state_dict_ema"] or checkpoint["state_dict"], checkpoint["ema_updates"])
+        # The groups' settings are those of this run; lr is not one of them, but what the last step used.
+        settings = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in self.optimizer.param_groups
+        ]
+        for group, own in zip(checkpoint["optimizer"]["param_groups"], settings):
+            if "fused" in own:
+                group["fused"] = own["fused"]  # which decides where a step's number is kept
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError as error:
+            raise UserError(
+                "cannot resume: LAYER_DECAY (which depends on PRETRAINED), or WEIGHT_DECAY to or from 0, changes the "
+                "groups of parameters; set them back"
+            ) from error
+        for group, own in zip(self.optimizer.param_groups, settings):
+            group.update(own)
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        checkpoint = dict(best_size=checkpoint.get("img_size", 0)) | checkpoint  # which earlier versions did not save
+        for name, key in self.COUNTERS.items():
+            setattr(self, name, checkpoint.get(key, getattr(self, name)))
+        self.totals = Totals(*self.totals)
 
 
 def set_aside(folder):
@@ -40,3 +174,292 @@ def lock(folder):
         yield
     finally:
         held.release()
+
+
+class RunFolder(contextlib.ExitStack):
+    """The folder of one run of train.py, locked inside `with RunFolder(...) as folder`; only one process writes.
+
+    Args:
+        output: folder that holds <model>/.
+        model: name of the network.
+        resume: "": a new run; "auto": continue last.pth if there is one; a path: continue that checkpoint.
+        save_minutes: minutes between checkpoints inside an epoch; 0: none there.
+    """
+
+    def __init__(self, output, model, resume, save_minutes):
+        super().__init__()
+        self.path = Path(output, model)
+        self.resume = resume
+        self.save_seconds = 60 * save_minutes or math.inf
+        self.saved = time.perf_counter()
+        self.about = {}  # what every checkpoint holds besides the state
+        self.writes = distributed.rank() == 0
+
+    def __enter__(self):
+        if self.writes:
+            self.enter_context(lock(self.path))
+        return super().__enter__()
+
+    def load(self, arch, optimizer):
+        """The checkpoint to resume, the newest one that is intact; None for a new run.
+
+        Raises:
+            UserError: if it is damaged, holds no optimizer state, or is of another network or optimizer.
+        """
+        checkpoint, path = None, Path(self.resume)
+        if self.resume == "auto":
+            checkpoint, path = load_newest(self.path / "last.pth")
+        elif self.resume:
+            checkpoint = load_checkpoint(path)
+        distributed.gather(None)  # all have read before the first one writes
+        if checkpoint is None:
+            return None
+        if "optimizer" not in checkpoint:
+            raise UserError(f"{path} holds no optimizer state, so it cannot be resumed; set PRETRAINED to it instead")
+        checkpoint["config"] = upgrade_config(checkpoint.get("config", {}))
+        self.refuse(path, "MODEL", arch, checkpoint["arch"])
+        self.refuse(path, "OPTIMIZER", optimizer, checkpoint["config"].get("OPTIMIZER", "adamw"))
+        started = f", {checkpoint['pictures']} images of the next" if checkpoint.get("pictures") else ""
+        print(f"resume      {path}: {checkpoint['epoch']} epochs finished{started}")
+        return checkpoint
+
+    def refuse(self, path, name, here, there):
+        """UserError unless the checkpoint's value is that of this run."""
+        if here != there:
+            raise UserError(f"cannot resume {path}: {name} there is {there}, here {here}")
+
+    def begin(self, about, checkpoint):
+        """Make the folder, renaming that of another run, and write class_indices.json.
+
+        Args:
+            about: what checkpoints hold besides the state.
+            checkpoint: of the run that is resumed; what differs from it is printed.
+        """
+        self.about = about
+        if checkpoint is not None:
+            self.refuse(self.resume, "the classes", about["classes"], checkpoint["classes"])
+            self.refuse(self.resume, "how spectrograms are made", about.get("sound"), checkpoint.get("sound"))
+        if self.writes:
+            if self.resume != "auto" and not (self.resume and Path(self.resume).resolve().parent == self.path.resolve()):
+                set_aside(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json("class_indices.json", dict(enumerate(about["classes"])))
+        if checkpoint is not None:
+            describe_changes(checkpoint, about)
+
+    def write_json(self, name, value):
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        (self.path / name).write_text(text + "\n", encoding="utf-8")
+
+    def save(self, state, name, keep=1):
+        """Write a checkpoint, unless its weights are not finite: then the one before is the better one."""
+        content = state.to_checkpoint()
+        check_finite(content["state_dict"], content["state_dict_ema"] or {})
+        save_checkpoint(self.about | content, self.path / name, keep)
+
+    def save_last(self, state):
+        """Write last.pth; the one before becomes last.1.pth."""
+        if self.writes:
+            self.save(state, "last.pth", KEEP)
+        self.saved = time.perf_counter()
+
+    def save_if_due(self, state):
+        """`save_last` if the last checkpoint is older than `save_minutes`."""
+        if time.perf_counter() - self.saved >= self.save_seconds:
+            self.save_last(state)
+
+    def finish_epoch(self, state, metrics, validation, validation_seconds, last_size):
+        """Add an epoch to the history, and write its files.
+
+        Args:
+            state: changed in place.
+            metrics: what train.py's `train_one_epoch` returned.
+            validation: {prefix: what `validate` returned} for each of `state.networks`.
+            validation_seconds: how long that took.
+            last_size: image size at which the weights are validated in the last epoch, as in `img_size`.
+
+        Returns:
+            The row of log.csv.
+        """
+        row = dict(epoch=state.epoch + 1) | metrics
+        for prefix, (results, _, _) in validation.items():
+            row |= {f"{prefix}_{name}": value for name, value in results.items()}
+        row["seconds"] = state.seconds + validation_seconds
+        results, labels, predictions = validation[prefix]  # of the weights that test.py uses: the EMA's, if there is one
+        is_best = self.is_best(state, results, last_size)
+        if is_best:
+            state.best_acc1, state.best_size = results["acc1"], state.img_size
+        state.history.append(row)
+        state.epoch += 1
+        state.start_epoch()
+        if self.writes and is_best:
+            self.write_best(state, results, labels, predictions)
+        print(format_row(row, state.ema is not None))
+        # After best.pth: a run that is killed in between repeats this epoch and finds it the best again.
+        self.save_last(state)
+        self.write_history(state)
+        return row
+
+    def is_best(self, state, results, last_size):
+        """Whether the epoch just validated is the best. Accuracies at different image sizes are not compared: the last
+        size counts, before it the larger one."""
+        size, best, last = map(to_area, (state.img_size, state.best_size, last_size))
+        better = results["acc1"] > state.best_acc1 if size == best else size == last or (size > best and best != last)
+        return (better or not (self.path / "best.pth").is_file()) and math.isfinite(results["loss"])
+
+    def write_best(self, state, results, labels, predictions):
+        """Write best.pth, result.json and classification_report.txt."""
+        self.save(state, "best.pth")
+        about, classes = self.about, self.about["classes"]
+        report = classification_report(
+            labels, predictions, labels=range(len(classes)), target_names=classes, digits=4, zero_division=0
+        )
+        (self.path / "classification_report.txt").write_text(report, encoding="utf-8")
+        result = dict(arch=about["arch"], epoch=state.epoch, **results, weights="raw" if state.ema is None else "ema")
+        result |= dict(train_pictures=about["pictures_train"], val_pictures=len(labels))
+        result |= dict(classes=classes, config=about["config"], versions=about["versions"])
+        self.write_json("result.json", result)
+
+    def write_history(self, state):
+        """Write log.csv, loss.png and acc.png."""
+        if not self.writes or not state.history:
+            return
+        with open(self.path / "log.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, dict.fromkeys(name for row in state.history for name in row))
+            writer.writeheader()
+            writer.writerows(state.history)
+        plot_curves(state.history, self.path)
+
+    def print_history(self, state):
+        """Print the header of the table and the epochs before this start."""
+        for row in [None, *state.history]:
+            print(format_row(row, state.ema is not None))
+
+    def finish(self, state, val_images):
+        """Print the report of the best epoch."""
+        self.write_history(state)
+        report = self.path / "classification_report.txt"
+        if self.writes and report.is_file():
+            print(f"\n{report.read_text(encoding='utf-8')}")
+        weights = "weights" if state.ema is None else "EMA weights"
+        print(f"best acc1 {state.best_acc1:.2f} % on {val_images} validation images ({weights}), in {self.path}")
+
+
+def to_img_size(size):
+    """(height, width) as checkpoints hold it: one number for a square, else [height, width]."""
+    height, width = size
+    return height if height == width else [height, width]
+
+
+def to_area(img_size):
+    """Pixels of an image of `img_size`: one number for a square, or [height, width]."""
+    return math.prod(height_and_width(img_size))
+
+
+def print_summary(about, state, sizes, val_set, statistics, learning_rate):
+    """Print what the run is made of, and where derived values come from."""
+    config, versions, classes = about["config"], about["versions"], about["classes"]
+    device, kind = next(state.model.parameters()).device, "images" if about.get("sound") is None else "spectrograms"
+    (height, width), (start, _), (test, _) = sizes.full, sizes.training(0), sizes.last
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    steps, warmup = (learning_rate.keywords[name] for name in ("steps", "warmup_steps"))
+    print(f"network     {about['arch']}, {parameters / 1e6:.1f} million parameters, {height} x {width} pixels")
+    if start < height or test != height:
+        print(f"image size  from {start} to {height} pixels in training, {test} in validation from then on")
+    if about.get("sound") is not None:
+        print(f"spectrogram {', '.join(f'{name} {value}' for name, value in about['sound'].items())}")
+        print(f"            of their own size, IMG_SIZE {config['IMG_SIZE']} is for images")
+    print(f"large conv  {describe_implementation(device, choose_amp(config['AMP'], device) or torch.float32)}")
+    print(f"device      {device}, {versions['precision']}, torch {versions['torch']}, timm {versions['timm']}")
+    if versions["processes"] > 1:
+        print(f"processes   {versions['processes']}")
+    print(f"{kind:11} {about['pictures_train']} for training, {len(val_set)} for validation")
+    print(f"classes     {len(classes)}: {', '.join(classes[:24])}{', ...' if len(classes) > 24 else ''}")
+    print(f"mean, std   {[round(v, 4) for v in about['mean']]}, {[round(v, 4) for v in about['std']]} from {statistics}")
+    if config["CUTOUT"] and CUTOUT_ERROR:
+        print(f"cutout      torchvision's RandomErasing, since torchtoolbox cannot be imported ({CUTOUT_ERROR})")
+    print(f"epochs      {config['EPOCHS']}, of {steps // config['EPOCHS']} steps; layer decay {config['LAYER_DECAY']}")
+    print(f"lr          peak {learning_rate.keywords['highest']:.2e}, LEARNING_RATE for this batch size")
+    if warmup >= steps:
+        print(f"            never reached: {config['WARMUP_EPOCHS']:g} warm-up epochs in a run of {config['EPOCHS']}")
+
+
+def format_row(row, with_ema):
+    """One line for one epoch; the header for None."""
+    columns = [("epoch", "5d"), ("lr", "9.2e"), ("train_loss", "10.4f"), ("train_acc1", "10.2f"), ("val_loss", "8.4f")]
+    columns += [("val_acc1", "8.2f"), ("val_acc5", "8.2f")]
+    if with_ema:
+        columns += [("ema_loss", "8.4f"), ("ema_acc1", "8.2f"), ("ema_acc5", "8.2f")]
+    columns += [("img_per_s", "9.1f"), ("seconds", "7.1f")]
+    if row is None:
+        return "  ".join(f"{name:>{spec[:-1].split('.')[0]}}" for name, spec in columns)
+    cells = [("-" if row.get(name) is None else format(row[name], spec), spec) for name, spec in columns]
+    return "  ".join(f"{cell:>{spec[:-1].split('.')[0]}}" for cell, spec in cells)
+
+
+def describe_run(
+    *, arch, model_args, classes, mean, std, sound, config, train_set, device, amp_dtype, compiled, world_size
+):
+    """What every checkpoint of a run holds besides its state.
+
+    Args:
+        config: {constant: value}.
+        train_set: the training images.
+        device, amp_dtype, compiled, world_size: how and where it is computed, which together with the versions of the
+            packages decides the last bits.
+    """
+    # Spectrograms are known by the names of their recordings.
+    files = (Path(path).relative_to(train_set.root).as_posix() for path, _ in train_set.samples)
+    names = [f"train/{file if sound is None else file.removesuffix('.png')}" for file in files]
+    return dict(
+        arch=arch,
+        model_args=model_args,
+        classes=classes,
+        mean=mean,
+        std=std,
+        **({} if sound is None else dict(sound=sound)),
+        config=config,
+        pictures_train=len(train_set),
+        pictures_fingerprint=fingerprint(names),
+        versions=dict(
+            python=platform.python_version(),
+            torch=str(torch.__version__),
+            torchvision=str(torchvision.__version__),
+            timm=timm.__version__,
+            processes=world_size,
+            threads=torch.get_num_threads(),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            precision="float32" if amp_dtype is None else f"autocast {str(amp_dtype).removeprefix('torch.')}",
+            compiled=compiled,
+        ),
+    )
+
+
+def describe_changes(checkpoint, about):
+    """Print what differs from the run that is resumed, and what follows.
+
+    Args:
+        checkpoint: of the run that is resumed, its config upgraded.
+        about: what checkpoints of this run hold besides the state.
+    """
+    old, new = checkpoint["config"], about["config"]
+    exact = True
+    for name in (name for name in new if name in old and old[name] != new[name] and name not in NO_EFFECT):
+        if name in ONLY_AT_THE_START:
+            print(f"changed     {name}: network and weights come from the checkpoint all the same")
+            continue
+        print(f"changed     {name} was {old[name]!r}, is {new[name]!r} from here on")
+        exact = False
+    for name, value in FORMER_CONSTANTS.items():
+        if name in old and old[name] != value:
+            print(f"changed     {name} was {old[name]!r}, is always {value!r} now")
+            exact = False
+    for name, value in about["versions"].items():
+        if checkpoint.get("versions", {}).get(name, value) != value:
+            print(f"changed     {name} was {checkpoint['versions'][name]}, is {value}")
+            exact = False
+    if checkpoint.get("pictures_fingerprint", about["pictures_fingerprint"]) != about["pictures_fingerprint"]:
+        print("changed     the training images are others; their order differs")
+        exact = False
+    if not exact:
+        print("            so the result will not be bit-identical to that of an uninterrupted run")

@@ -1,0 +1,248 @@
+"""Augmentation of training images and spectrograms; train.py trains with it, tools/visualize.py draws it.
+
+torchtoolbox's Cutout is used where it can be imported, torchvision's RandomErasing where it cannot (`CUTOUT_ERROR` says
+why). Both fill the erased rectangle with the mean colour.
+"""
+
+import random
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torchvision import transforms
+
+# torchtoolbox 0.1.8 still uses np.int, which NumPy removed in 1.24; its Cutout works once the name exists.
+np.int = int
+try:
+    from torchtoolbox.transform import Cutout
+
+    CUTOUT_ERROR = ""
+except Exception as error:  # it imports OpenCV, which fails in many ways where a system library is missing
+    Cutout = object
+    CUTOUT_ERROR = f"{type(error).__name__}: {error}"
+del np.int
+
+CUTOUT_SCALE = (0.02, 0.4)  # area of the erased rectangle as a fraction of the image
+CUTOUT_RATIO = (0.4, 2.5)  # its aspect ratio
+NOISE_LEVELS = (40.0, 80.0)  # decibels below the loudest place at which white noise is added
+
+
+def train_transform(
+    size,
+    mean,
+    std,
+    *,
+    crop=1.0,
+    cutout=0.0,
+    hflip=0.0,
+    vflip=0.0,
+    quarter_turns=False,
+    rotation=0.0,
+    color_jitter=0.0,
+):
+    """Augmentation of images: PIL RGB -> float tensor (3, height, width).
+
+    Args:
+        size: (height, width) in pixels.
+        mean, std: three values each, for pixels from 0 to 1.
+        crop: minimum area fraction of RandomResizedCrop; 1: whole images.
+        cutout: probability of erasing a rectangle (DeVries and Taylor, arXiv:1708.04552).
+        hflip, vflip: probabilities of a horizontal and a vertical flip.
+        quarter_turns: whether to rotate by a random multiple of 90 degrees.
+        rotation: maximum rotation in degrees.
+        color_jitter: maximum relative change of brightness, contrast and saturation.
+    """
+    steps = [transforms.Resize(size)]
+    if crop < 1:
+        steps.append(transforms.RandomResizedCrop(size, (crop, 1.0)))
+    if hflip:
+        steps.append(transforms.RandomHorizontalFlip(hflip))
+    if vflip:
+        steps.append(transforms.RandomVerticalFlip(vflip))
+    if quarter_turns:
+        steps.append(transforms.Lambda(quarter_turn))
+    if rotation:
+        steps.append(transforms.RandomRotation(rotation, transforms.InterpolationMode.BILINEAR))
+    if color_jitter:
+        steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
+    # Cutout comes after whatever changes colours, so that the rectangle keeps the mean colour.
+    if cutout and not CUTOUT_ERROR:
+        steps.append(MeanCutout(cutout, mean))
+    steps += [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    if cutout and CUTOUT_ERROR:
+        steps.append(transforms.RandomErasing(cutout, CUTOUT_SCALE, CUTOUT_RATIO, value=0))  # 0: the mean
+    return transforms.Compose(steps)
+
+
+def quarter_turn(image):
+    """Rotate a PIL image by a random multiple of 90 degrees."""
+    return image.rotate(90 * random.randrange(4))
+
+
+class MeanCutout(Cutout):
+    """torchtoolbox's Cutout filled with the mean colour: PIL RGB -> PIL RGB.
+
+    torchtoolbox pastes one random integer, which Pillow takes for a shade of red in an RGB image.
+
+    Args:
+        probability: of erasing a rectangle.
+        mean: three values from 0 to 1.
+    """
+
+    def __init__(self, probability, mean):
+        super().__init__(probability, CUTOUT_SCALE, CUTOUT_RATIO)
+        self.color = tuple(round(255 * value) for value in mean)
+
+    def __call__(self, image):
+        if random.random() < self.p:
+            left, top, height, width, _ = self.get_params(image, self.scale, self.ratio)
+            image = image.copy()
+            image.paste(self.color, (left, top, left + width, top + height))
+        return image
+
+
+def spectrogram_transform(mean, std, *, decibels, time_shift=0.0, gain=0.0, noise=0.0, spec_mask=0.0):
+    """Augmentation of spectrograms: PIL RGB -> float tensor (3, mel bands, frames).
+
+    Args:
+        mean, std: three values each, for pixels from 0 to 1.
+        decibels: range of the spectrogram, from black to white.
+        time_shift: maximum shift as a fraction of the duration.
+        gain: maximum change of loudness in decibels.
+        noise: probability of white noise.
+        spec_mask: maximum masked fraction of the duration, and of the mel bands (SpecAugment).
+    """
+    steps = [transforms.ToTensor()]
+    if time_shift:
+        steps.append(partial(shift_time, fraction=time_shift))
+    if gain:
+        steps.append(partial(change_gain, largest=gain / decibels))
+    if noise:
+        steps.append(partial(add_noise, probability=noise, levels=NOISE_LEVELS, decibels=decibels))
+    steps.append(transforms.Normalize(mean, std))
+    if spec_mask:
+        steps += [partial(mask, fraction=spec_mask, dim=dim) for dim in (2, 1)]
+    return transforms.Compose(steps)
+
+
+# The following functions take tensors (3, mel bands, frames) from 0, black, to 1, the loudest place.
+
+
+def shift_time(image, fraction):
+    """Shift by up to `fraction` of the width to either side; what leaves on one side enters on the other."""
+    limit = int(fraction * image.shape[2])
+    return image.roll(random.randint(-limit, limit), 2)
+
+
+def change_gain(image, largest):
+    """Make all that is not silent louder or quieter, by up to `largest`: decibels / those from black to white."""
+    return torch.where(image > 0, image + random.uniform(-largest, largest), image).clamp(0, 1)
+
+
+def add_noise(image, probability, levels, decibels):
+    """Add white noise with a probability, `levels` (smallest, largest) decibels below the loudest place."""
+    if random.random() >= probability:
+        return image
+    # Powers add up; the power of noise in one spectrum is distributed exponentially.
+    noise = torch.empty_like(image[:1]).exponential_() * 10 ** (-random.uniform(*levels) / 10)
+    power = 10 ** ((image - 1) * decibels / 10) + noise
+    return (1 + 10 * power.log10() / decibels).clamp(0, 1)
+
+
+def mask(image, fraction, dim):
+    """Set a random stretch of up to `fraction` of the frames (dim 2) or mel bands (dim 1) to 0, the mean of a normalised
+    image (SpecAugment, Park et al., arXiv:1904.08779)."""
+    size = image.shape[dim]
+    width = random.randint(0, int(fraction * size))
+    image = image.clone()
+    image.narrow(dim, random.randint(0, size - width), width).zero_()
+    return image
+
+
+class BatchMixup(Mixup):
+    """timm's Mixup / CutMix with label smoothing: images (N, 3, H, W), labels (N,) -> images, targets (N, classes).
+
+    timm's takes even batches only; of an odd batch the last image passes unmixed.
+
+    Args:
+        num_classes: number of classes.
+        mixup: alpha of Mixup's Beta distribution (arXiv:1710.09412); 0: no Mixup.
+        cutmix: alpha of CutMix's Beta distribution (arXiv:1905.04899); 0: no CutMix.
+        prob: probability that a batch is mixed; the targets of all batches are smoothed.
+        smoothing: label smoothing.
+        switch_prob: probability of CutMix instead of Mixup where both are on.
+    """
+
+    def __init__(self, num_classes, mixup=0.0, cutmix=0.0, prob=0.0, smoothing=0.0, switch_prob=0.5):
+        super().__init__(
+            mixup_alpha=mixup,
+            cutmix_alpha=cutmix,
+            prob=prob if mixup or cutmix else 0.0,
+            switch_prob=switch_prob,
+            label_smoothing=smoothing,
+            num_classes=num_classes,
+        )
+
+    def __call__(self, images, labels):
+        even = len(images) // 2 * 2
+        if even == len(images):
+            return super().__call__(images, labels)
+        smoothing = self.label_smoothing
+        smooth = F.one_hot(labels[even:], self.num_classes) * (1 - smoothing) + smoothing / self.num_classes
+        if even == 0:
+            return images, smooth
+        mixed, targets = super().__call__(images[:even].clone(), labels[:even])
+        return torch.cat([mixed, images[even:]]), torch.cat([targets, smooth])
+
+
+def augmentation_from_config(config, num_classes, size, mean, std, sound=None):
+    """The augmentation of a run.
+
+    Args:
+        config: {constant of train.py: value}, such as a checkpoint's "config", also of earlier versions.
+        num_classes: number of classes.
+        size: (height, width) in pixels.
+        mean, std: three values each, for pixels from 0 to 1.
+        sound: how spectrograms are made, see common/audio.py; None for images.
+
+    Returns:
+        (transform, `BatchMixup`).
+    """
+
+    def value(name, default=0.0):
+        return config.get(name, default)
+
+    mixup = BatchMixup(
+        num_classes,
+        value("MIXUP"),
+        0.0 if sound else value("CUTMIX"),
+        value("MIX_PROB"),
+        value("SMOOTHING"),
+        value("MIX_SWITCH", 0.5),
+    )
+    if sound is not None:
+        transform = spectrogram_transform(
+            mean,
+            std,
+            decibels=sound["decibels"],
+            time_shift=value("TIME_SHIFT"),
+            gain=value("GAIN"),
+            noise=value("NOISE"),
+            spec_mask=value("SPEC_MASK", value("TIME_MASK")),
+        )
+    else:
+        transform = train_transform(
+            size,
+            mean,
+            std,
+            crop=value("CROP", 1.0),
+            cutout=value("CUTOUT"),
+            hflip=value("HFLIP"),
+            vflip=value("VFLIP"),
+            quarter_turns=value("QUARTER_TURNS", False),
+            rotation=value("ROTATION"),
+            color_jitter=value("COLOR_JITTER"),
+        )
+    return transform, mixup

@@ -1,0 +1,89 @@
+"""The network that train.py trains: built anew, and started from pretrained weights."""
+
+from pathlib import Path
+
+import timm
+import torch
+
+from common.checkpoint import SEEDLINGS, load_file
+from common.options import ConstantError, UserError
+from models import UniRepLKNet, load_weights
+
+
+def read_weights(arch, pretrained):
+    """Pretrained weights for the network `arch`: {name: tensor}, or a checkpoint that holds them.
+
+    Args:
+        arch: name of a network.
+        pretrained: "seedlings", the path of a file, or the tag of published weights, which are downloaded.
+
+    Raises:
+        ConstantError: if it is none of these; UserError if it cannot be read.
+    """
+    if not arch.startswith("unireplknet"):
+        raise ConstantError(f"PRETRAINED works with the UniRepLKNet variants, not with MODEL {arch!r}; set it to ''")
+    if pretrained == "seedlings" or Path(pretrained).is_file():
+        return load_file(SEEDLINGS if pretrained == "seedlings" else pretrained)
+    tags = [name.split(".", 1)[1] for name in timm.list_pretrained(f"{arch}.*")]
+    if pretrained not in tags:
+        raise ConstantError(
+            f'PRETRAINED must be "seedlings", an existing file, or a published tag of {arch} ({", ".join(tags)}), got '
+            f"{pretrained!r}"
+        )
+    published = timm.get_pretrained_cfg(f"{arch}.{pretrained}")
+    try:
+        return timm.models.load_state_dict_from_hf(
+            published.hf_hub_id, published.hf_hub_filename, weights_only=True
+        )
+    except Exception as error:  # no network, a proxy, a hub that is down: many kinds
+        raise UserError(
+            f"cannot download {published.hf_hub_filename} from {published.hf_hub_id} ({type(error).__name__}); "
+            "download it by hand and set PRETRAINED to its path"
+        ) from error
+
+
+def create_network(name, classes, size, drop_path, layer_scale, grad_checkpointing, checkpoint):
+    """Build a network with an output for each class name.
+
+    Args:
+        size: (height, width) in pixels of the smallest images it will see.
+        checkpoint: of the run that is resumed, which says how the network is built; None for a new run.
+
+    Returns:
+        (network, arguments that build it again without stochastic depth).
+    """
+    arguments = dict(num_classes=len(classes))
+    if name.startswith("unireplknet"):
+        arguments["layer_scale_init_value"] = layer_scale
+        # A residual stream in bfloat16 would lose what a layer scale as small as the paper's leaves of each block.
+        arguments["published_arithmetic"] = 0 < layer_scale < 0.01
+    if checkpoint is not None:
+        arguments = checkpoint["model_args"]
+    try:
+        model = timm.create_model(name, drop_path_rate=drop_path or None, **arguments)
+    except TypeError as error:
+        raise UserError(f"{name} has no stochastic depth; set DROP_PATH to 0 ({error})") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    try:
+        if grad_checkpointing:
+            model.set_grad_checkpointing()
+        if not isinstance(model, UniRepLKNet):  # which takes any size
+            with torch.inference_mode():
+                model.eval()(torch.zeros(1, 3, *size))
+    except (AssertionError, RuntimeError, ValueError) as error:  # timm's networks refuse in many ways
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{name} does not work with images of {size[0]} x {size[1]} pixels, or not with GRAD_CHECKPOINTING "
+            f"{grad_checkpointing} ({reason}); set IMG_SIZE to the size it was made for and START_SIZE to None, or "
+            "GRAD_CHECKPOINTING to False"
+        ) from error
+    return model, arguments
+
+
+def load_pretrained(model, weights, classes):
+    """Load what `read_weights` returned into `model`, whose classes are named; returns one line on what was loaded."""
+    try:
+        return load_weights(model, weights, classes)
+    except ValueError as error:
+        raise UserError(f"PRETRAINED: {error}") from error
