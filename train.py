@@ -23,7 +23,6 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import list_optimizers
 from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
@@ -39,11 +38,12 @@ from common.dataset import EpochBatches, SeededImages, eval_transform, open_imag
 from common.device import NetworkForSize, choose_amp, choose_layout, choose_workers, prefetch, wants_compile
 from common.faults import Interrupt, Stopped, copy_tensors, explain_not_finite, ignore_signals_in_worker, skip_step
 from common.faults import split_when_out_of_memory
-from common.manifest import CACHE, MANIFEST, STATISTICS, read_json, read_sound
-from common.network import create_network, load_pretrained, read_weights
+from common.manifest import CACHE, choose_mean_and_std, read_sound
+from common.network import check_pretrained, create_network, freeze, load_pretrained, read_weights
 from common.optimizer import create_optimizer
-from common.options import ConstantError, Fraction, ImageSize, Length, Limits, Name, NonNegative, NonNegativeInt
-from common.options import Positive, PositiveInt, Probability, Rate, UserError, Workers, current_values, run
+from common.options import Channels, ConstantError, Fraction, ImageSize, Limits, MultipleOf32, Name, NonNegative
+from common.options import NonNegativeInt, Positive, PositiveChannels, PositiveInt, Probability, Rate, UserError
+from common.options import Workers, current_values, fill_in, run
 from common.run_folder import RunFolder, Totals, TrainingState, describe_run, print_summary, to_img_size
 from common.schedule import ImageSizes, warmup_cosine
 from ema import ModelEma
@@ -51,7 +51,7 @@ from ema import ModelEma
 # --- what is changed most
 DATA: Name = "data"  # folder that holds train/<class> and val/<class>; makedata.py makes it
 MODEL: Name = "unireplknet_t"  # unireplknet_a f p n t s b l xl, or any other classifier of timm
-PRETRAINED: str = ""  # "": from scratch; "seedlings": weights of this repository; "in1k" or another tag: download; a path
+PRETRAINED: str = ""  # "": from scratch; "seedlings": this repository's; "in1k" or another tag: download; a path
 IMG_SIZE: ImageSize = 224  # training image size in pixels; spectrograms keep their own
 BATCH_SIZE: PositiveInt = 32  # images in a batch, on each GPU
 EPOCHS: PositiveInt | None = None  # passes over data/train; None: 100, or 20 for fine-tuning (with PRETRAINED)
@@ -64,11 +64,11 @@ RESUME: str = ""  # "": a new run; "auto": resume <model>/last.pth if there is o
 SEED: int = 42  # of initial weights, order of the images and augmentation
 
 # --- data
-START_SIZE: Annotated[int, Limits(32, multiple=32)] | None = None  # image size in the first epoch, grows to IMG_SIZE; None: IMG_SIZE
-TEST_SIZE: ImageSize | None = None  # image size for validation and test.py, larger where crops are learned; None: IMG_SIZE
-CACHE_GB: NonNegative = 8.0  # maximum size of data/cache, which keeps images decoded and resized; 0: decode in each epoch
-MEAN: Annotated[list[Probability], Length(3)] | None = None  # of each channel, pixels from 0 to 1; None: from mean_std.py, else ImageNet's
-STD: Annotated[list[Positive], Length(3)] | None = None  # likewise
+START_SIZE: MultipleOf32 | None = None  # image size in the first epoch, growing to IMG_SIZE; None: IMG_SIZE
+TEST_SIZE: ImageSize | None = None  # for validation and test.py, larger where crops are learned; None: IMG_SIZE
+CACHE_GB: NonNegative = 8.0  # maximum size of data/cache, which keeps resized images; 0: decode in each epoch
+MEAN: Channels | None = None  # of each channel, pixels from 0 to 1; None: from mean_std.py, else ImageNet's
+STD: PositiveChannels | None = None  # likewise
 
 # --- augmentation of images
 CROP: Fraction = 1.0  # minimum area fraction of RandomResizedCrop; 1: whole images
@@ -99,7 +99,7 @@ FREEZE_EPOCHS: NonNegativeInt = 0  # first epochs in which only the head is trai
 GRAD_CHECKPOINTING: bool = False  # recompute activations in the backward pass: less memory, more time
 
 # --- optimisation
-WARMUP_EPOCHS: NonNegative | None = None  # epochs of linear learning-rate warm-up; 0: off; None: 5, or 1 for fine-tuning
+WARMUP_EPOCHS: NonNegative | None = None  # linear learning-rate warm-up; 0: off; None: 5, or 1 for fine-tuning
 WEIGHT_DECAY: NonNegative = 0.05  # decoupled weight decay; 0: off
 LAYER_DECAY: Fraction | None = None  # layer-wise learning-rate decay; 1: off; None: off, or 0.9 for fine-tuning
 ACCUMULATE: PositiveInt = 1  # gradient accumulation steps; 1: off
@@ -109,7 +109,7 @@ EMA_DECAY: Rate = 0.9998  # 1 / (1 - EMA_DECAY) is about the number of steps ave
 
 # --- machine
 AMP: Literal["auto", "bf16", "fp16", "off"] = "auto"  # mixed precision; "auto": bf16 where supported, else fp16 on cuda
-COMPILE: Literal["auto", "on", "off"] = "auto"  # torch.compile; "auto": on cuda under Linux in runs of 5,000 steps or more
+COMPILE: Literal["auto", "on", "off"] = "auto"  # torch.compile; "auto": on cuda, Linux, from 5,000 steps on
 DETERMINISTIC: bool = False  # on a GPU: slower kernels that add in a fixed order, so that a run can be repeated exactly
 SYNC_BATCH_NORM: bool = False  # on several GPUs: batch norm statistics over all of them
 
@@ -117,13 +117,13 @@ SYNC_BATCH_NORM: bool = False  # on several GPUs: batch norm statistics over all
 SAVE_MINUTES: NonNegative = 10.0  # minutes between checkpoints inside an epoch; 0: at the end of each epoch only
 TENSORBOARD: bool = False  # also log curves, augmentation and confusion matrices for TensorBoard (a package)
 
+# What EPOCHS, WARMUP_EPOCHS and LAYER_DECAY are where they are None.
+FROM_SCRATCH = dict(EPOCHS=100, WARMUP_EPOCHS=5, LAYER_DECAY=1.0)
+FINE_TUNING = dict(EPOCHS=20, WARMUP_EPOCHS=1, LAYER_DECAY=0.9)
+
 
 def main():
-    epochs = EPOCHS or (20 if PRETRAINED else 100)
-    warmup_epochs = (1 if PRETRAINED else 5) if WARMUP_EPOCHS is None else WARMUP_EPOCHS
-    layer_decay = LAYER_DECAY or (0.9 if PRETRAINED else 1.0)
-    config = current_values(globals()) | dict(EPOCHS=epochs, WARMUP_EPOCHS=warmup_epochs, LAYER_DECAY=layer_decay)
-    check_names(MODEL, OPTIMIZER)
+    check_choices(MODEL, OPTIMIZER, PRETRAINED, RESUME, DATA)
     if (MEAN is None) != (STD is None):
         raise ConstantError("MEAN and STD go together: set both or neither")
     if START_SIZE and START_SIZE > IMG_SIZE:
@@ -133,6 +133,8 @@ def main():
         distributed.processes(DEVICE, DETERMINISTIC) as (device, rank, world_size),
         RunFolder(OUTPUT, MODEL, RESUME, SAVE_MINUTES) as folder,
     ):
+        config = fill_in(current_values(globals()), FINE_TUNING if PRETRAINED else FROM_SCRATCH)
+        epochs = config["EPOCHS"]
         checkpoint = folder.load(MODEL, OPTIMIZER)
         weights = read_weights(MODEL, PRETRAINED) if PRETRAINED and checkpoint is None else None
 
@@ -148,8 +150,9 @@ def main():
         else:
             sizes = ImageSizes(epochs, spectrogram_size(sound))
             transform = spectrogram_transform(
-                mean, std, decibels=sound["decibels"], time_shift=TIME_SHIFT, gain=GAIN, noise=NOISE, spec_mask=SPEC_MASK
-            )
+                mean, std, decibels=sound["decibels"], time_shift=TIME_SHIFT, gain=GAIN, noise=NOISE,
+                spec_mask=SPEC_MASK,
+            )  # fmt: skip
         train_set, val_set = open_data(DATA, transform, eval_transform(sizes.last, mean, std))
         classes = train_set.classes
         print(cache_images(Path(DATA, CACHE), CACHE_GB, (train_set, sizes.full), (val_set, sizes.last)))
@@ -158,7 +161,7 @@ def main():
         )
         batch_size = train_loader.batch_sampler.batch_size
         if batch_size == 1 and max(sizes.training(0)) <= 32:
-            raise UserError("batch norm cannot learn from single images of 32 pixels; raise BATCH_SIZE or the image size")
+            raise UserError("batch norm cannot learn from single images of 32 pixels; raise BATCH_SIZE or IMG_SIZE")
 
         # --- network and optimizer
         seed_everything(SEED)
@@ -173,7 +176,7 @@ def main():
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model.to(device, memory_format=choose_layout(device))
         ema = ModelEma(model, EMA_DECAY) if USE_EMA else None
-        optimizer = create_optimizer(model, OPTIMIZER, LEARNING_RATE, WEIGHT_DECAY, layer_decay, device)
+        optimizer = create_optimizer(model, OPTIMIZER, LEARNING_RATE, WEIGHT_DECAY, config["LAYER_DECAY"], device)
         amp_dtype = choose_amp(AMP, device)
         amp = partial(torch.autocast, device.type, amp_dtype, enabled=amp_dtype is not None)
         state = TrainingState(
@@ -185,12 +188,9 @@ def main():
         step_images = batch_size * world_size * ACCUMULATE
         # For optimizers that divide by the gradient's size, the learning rate grows with the root of the batch size
         # (Malladi et al., "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms", NeurIPS 2022).
+        peak, warmup_steps = LEARNING_RATE * math.sqrt(step_images / 32), round(config["WARMUP_EPOCHS"] * steps)
         learning_rate = partial(
-            warmup_cosine,
-            steps=epochs * steps,
-            warmup_steps=round(warmup_epochs * steps),
-            highest=LEARNING_RATE * math.sqrt(step_images / 32),
-            lowest=1e-6,
+            warmup_cosine, steps=epochs * steps, warmup_steps=warmup_steps, highest=peak, lowest=1e-6
         )
         # Sounds add up, as in Mixup; a rectangle of one spectrogram in another, as in CutMix, is nothing one hears.
         mixup = BatchMixup(len(classes), MIXUP, CUTMIX if sound is None else 0.0, MIX_PROB, SMOOTHING)
@@ -206,7 +206,7 @@ def main():
         folder.begin(about, checkpoint)
         if checkpoint is not None:
             state.load(checkpoint)
-        print_summary(about, state, sizes, val_set, statistics, learning_rate)
+        print_summary(about, state, sizes, train_loader, val_set, statistics, learning_rate)
         board = Board(folder.path, state.epoch) if TENSORBOARD and rank == 0 else None
         if board is not None:
             board.add_augmentation(state.epoch, train_set, transform, mixup)
@@ -241,34 +241,23 @@ def main():
         return distributed.leave(device, 0)
 
 
-def check_names(model, optimizer):
-    """ConstantError for a network or an optimizer that timm does not know."""
+def check_choices(model, optimizer, pretrained, resume, data):
+    """Refuse names that nobody knows before anything is read or written."""
     if model not in timm.list_models():
         near = ", ".join(timm.list_models("unireplknet*"))
         raise ConstantError(f"MODEL must be one of {near}, or another name that timm lists, got {model!r}")
     if optimizer not in list_optimizers():
         raise ConstantError(f'OPTIMIZER must be "muon", "adamw" or another that timm lists, got {optimizer!r}')
-
-
-def choose_mean_and_std(data, mean, std, sound):
-    """Mean, std (three floats each) and where they come from: the constants, mean_std.py's file, or ImageNet."""
-    if mean is not None:
-        return list(mean), list(std), "the constants"
-    statistics, manifest = Path(data, STATISTICS), Path(data, MANIFEST)
-    if not statistics.is_file():
-        return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD), "ImageNet, since mean_std.py was not run"
-    measured = read_json(statistics)
-    if measured.get("sound") != sound:
-        print("warning: makedata.py makes other spectrograms since mean_std.py was run; run it again")
-    if manifest.is_file() and read_json(manifest)["fingerprint"] != measured["fingerprint"]:
-        print("warning: the images have changed since mean_std.py was run; run it again")
-    return measured["mean"], measured["std"], f"{statistics}, {measured['pictures']} images"
+    if resume not in ("", "auto") and not Path(resume).is_file():
+        raise ConstantError(f'RESUME must be "", "auto" or the path of a checkpoint, got {resume!r}')
+    if pretrained and not resume:
+        check_pretrained(model, pretrained)
+    if not Path(data, "train").is_dir():
+        raise UserError(f"there is no folder {Path(data, 'train')}; run makedata.py first")
 
 
 def open_data(data, transform, val_transform):
     """The data sets in `data`/train and `data`/val; UserError unless both hold the same two or more classes."""
-    if not Path(data, "train").is_dir():
-        raise UserError(f"there is no folder {Path(data, 'train')}; run makedata.py first")
     train_set = open_image_folder(Path(data, "train"), transform)
     val_set = open_image_folder(Path(data, "val"), val_transform)
     if train_set.classes != val_set.classes:
@@ -342,7 +331,7 @@ def train_one_epoch(
     """
     model, sampler = state.model, loader.batch_sampler
     network.train()
-    freeze(unwrap(model), frozen)
+    freeze(model, frozen)
     if sampler.world_size > 1:  # in each epoch anew, since it notes which parameters are trained
         network = DistributedDataParallel(network)
     steps = math.ceil(len(loader) / accumulate)
@@ -380,13 +369,13 @@ def train_one_epoch(
                         state.scaler.scale(loss * weight).backward()
                     totals = totals + measure(loss, logits, labels)
                 break
-            # Memory is full: again, in smaller micro-batches. Out here the error no longer holds the memory of its pass.
+            # Again, in smaller micro-batches. Out here the error no longer holds the memory of its pass.
             torch.cuda.empty_cache()
             state.optimizer.zero_grad(set_to_none=True)
             copy_tensors(buffers_before, buffers)
             bar.write(
-                f"memory is full: each batch of {sampler.batch_size} is now computed in {state.micro_batches} parts; the "
-                "steps stay the same, but for the batch norms, which see one part at a time"
+                f"memory is full: each batch of {sampler.batch_size} is now computed in {state.micro_batches} parts; "
+                "the steps stay the same, but for the batch norms, which see one part at a time"
             )
 
         state.scaler.unscale_(state.optimizer)
@@ -429,23 +418,12 @@ def train_one_epoch(
     )
 
 
-def freeze(model, frozen):
-    """Train the head only, or everything; frozen batch norms keep their statistics, too."""
-    head = model.get_classifier()
-    if frozen:
-        model.eval()
-        head.train()
-    for parameter in model.parameters():
-        parameter.requires_grad_(not frozen)
-    head.requires_grad_(True)
-
-
 def micro_batches(batches, numbers, prepare, count):
     """The batches of a step, prepared and cut into `count` parts each.
 
     Yields:
-        images (n, 3, H, W), labels (n,), targets (n, classes), weight of their loss in the step's mean, whether they are
-        the last.
+        images (n, 3, H, W), labels (n,), targets (n, classes), weight of their loss in the step's mean, whether they
+        are the last.
     """
     for batch, number in zip(batches, numbers):
         whole = prepare(batch, number)

@@ -152,8 +152,8 @@ def add_noise(image, probability, levels, decibels):
 
 
 def mask(image, fraction, dim):
-    """Set a random stretch of up to `fraction` of the frames (dim 2) or mel bands (dim 1) to 0, the mean of a normalised
-    image (SpecAugment, Park et al., arXiv:1904.08779)."""
+    """Set a random stretch of up to `fraction` of the frames (dim 2) or mel bands (dim 1) to 0, the mean (SpecAugment,
+    Park et al., arXiv:1904.08779)."""
     size = image.shape[dim]
     width = random.randint(0, int(fraction * size))
     image = image.clone()

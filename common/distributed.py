@@ -47,7 +47,8 @@ def processes(device_name, deterministic=False):
     if launched() and device.type == "cuda":
         if device.index is not None:
             raise ConstantError(
-                f'DEVICE must be "auto" or "cuda" under torchrun, which gives each process its own GPU, got {device_name!r}'
+                'DEVICE must be "auto" or "cuda" under torchrun, which gives each process its own GPU, got '
+                f"{device_name!r}"
             )
         device = choose_device(f"cuda:{local_rank()}")
         torch.cuda.set_device(device)

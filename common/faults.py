@@ -6,7 +6,6 @@ import signal
 import torch
 
 from common.options import UserError
-from ema import unwrap
 
 
 class Stopped(Exception):
@@ -154,7 +153,7 @@ def explain_not_finite(state, loader, first_batch, batches, numbers, prepare, am
         if broken:
             return f"not finite after the augmentation: {', '.join(broken[:4])}; check MEAN and STD"
         with amp():
-            layer = first_non_finite_layer(unwrap(state.model), prepare(batch, number)[0])
+            layer = first_non_finite_layer(state.model, prepare(batch, number)[0])
         if layer is not None:
             origin = f"the first layer with a non-finite output is {layer}"
             break

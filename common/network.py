@@ -10,6 +10,18 @@ from common.options import ConstantError, UserError
 from models import UniRepLKNet, load_weights
 
 
+def check_pretrained(arch, pretrained):
+    """ConstantError unless `pretrained` names weights for the network `arch`; see `read_weights`."""
+    if not arch.startswith("unireplknet"):
+        raise ConstantError(f'PRETRAINED works with the UniRepLKNet variants, not with MODEL {arch!r}; set it to ""')
+    tags = [name.split(".", 1)[1] for name in timm.list_pretrained(f"{arch}.*")]
+    if pretrained not in ("seedlings", *tags) and not Path(pretrained).is_file():
+        raise ConstantError(
+            f'PRETRAINED must be "seedlings", an existing file, or a published tag of {arch} ({", ".join(tags)}), got '
+            f"{pretrained!r}"
+        )
+
+
 def read_weights(arch, pretrained):
     """Pretrained weights for the network `arch`: {name: tensor}, or a checkpoint that holds them.
 
@@ -18,23 +30,13 @@ def read_weights(arch, pretrained):
         pretrained: "seedlings", the path of a file, or the tag of published weights, which are downloaded.
 
     Raises:
-        ConstantError: if it is none of these; UserError if it cannot be read.
+        UserError: if they cannot be read.
     """
-    if not arch.startswith("unireplknet"):
-        raise ConstantError(f"PRETRAINED works with the UniRepLKNet variants, not with MODEL {arch!r}; set it to ''")
     if pretrained == "seedlings" or Path(pretrained).is_file():
         return load_file(SEEDLINGS if pretrained == "seedlings" else pretrained)
-    tags = [name.split(".", 1)[1] for name in timm.list_pretrained(f"{arch}.*")]
-    if pretrained not in tags:
-        raise ConstantError(
-            f'PRETRAINED must be "seedlings", an existing file, or a published tag of {arch} ({", ".join(tags)}), got '
-            f"{pretrained!r}"
-        )
     published = timm.get_pretrained_cfg(f"{arch}.{pretrained}")
     try:
-        return timm.models.load_state_dict_from_hf(
-            published.hf_hub_id, published.hf_hub_filename, weights_only=True
-        )
+        return timm.models.load_state_dict_from_hf(published.hf_hub_id, published.hf_hub_filename, weights_only=True)
     except Exception as error:  # no network, a proxy, a hub that is down: many kinds
         raise UserError(
             f"cannot download {published.hf_hub_filename} from {published.hf_hub_id} ({type(error).__name__}); "
@@ -87,3 +89,14 @@ def load_pretrained(model, weights, classes):
         return load_weights(model, weights, classes)
     except ValueError as error:
         raise UserError(f"PRETRAINED: {error}") from error
+
+
+def freeze(model, frozen):
+    """Train the head only, or everything; frozen batch norms keep their statistics, too."""
+    head = model.get_classifier()
+    if frozen:
+        model.eval()
+        head.train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(not frozen)
+    head.requires_grad_(True)

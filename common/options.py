@@ -104,6 +104,9 @@ Probability = Annotated[float, Limits(0, 1)]
 Rate = Annotated[float, Limits(0, below=1)]  # a probability or factor that must stay below 1
 Fraction = Annotated[float, Limits(high=1, above=0)]
 ImageSize = Annotated[int, Limits(32)]  # the network divides an image's sides by 32
+MultipleOf32 = Annotated[int, Limits(32, multiple=32)]
+Channels = Annotated[list[Probability], Length(3)]
+PositiveChannels = Annotated[list[Positive], Length(3)]
 Workers = Annotated[int, Limits(0, 256)]
 Port = Annotated[int, Limits(0, 65535)]
 Name = Annotated[str, NotEmpty()]
@@ -217,6 +220,14 @@ def current_values(namespace):
     return {name: namespace[name] for name in read_constants(namespace["__file__"])}
 
 
+def fill_in(values, defaults):
+    """`values` of constants, {name: value}, with those of `defaults` where they are None; prints which these are."""
+    chosen = {name: value for name, value in defaults.items() if values[name] is None}
+    if chosen:
+        print(f"default     {', '.join(f'{name} {value}' for name, value in chosen.items())}, where they are None")
+    return values | chosen
+
+
 def read_kinds(namespace):
     """{name: annotation} of the globals of a script."""
     # From Python 3.14 on, annotations are evaluated on demand.
@@ -327,8 +338,8 @@ def describe_overrides(overrides, script):
     texts = []
     for name, (value, before) in overrides.items():
         if value != before and before not in ("", None, []):  # an empty default is nothing that a person set
-            texts.append(f"{name} {value} (not {before})")
-    return f"options     {', '.join(texts)} as {script} has it" if texts else None
+            texts.append(f"{name} {value} ({script}: {before})")
+    return f"options     {', '.join(texts)}" if texts else None
 
 
 def run(main, positional=None):

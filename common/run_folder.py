@@ -32,7 +32,7 @@ from common.manifest import fingerprint
 from common.options import UserError
 from common.plots import plot_curves
 from common.renamed import FORMER_CONSTANTS, upgrade_config
-from ema import ModelEma, unwrap
+from ema import ModelEma
 from models import describe_implementation
 
 KEEP = 2  # newest checkpoints that are kept; one that is damaged is skipped when a run is resumed
@@ -56,8 +56,8 @@ class Totals(NamedTuple):
 
 @dataclass
 class TrainingState:
-    """All that changes during training. A checkpoint holds all of it, and nothing else is needed to resume: the order of
-    the images, their augmentation, Mixup and stochastic depth follow from seed, epoch and batch."""
+    """All that changes during training. A checkpoint holds all of it, and nothing else is needed to resume: order and
+    augmentation of the images, Mixup and stochastic depth follow from seed, epoch and batch."""
 
     model: torch.nn.Module
     ema: ModelEma | None
@@ -94,13 +94,13 @@ class TrainingState:
 
     def networks(self):
         """{prefix in log.csv: network to validate}; the last one is what test.py uses."""
-        return dict(val=unwrap(self.model)) | ({} if self.ema is None else dict(ema=self.ema.ema))
+        return dict(val=self.model) | ({} if self.ema is None else dict(ema=self.ema.ema))
 
     def to_checkpoint(self):
         """What a checkpoint holds: plain types and tensors."""
         counters = {key: getattr(self, name) for name, key in self.COUNTERS.items()}
         return dict(
-            state_dict=unwrap(self.model).state_dict(),
+            state_dict=self.model.state_dict(),
             state_dict_ema=None if self.ema is None else self.ema.ema.state_dict(),
             ema_updates=0 if self.ema is None else self.ema.updates,
             optimizer=self.optimizer.state_dict(),
@@ -240,7 +240,8 @@ class RunFolder(contextlib.ExitStack):
             self.refuse(self.resume, "the classes", about["classes"], checkpoint["classes"])
             self.refuse(self.resume, "how spectrograms are made", about.get("sound"), checkpoint.get("sound"))
         if self.writes:
-            if self.resume != "auto" and not (self.resume and Path(self.resume).resolve().parent == self.path.resolve()):
+            here = self.resume == "auto" or self.resume and Path(self.resume).resolve().parent == self.path.resolve()
+            if not here:
                 set_aside(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("class_indices.json", dict(enumerate(about["classes"])))
@@ -285,7 +286,8 @@ class RunFolder(contextlib.ExitStack):
         for prefix, (results, _, _) in validation.items():
             row |= {f"{prefix}_{name}": value for name, value in results.items()}
         row["seconds"] = state.seconds + validation_seconds
-        results, labels, predictions = validation[prefix]  # of the weights that test.py uses: the EMA's, if there is one
+        # The last ones are those of the weights that test.py uses: the EMA's, if there is one.
+        results, labels, predictions = validation[prefix]
         is_best = self.is_best(state, results, last_size)
         if is_best:
             state.best_acc1, state.best_size = results["acc1"], state.img_size
@@ -356,32 +358,49 @@ def to_area(img_size):
     return math.prod(height_and_width(img_size))
 
 
-def print_summary(about, state, sizes, val_set, statistics, learning_rate):
+def print_summary(about, state, sizes, train_loader, val_set, statistics, learning_rate):
     """Print what the run is made of, and where derived values come from."""
     config, versions, classes = about["config"], about["versions"], about["classes"]
-    device, kind = next(state.model.parameters()).device, "images" if about.get("sound") is None else "spectrograms"
+    device, sampler = next(state.model.parameters()).device, train_loader.batch_sampler
     (height, width), (start, _), (test, _) = sizes.full, sizes.training(0), sizes.last
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    steps, warmup = (learning_rate.keywords[name] for name in ("steps", "warmup_steps"))
     print(f"network     {about['arch']}, {parameters / 1e6:.1f} million parameters, {height} x {width} pixels")
-    if start < height or test != height:
-        print(f"image size  from {start} to {height} pixels in training, {test} in validation from then on")
+    if (start, test) != (height, height):
+        print(f"image size  {start} pixels in the first epoch, {height} at the end, {test} in validation from then on")
     if about.get("sound") is not None:
         print(f"spectrogram {', '.join(f'{name} {value}' for name, value in about['sound'].items())}")
-        print(f"            of their own size, IMG_SIZE {config['IMG_SIZE']} is for images")
+        print(f"            keeps its own size; IMG_SIZE {config['IMG_SIZE']} is for images")
     print(f"large conv  {describe_implementation(device, choose_amp(config['AMP'], device) or torch.float32)}")
     print(f"device      {device}, {versions['precision']}, torch {versions['torch']}, timm {versions['timm']}")
-    if versions["processes"] > 1:
-        print(f"processes   {versions['processes']}")
+    print(f"loading     {train_loader.num_workers} workers{' (chosen for the device)' * (config['WORKERS'] is None)}")
+    if sampler.world_size > 1:
+        print(f"processes   {sampler.world_size}")
+    kind = "images" if about.get("sound") is None else "spectrograms"
     print(f"{kind:11} {about['pictures_train']} for training, {len(val_set)} for validation")
     print(f"classes     {len(classes)}: {', '.join(classes[:24])}{', ...' if len(classes) > 24 else ''}")
-    print(f"mean, std   {[round(v, 4) for v in about['mean']]}, {[round(v, 4) for v in about['std']]} from {statistics}")
+    mean, std = ([round(value, 4) for value in about[name]] for name in ("mean", "std"))
+    print(f"mean, std   {mean}, {std} from {statistics}")
+    print(f"augmented   {describe_augmentation(config, about.get('sound'))}")
     if config["CUTOUT"] and CUTOUT_ERROR:
         print(f"cutout      torchvision's RandomErasing, since torchtoolbox cannot be imported ({CUTOUT_ERROR})")
-    print(f"epochs      {config['EPOCHS']}, of {steps // config['EPOCHS']} steps; layer decay {config['LAYER_DECAY']}")
-    print(f"lr          peak {learning_rate.keywords['highest']:.2e}, LEARNING_RATE for this batch size")
+    steps, warmup, peak = (learning_rate.keywords[name] for name in ("steps", "warmup_steps", "highest"))
+    step_images = sampler.batch_size * sampler.world_size * config["ACCUMULATE"]
+    print(f"steps       {steps // config['EPOCHS']} an epoch, of {step_images} images")
+    print(f"lr          {peak:.2e} at its peak: LEARNING_RATE {config['LEARNING_RATE']} x sqrt({step_images} / 32)")
     if warmup >= steps:
-        print(f"            never reached: {config['WARMUP_EPOCHS']:g} warm-up epochs in a run of {config['EPOCHS']}")
+        print(f"            never reached: {config['WARMUP_EPOCHS']:g} warm-up epochs of {config['EPOCHS']}")
+
+
+def describe_augmentation(config, sound):
+    """The constants of the augmentation that is on, in one line."""
+    names = ["CUTOUT", "HFLIP", "VFLIP", "QUARTER_TURNS", "ROTATION", "COLOR_JITTER"]
+    if sound is not None:
+        names = ["TIME_SHIFT", "GAIN", "NOISE", "SPEC_MASK"]
+    elif config["CROP"] < 1:
+        names.insert(0, "CROP")
+    if config["MIX_PROB"]:
+        names += ["MIXUP"] if sound is not None else ["MIXUP", "CUTMIX"]
+    return ", ".join(f"{name} {config[name]}" for name in names if config[name]) or "not at all"
 
 
 def format_row(row, with_ema):

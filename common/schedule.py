@@ -22,9 +22,9 @@ class ImageSizes:
     Args:
         epochs: length of the run.
         full: training size at the end.
-        test: size for validation and prediction; larger than `full` where crops are learned, since a crop that is scaled
-            to the training size shows objects larger than the whole image does (Touvron et al., "Fixing the train-test
-            resolution discrepancy", NeurIPS 2019). None: `full`.
+        test: size for validation and prediction; larger than `full` where crops are learned, since a crop that is
+            scaled to the training size shows objects larger than the whole image does (Touvron et al., "Fixing the
+            train-test resolution discrepancy", NeurIPS 2019). None: `full`.
         start: training size in the first epoch, one number for a square; None: `full` from the start.
     """
 
