@@ -1,4 +1,4 @@
-"""What the test files share: the scripts from the repository root, and small pictures to run them on."""
+"""What the test files share: the scripts from the repository root, and small images to run them on."""
 
 import colorsys
 import os
@@ -18,13 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import makedata  # noqa: E402
+import tiny  # noqa: E402, F401  registers unireplknet_test
 import train  # noqa: E402
-from common.options import read_constants  # noqa: E402
+from common.options import current_values  # noqa: E402
 
-DEFAULTS = {name: getattr(train, name) for name in read_constants(train.__file__)}
+DEFAULTS = current_values(vars(train))
 # float32 everywhere, so that the tests see the same numbers on CPUs with and without bfloat16.
-SMALL = dict(MODEL="unireplknet_a", IMG_SIZE=32, BATCH_SIZE=4, EPOCHS=2, WORKERS=0, WARMUP_EPOCHS=0.5)
-# AdamW, since muon's matrix products take longer than everything else with so few and small pictures.
+SMALL = dict(MODEL="unireplknet_test", IMG_SIZE=32, BATCH_SIZE=4, EPOCHS=2, WORKERS=0, WARMUP_EPOCHS=0.5)
+# AdamW, since muon's matrix products take longer than everything else with so few and small images.
 SMALL |= dict(DEVICE="cpu", AMP="off", OPTIMIZER="adamw")
 CLASSES = {"Common wheat": 10, "Maize": 10, "玉米 苗": 10}
 
@@ -52,8 +53,8 @@ def run_script(tmp_path):
     return run
 
 
-def draw_picture(key, size=(48, 48), colour=None):
-    """A picture of noise, about `colour` if one is given; the same key gives the same pixels.
+def draw_noise(key, size=(48, 48), colour=None):
+    """An image of noise, about `colour` if one is given; the same key gives the same pixels.
 
     Args:
         key: any text.
@@ -68,14 +69,14 @@ def draw_picture(key, size=(48, 48), colour=None):
 
 
 def fill_classes(root, counts, size=48):
-    """Fill `root/<class>/` with PNG pictures, each class about a colour of its own; returns the sorted paths.
+    """Fill `root/<class>/` with PNG images, each class about a colour of its own; returns the sorted paths.
 
-    A picture depends on its class, its number and the place of its class in `counts` only.
+    An image depends on its class, its number and the place of its class in `counts` only.
 
     Args:
         root: folder, made if need be.
-        counts: {class name: number of pictures}.
-        size: edge in pixels.
+        counts: {class name: number of images}.
+        size: width and height in pixels.
     """
     paths = []
     for place, (name, count) in enumerate(counts.items()):
@@ -85,7 +86,7 @@ def fill_classes(root, counts, size=48):
         folder.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             paths.append(folder / f"{index:03d}.png")
-            draw_picture(f"{name}/{index}", size, colour).save(paths[-1])
+            draw_noise(f"{name}/{index}", size, colour).save(paths[-1])
     return sorted(paths)
 
 
@@ -117,6 +118,8 @@ def run_train(place, monkeypatch):
     """Call train.main() with some constants changed; returns the run's folder."""
 
     def run(status=0, **constants):
+        unknown = set(constants) - set(DEFAULTS)
+        assert not unknown, unknown
         constants = DEFAULTS | SMALL | constants
         for name, value in constants.items():
             monkeypatch.setattr(train, name, value)
@@ -128,13 +131,8 @@ def run_train(place, monkeypatch):
 
 @pytest.fixture(scope="session")
 def draw_image():
-    """The function `draw_picture`."""
-    return draw_picture
-
-
-@pytest.fixture(scope="session")
-def picture():
-    return draw_picture
+    """The function `draw_noise`."""
+    return draw_noise
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
-"""Kill a run of train.py with SIGKILL again and again, and compare its end with that of a run left alone.
+"""Kill a run of train.py with SIGKILL again and again, and compare its end with that of an uninterrupted run.
 
-    python -m tests.kill --kills 30
+    python tests/kill.py --kills 30
 
-Pictures are drawn into a temporary folder. Half of the kills come after a random time, half while a checkpoint is being
+Images are drawn into a temporary folder. Half of the kills come after a random time, half while a checkpoint is being
 written. Both runs save after every step. Prints one line for each kill; exit status 0 if weights, EMA, optimizer state
 and history are the same to the last bit.
 """
@@ -68,17 +68,17 @@ def kill_and_compare(folder, kills, epochs=4, seed=0, device="cpu", say=print):
         device: "cpu", or "cuda" with deterministic algorithms.
         say: function that takes one line for each kill.
     """
-    options = f"--model unireplknet_a --img-size 32 --batch-size 4 --epochs {epochs} --mix-prob 0.7 --drop-path 0.3"
+    options = f"--model unireplknet_test --img-size 32 --batch-size 4 --epochs {epochs} --mix-prob 0.7 --drop-path 0.3"
     options += f" --workers 0 --device {device} --deterministic --resume auto --save-minutes 1e-9 --accumulate 2"
-    options += " --optimizer adamw"  # muon takes longer than everything else with so few and small pictures
-    command = [sys.executable, str(ROOT / "train.py"), *options.split()]
+    options += " --optimizer adamw"  # muon takes longer than everything else with so few and small images
+    command = [sys.executable, str(ROOT / "tests" / "tiny.py"), *options.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = dict(cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
 
     started = time.monotonic()
     subprocess.run([*command, "--output", "straight"], check=True, **quiet)
     length = time.monotonic() - started
-    last = Path(folder, "killed", "unireplknet_a", "last.pth")
+    last = Path(folder, "killed", "unireplknet_test", "last.pth")
     partial = last.with_name("last.pth.part")
     moments = random.Random(seed)
     done = 0
@@ -105,11 +105,11 @@ def kill_and_compare(folder, kills, epochs=4, seed=0, device="cpu", say=print):
             raise RuntimeError(errors)
         done += 1
         saved = torch.load(last, weights_only=True) if last.exists() else dict(epoch=0, pictures=0)
-        state = f"{saved['epoch']} epochs and {saved['pictures']} pictures saved, part file {partial.exists()}"
+        state = f"{saved['epoch']} epochs and {saved['pictures']} images saved, part file {partial.exists()}"
         say(f"kill {done:2} {kind:12}: {state}")
     subprocess.run([*command, "--output", "killed"], check=True, **quiet)
     ends = [
-        torch.load(Path(folder, name, "unireplknet_a", "last.pth"), weights_only=True)
+        torch.load(Path(folder, name, "unireplknet_test", "last.pth"), weights_only=True)
         for name in ("straight", "killed")
     ]
     return differences(*ends), done
@@ -129,7 +129,7 @@ def main():
         fill_classes(Path(folder, "data1"), {"a": 20, "b": 20, "c": 20})
         subprocess.run([sys.executable, str(ROOT / "makedata.py")], cwd=folder, check=True, capture_output=True)
         different, done = kill_and_compare(folder, options.kills, options.epochs, options.seed, options.device)
-    print(f"{done} kills; different from the run left alone: {', '.join(different) or 'nothing'}")
+    print(f"{done} kills; different from the uninterrupted run: {', '.join(different) or 'nothing'}")
     return 1 if different else 0
 
 

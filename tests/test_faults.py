@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,16 @@ from conftest import ROOT
 from kill import differences, kill_and_compare
 
 import train
+from common import faults
+from common.augment import BatchMixup
 from common.checkpoint import load_checkpoint, load_file, load_newest, save_checkpoint
 from common.faults import first_non_finite_layer
 from common.images import load_image
 from common.options import UserError
 
-# 21 training pictures: 5 batches of 4, so 3 steps an epoch; enough randomness to notice a step that is not repeated.
+# 21 training images: 5 batches of 4, so 3 steps an epoch; enough randomness to notice a step that is not repeated.
 RUN = dict(EPOCHS=3, ACCUMULATE=2, MIX_PROB=0.7, DROP_PATH=0.3)
-OPTIONS = "--model unireplknet_a --img-size 32 --batch-size 4 --workers 0 --device cpu --amp off".split()
+OPTIONS = "--model unireplknet_test --img-size 32 --batch-size 4 --workers 0 --device cpu --amp off".split()
 OPTIONS += ["--optimizer", "adamw"]
 
 
@@ -34,23 +37,23 @@ def straight(run_train):
     return load_checkpoint(run_train(**RUN, OUTPUT="straight") / "last.pth")
 
 
-def at_step(monkeypatch, number, action):
-    """Call `action(run)` after the gradients of step `number` (from 1, over all epochs) are computed."""
-    original, steps = train.compute_gradients, []
+def at_step(monkeypatch, numbers, action):
+    """Call `action(parameters)` after the gradients of the steps `numbers` (from 1, over all epochs) are computed."""
+    original, steps = torch.nn.utils.clip_grad_norm_, []
 
-    def compute_gradients(run, *arguments):
-        totals = original(run, *arguments)
+    def clip_grad_norm_(parameters, max_norm):
+        parameters = list(parameters)
         steps.append(1)
-        if len(steps) == number:
-            action(run)
-        return totals
+        if len(steps) in numbers:
+            action(parameters)
+        return original(parameters, max_norm)
 
-    monkeypatch.setattr(train, "compute_gradients", compute_gradients)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
 
 
 def start(folder, *options):
     """train.py as a process of its own."""
-    command = [sys.executable, str(ROOT / "train.py"), *OPTIONS, *options]
+    command = [sys.executable, str(ROOT / "tests" / "tiny.py"), *OPTIONS, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
@@ -77,12 +80,12 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     number, status, step, run_train, straight, monkeypatch, capsys
 ):
     before = signal.getsignal(signal.SIGINT)
-    at_step(monkeypatch, step, lambda run: os.kill(os.getpid(), number))
+    at_step(monkeypatch, {step}, lambda _: os.kill(os.getpid(), number))
     folder = run_train(status, **RUN)
     saved = load_checkpoint(folder / "last.pth")
     # A signal in an epoch's last step (3) stops the validation; the epoch counts as not finished.
     assert saved["epoch"] == (step - 1) // 3 and saved["pictures"] == 8 * (step - 3 * saved["epoch"])
-    assert "--resume auto goes on" in capsys.readouterr().out
+    assert "resume with --resume auto" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     monkeypatch.chdir(folder.parent.parent)
@@ -109,7 +112,7 @@ def test_a_signal_during_validation_does_not_lose_the_epoch(epoch, run_train, st
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no signals between processes")
 def test_the_second_ctrl_c_ends_at_once(place):
     run = start(place, "--epochs", "1000", "--save-minutes", "0", "--workers", "1")
-    wait_for(place / "checkpoints" / "unireplknet_a" / "last.pth", run)
+    wait_for(place / "checkpoints" / "unireplknet_test" / "last.pth", run)
     # Stopped in between, the process gets both signals before it can finish its step.
     run.send_signal(signal.SIGSTOP)
     run.send_signal(signal.SIGINT)
@@ -118,30 +121,30 @@ def test_the_second_ctrl_c_ends_at_once(place):
     run.send_signal(signal.SIGINT)
     out, errors = run.communicate(timeout=30)
     assert run.returncode in (-signal.SIGINT, 130) and "Traceback" not in errors
-    load_checkpoint(place / "checkpoints" / "unireplknet_a" / "last.pth")
+    load_checkpoint(place / "checkpoints" / "unireplknet_test" / "last.pth")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no signals between processes")
 def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_the_run_still_saves(place):
-    command = [sys.executable, str(ROOT / "train.py"), *OPTIONS, "--epochs", "1000", "--workers", "2"]
+    command = [sys.executable, str(ROOT / "tests" / "tiny.py"), *OPTIONS, "--epochs", "1000", "--workers", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
     run = subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, **pipes)
-    wait_for(place / "checkpoints" / "unireplknet_a" / "last.pth", run)
+    wait_for(place / "checkpoints" / "unireplknet_test" / "last.pth", run)
     os.killpg(run.pid, signal.SIGINT)
     out, errors = run.communicate(timeout=60)
     assert run.returncode == 130 and "saved" in out and "Traceback" not in errors, errors
 
 
-def test_figures_that_are_not_finite_make_no_best_checkpoint(run_train, monkeypatch):
+def test_metrics_that_are_not_finite_make_no_best_checkpoint(run_train, monkeypatch):
     original, results = train.validate, []
 
     def validate(*arguments):
-        figures, labels, predictions = original(*arguments)
-        results.append(figures["acc1"])
+        metrics, labels, predictions = original(*arguments)
+        results.append(metrics["acc1"])
         if len(results) in (1, 3):
-            figures = dict(figures, loss=float("nan"), acc1=100.0)
-        return figures, labels, predictions
+            metrics = dict(metrics, loss=float("nan"), acc1=100.0)
+        return metrics, labels, predictions
 
     monkeypatch.setattr(train, "validate", validate)
     folder = run_train(EPOCHS=3, USE_EMA=False)
@@ -180,7 +183,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(how, run_train, 
     damage(folder / "last.pth", how)
     folder = run_train(**RUN, RESUME="auto")
     out = capsys.readouterr().out
-    assert f"{Path('checkpoints/unireplknet_a/last.pth')} is damaged" in out and "2 epochs finished" in out
+    assert f"{Path('checkpoints/unireplknet_test/last.pth')} is damaged" in out and "2 epochs finished" in out
     assert not differences(load_checkpoint(folder / "last.pth"), straight)
 
 
@@ -213,15 +216,13 @@ def test_any_single_bit_is_noticed_or_harmless(tmp_path):
     assert noticed > 300  # the 2,400 bytes of the tensor alone
 
 
-def test_as_many_checkpoints_as_asked_for_are_kept(run_train):
-    folder = run_train(EPOCHS=5, KEEP=3)
+def test_the_newest_checkpoints_are_kept(run_train):
+    folder = run_train(EPOCHS=4)
     epochs = {file.name: load_checkpoint(file)["epoch"] for file in folder.glob("last*.pth")}
-    assert epochs == {"last.pth": 5, "last.1.pth": 4, "last.2.pth": 3}
+    assert epochs == {"last.pth": 4, "last.1.pth": 3}
     assert load_newest(folder / "last.pth")[1] == folder / "last.pth"
     (folder / "last.pth").unlink()  # killed between the renames
-    assert load_newest(folder / "last.pth")[0]["epoch"] == 4
-    folder = run_train(EPOCHS=2, KEEP=1)
-    assert [file.name for file in folder.glob("last*.pth")] == ["last.pth"]
+    assert load_newest(folder / "last.pth")[0]["epoch"] == 3
 
 
 def test_a_failed_save_leaves_the_file_before_it(tmp_path):
@@ -247,10 +248,10 @@ def file_system(folder, options):
 
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays_whole(place):
     disk = place / "disk"
-    with file_system(disk, "size=320m"):  # each checkpoint takes about 70 MB: best, last and last.1 fit, but not a part
+    with file_system(disk, "size=8m"):  # each checkpoint takes about 1 MB
         filler = disk / "filler"
         run = start(place, "--epochs", "1000", "--output", str(disk), "--resume", "auto")
-        folder = disk / "unireplknet_a"
+        folder = disk / "unireplknet_test"
         wait_for(folder / "log.csv", run)
         with open(filler, "wb") as file:
             try:
@@ -299,11 +300,11 @@ def test_a_read_only_folder_is_named(place):
 
 
 HOLD = "import sys, time; sys.path.insert(0, sys.argv[1]); from common.run_folder import lock\n"
-HOLD += "held = lock(sys.argv[2]); print('held', flush=True); time.sleep(600)"
+HOLD += "held = lock(sys.argv[2]); held.__enter__(); print('held', flush=True); time.sleep(600)"
 
 
 def test_two_runs_in_one_folder_are_refused_and_a_crash_frees_the_folder(run_train, place):
-    folder = Path("checkpoints", "unireplknet_a")
+    folder = Path("checkpoints", "unireplknet_test")
     holder = subprocess.Popen([sys.executable, "-c", HOLD, ROOT, folder], cwd=place, stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline().strip() == b"held"
@@ -335,40 +336,39 @@ def poison_loss(monkeypatch, steps):
 
 
 def poison_gradient(monkeypatch, steps):
-    original, calls = train.compute_gradients, []
+    def poison(parameters):
+        parameters[-2].grad[0, 0] = float("inf")
 
-    def compute_gradients(run, *arguments):
-        totals = original(run, *arguments)
-        calls.append(1)
-        if len(calls) in steps:
-            run.model.head.weight.grad[0, 0] = float("inf")
-        return totals
-
-    monkeypatch.setattr(train, "compute_gradients", compute_gradients)
+    at_step(monkeypatch, steps, poison)
 
 
 def poison_input(monkeypatch, steps):
-    original, calls = train.mix, []
+    original, calls = BatchMixup.__call__, []
 
     def mix(mixup, images, labels):
         calls.append(1)
         images, targets = original(mixup, images, labels)
         return (images * float("nan") if len(calls) in steps else images), targets
 
-    monkeypatch.setattr(train, "mix", mix)
+    monkeypatch.setattr(BatchMixup, "__call__", mix)
 
 
 @pytest.mark.parametrize("poison", [poison_loss, poison_gradient, poison_input], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_a_step_that_is_not_finite_reaches_nothing(poison, amp, run_train, monkeypatch, capsys):
-    before = []
-    original = train.compute_gradients
+    before, models = [], []
+    create, cut = train.create_network, train.micro_batches
 
-    def note(run, *arguments):
-        before.append({name: tensor.clone() for name, tensor in run.model.state_dict().items()})
-        return original(run, *arguments)
+    def create_network(*arguments):
+        models.append(create(*arguments))
+        return models[0]
 
-    monkeypatch.setattr(train, "compute_gradients", note)
+    def micro_batches(*arguments):
+        before.append({name: tensor.clone() for name, tensor in models[0][0].state_dict().items()})
+        return cut(*arguments)
+
+    monkeypatch.setattr(train, "create_network", create_network)
+    monkeypatch.setattr(train, "micro_batches", micro_batches)
     poison(monkeypatch, {3})
     folder = run_train(EPOCHS=1, AMP=amp)  # 5 steps
     saved = load_checkpoint(folder / "last.pth")
@@ -390,38 +390,41 @@ def test_a_step_that_is_not_finite_reaches_nothing(poison, amp, run_train, monke
     [
         (poison_loss, "the loss was not finite in 4 steps in a row, .* epoch 2, step 3: the output of every layer is"),
         (poison_gradient, "the gradient was not finite in 4 steps"),
-        (poison_input, r"the first layer with a non-finite output is downsample_layers.0.0 \(Conv2d\); pictures data"),
+        (poison_input, r"the first layer with a non-finite output is downsample_layers.0.0 \(Conv2d\); images data"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_too_many_such_steps_in_a_row_stop_the_run(poison, words, run_train, monkeypatch):
+    monkeypatch.setattr(faults, "MAX_SKIPPED", 4)
     poison(monkeypatch, {2, 5, 6, 7, 8, 9})  # 5 steps an epoch
     with pytest.raises(UserError, match=words) as error:
-        run_train(EPOCHS=3, MAX_SKIPPED=4)
+        run_train(EPOCHS=3)
     assert "Lower LEARNING_RATE" in str(error.value) and str(error.value).count(".png") == 4
-    saved = load_checkpoint(Path("checkpoints/unireplknet_a/last.pth"))
+    saved = load_checkpoint(Path("checkpoints/unireplknet_test/last.pth"))
     assert saved["epoch"] == 1 and saved["history"][0]["skipped"] == 2 and saved["skipped_in_a_row"] == 1
 
 
-def test_a_picture_that_is_not_finite_is_named(run_train, monkeypatch, place):
+def test_an_image_that_is_not_finite_is_named(run_train, monkeypatch, place):
+    monkeypatch.setattr(faults, "MAX_SKIPPED", 1)
     original = train.train_transform
     victim = sorted((place / "data" / "train" / "Maize").iterdir())[0]
     pixels = load_image(victim).tobytes()
 
-    def train_transform(mean, std, sound=None):
-        augment = original(mean, std)
+    def train_transform(*arguments, **options):
+        augment = original(*arguments, **options)
         return lambda image: augment(image) * (float("nan") if image.tobytes() == pixels else 1)
 
     monkeypatch.setattr(train, "train_transform", train_transform)
-    with pytest.raises(UserError, match=f"not finite after the augmentation: .*{victim.name}; look at MEAN"):
-        run_train(EPOCHS=3, MAX_SKIPPED=1, CACHE_GB=0.0)  # the cache's picture has other pixels
+    with pytest.raises(UserError, match=f"not finite after the augmentation: .*{victim.name}; check MEAN"):
+        run_train(EPOCHS=3, CACHE_GB=0.0)  # the cached image has other pixels
 
 
 @pytest.mark.parametrize("clip", [0.0, 5.0])
-def test_an_absurd_learning_rate_stops_the_run_before_it_ruins_a_checkpoint(clip, run_train, place):
+def test_an_absurd_learning_rate_stops_the_run_before_it_ruins_a_checkpoint(clip, run_train, place, monkeypatch):
+    monkeypatch.setattr(faults, "MAX_SKIPPED", 3)
     with pytest.raises(UserError, match="[Ll]ower LEARNING_RATE"):
-        run_train(LEARNING_RATE=1e20, CLIP_GRAD=clip, EPOCHS=20, WARMUP_EPOCHS=0.0, MAX_SKIPPED=3)
-    for file in (place / "checkpoints" / "unireplknet_a").glob("*.pth"):
+        run_train(LEARNING_RATE=1e20, CLIP_GRAD=clip, EPOCHS=20, WARMUP_EPOCHS=0.0)
+    for file in (place / "checkpoints" / "unireplknet_test").glob("*.pth"):
         saved = load_checkpoint(file)
         for part in ("state_dict", "state_dict_ema"):
             assert all(tensor.isfinite().all() for tensor in saved[part].values()), (file, part)
@@ -444,7 +447,7 @@ def test_the_first_layer_that_is_not_finite_is_found():
 
 
 def limit_memory(monkeypatch, most, error):
-    """Let the loss of more than `most` pictures run out of memory."""
+    """Let the loss of more than `most` images run out of memory."""
     original = F.cross_entropy
 
     def cross_entropy(logits, target, **options):
@@ -468,28 +471,32 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_step(error, run_train, mon
     assert "memory is full" not in capsys.readouterr().out
 
 
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(monkeypatch):
-    monkeypatch.setattr(train, "MIX_PROB", 1.0)
-    batch = (torch.rand(7, 3, 4, 4), torch.randint(3, (7,)))
-    gradients, totals = [], []
-    for pieces in (1, 2, 4):
+def test_micro_batches_give_the_gradient_of_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.rand(7, 3, 4, 4, generator=generator), torch.randint(3, (7,), generator=generator))] * 2
+    mixup = BatchMixup(3, 0.8, 1.0, prob=1.0, smoothing=0.1)
+    prepare = partial(train.prepare_batch, size=(4, 4), device=torch.device("cpu"), mixup=mixup, seed=0)
+    gradients, sums = [], []
+    for count in (1, 2, 4):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        run = train.Run(model, None, torch.optim.SGD(model.parameters()), scaler, torch.device("cpu"), pieces=pieces)
-        mixup = train.Mixup(0.8, 1.0, prob=1.0, label_smoothing=0.1, num_classes=3)
-        totals.append(train.compute_gradients(run, model, [batch, batch], [5, 6], mixup, None))
+        model, total = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3)), 0
+        for images, labels, targets, weight, last in train.micro_batches(batches, [5, 6], prepare, count):
+            logits = model(images)
+            loss = F.cross_entropy(logits, targets)
+            (loss * weight).backward()
+            total = total + train.measure(loss, logits, labels)
+        assert last
         gradients.append(model[1].weight.grad)
-    for gradient, total in zip(gradients[1:], totals[1:]):
+        sums.append(total)
+    for gradient, total in zip(gradients[1:], sums[1:]):
         torch.testing.assert_close(gradient, gradients[0])
-        torch.testing.assert_close(total, totals[0])
+        torch.testing.assert_close(total, sums[0])
 
 
-@pytest.mark.parametrize("constants", [dict(SPLIT_BATCHES=False), dict()], ids=str)
-def test_if_nothing_fits_one_sentence_says_what_to_lower(constants, run_train, monkeypatch):
-    limit_memory(monkeypatch, 0 if not constants else 2, torch.OutOfMemoryError)
+def test_if_nothing_fits_one_sentence_says_what_to_lower(run_train, monkeypatch):
+    limit_memory(monkeypatch, 0, torch.OutOfMemoryError)
     with pytest.raises(UserError, match="lower BATCH_SIZE"):
-        run_train(IMG_SIZE=64, **constants)
+        run_train(IMG_SIZE=64)
 
 
 def test_other_errors_are_not_taken_for_a_full_memory(run_train, monkeypatch):
@@ -507,11 +514,11 @@ def test_other_errors_are_not_taken_for_a_full_memory(run_train, monkeypatch):
 def test_changed_constants_are_named_with_what_follows(run_train, capsys):
     run_train(EPOCHS=1)
     capsys.readouterr()
-    folder = run_train(EPOCHS=2, WEIGHT_DECAY=0.1, LAYER_SCALE=0.2, KEEP=3, RESUME="auto")
+    folder = run_train(EPOCHS=2, WEIGHT_DECAY=0.1, LAYER_SCALE=0.2, SAVE_MINUTES=3.0, RESUME="auto")
     out = capsys.readouterr().out
     assert "EPOCHS was 1, is 2 from here on" in out and "WEIGHT_DECAY was 0.05, is 0.1 from here on" in out
-    assert "LAYER_SCALE: the network and its weights come from the checkpoint" in out and "KEEP" not in out
-    assert "the end will not be, to the last bit, what it would have been" in out
+    assert "LAYER_SCALE: network and weights come from the checkpoint" in out and "SAVE_MINUTES" not in out
+    assert "the result will not be bit-identical" in out
     groups = load_checkpoint(folder / "last.pth")["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
 
@@ -539,12 +546,13 @@ def test_another_device_or_precision_is_named(run_train, capsys):
     run_train(EPOCHS=2, AMP="off", RESUME="auto")
     out = capsys.readouterr().out
     assert "device was NVIDIA H100, is cpu" in out and "precision was autocast bfloat16, is float32" in out
-    assert "compiled was True, is False" in out and "the end will not be, to the last bit" in out
+    assert "compiled was True, is False" in out and "the result will not be bit-identical" in out
 
 
-def test_ema_may_be_turned_on_and_off(run_train):
+def test_ema_may_be_turned_on_and_off(run_train, monkeypatch):
     run_train(EPOCHS=1, USE_EMA=False)
-    folder = run_train(EPOCHS=2, RESUME="auto", LEARNING_RATE=0.0, MIN_LEARNING_RATE=0.0)
+    monkeypatch.setattr(train, "warmup_cosine", lambda step, steps, warmup_steps, highest, lowest: 0.0)
+    folder = run_train(EPOCHS=2, RESUME="auto")
     saved = load_checkpoint(folder / "last.pth")
     assert torch.equal(saved["state_dict"]["head.weight"], saved["state_dict_ema"]["head.weight"])
     folder = run_train(EPOCHS=3, RESUME="auto", USE_EMA=False)
@@ -562,14 +570,14 @@ def test_a_checkpoint_of_an_earlier_version_continues(run_train):
 
 
 def test_another_batch_size_goes_on_at_the_same_place_of_the_epoch(run_train, monkeypatch):
-    at_step(monkeypatch, 3, lambda run: os.kill(os.getpid(), signal.SIGTERM))
-    folder = run_train(143, EPOCHS=1)  # 5 steps of 4; 12 pictures are done
+    at_step(monkeypatch, {3}, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    folder = run_train(143, EPOCHS=1)  # 5 steps of 4; 12 images are done
     seen = []
     original = train.prepare_batch
 
-    def prepare_batch(run, batch, number, mixup):
+    def prepare_batch(batch, number, **options):
         seen.append((number, len(batch[0])))
-        return original(run, batch, number, mixup)
+        return original(batch, number, **options)
 
     monkeypatch.setattr(train, "prepare_batch", prepare_batch)
     run_train(EPOCHS=1, BATCH_SIZE=6, RESUME="auto")

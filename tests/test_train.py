@@ -1,4 +1,4 @@
-"""train.py as users run it, on pictures of three colours that a network learns within seconds."""
+"""train.py as users run it, on images of three colours that a network learns within seconds."""
 
 import csv
 import json
@@ -13,7 +13,6 @@ import torch
 from conftest import CLASSES, DEFAULTS
 from kill import differences
 from PIL import Image
-from timm.data import Mixup
 from timm.optim import muon
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,9 +20,12 @@ from torchvision import transforms
 
 import makedata
 import train
-from common.checkpoint import SEEDLINGS, load_checkpoint
-from common.device import choose_layout
-from common.options import UserError, override_constants
+from common import augment, device, network, optimizer
+from common.augment import BatchMixup, MeanCutout, train_transform
+from common.checkpoint import SEEDLINGS, load_checkpoint, save_checkpoint
+from common.options import ConstantError, UserError
+from common.renamed import upgrade_config
+from common.schedule import ImageSizes, warmup_cosine
 
 FILES = {
     "last.pth",
@@ -38,7 +40,7 @@ FILES = {
 
 
 def test_a_run_learns_and_leaves_its_files(run_train, place, capsys):
-    folder = run_train(EPOCHS=8, LEARNING_RATE=2e-3, LAYER_SCALE=1.0, SMOOTHING=0.0)
+    folder = run_train(EPOCHS=8, LEARNING_RATE=5e-3, LAYER_SCALE=1.0, SMOOTHING=0.0)
     assert {file.name for file in folder.iterdir()} == FILES | {"last.1.pth"}
     with open(folder / "log.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -53,12 +55,12 @@ def test_a_run_learns_and_leaves_its_files(run_train, place, capsys):
     report = (folder / "classification_report.txt").read_text(encoding="utf-8")
     assert all(name in report for name in CLASSES) and "玉米 苗" in capsys.readouterr().out
     for name in ("loss.png", "acc.png"):
-        with Image.open(folder / name) as picture:
-            assert picture.width > 500 and np.asarray(picture).std() > 5
+        with Image.open(folder / name) as image:
+            assert image.width > 500 and np.asarray(image).std() > 5
 
     best, last = (torch.load(folder / f"{name}.pth", weights_only=True) for name in ("best", "last"))
     assert last["epoch"] == 8 and best["epoch"] == result["epoch"] and best["best_acc1"] == result["acc1"]
-    assert last["arch"] == "unireplknet_a" and last["img_size"] == 32 and len(last["mean"]) == 3
+    assert last["arch"] == "unireplknet_test" and last["img_size"] == 32 and len(last["mean"]) == 3
     assert not torch.equal(last["state_dict"]["head.weight"], last["state_dict_ema"]["head.weight"])
 
 
@@ -102,9 +104,9 @@ def test_an_earlier_run_is_renamed_not_overwritten(run_train, capsys):
     folder = run_train(EPOCHS=1)
     before = (folder / "last.pth").read_bytes()
     run_train(EPOCHS=1, SEED=1)
-    assert (folder.parent / "unireplknet_a.1" / "last.pth").read_bytes() == before
+    assert (folder.parent / "unireplknet_test.1" / "last.pth").read_bytes() == before
     assert (folder / "last.pth").read_bytes() != before
-    assert "unireplknet_a.1" in capsys.readouterr().out
+    assert "unireplknet_test.1" in capsys.readouterr().out
 
 
 def test_a_run_continued_elsewhere_has_a_best_checkpoint_and_leaves_the_other_folder_alone(run_train):
@@ -113,7 +115,7 @@ def test_a_run_continued_elsewhere_has_a_best_checkpoint_and_leaves_the_other_fo
     before = (second / "last.pth").read_bytes()
     run_train(EPOCHS=2, OUTPUT="second", RESUME=str(first / "last.pth"))
     assert {file.name for file in second.iterdir()} == FILES
-    assert (second.parent / "unireplknet_a.1" / "last.pth").read_bytes() == before
+    assert (second.parent / "unireplknet_test.1" / "last.pth").read_bytes() == before
 
 
 @pytest.mark.parametrize(("batch_size", "img_size"), [(1, 40), (3, 32), (5, 32), (1000, 32)])
@@ -161,7 +163,7 @@ def test_gradients_are_clipped_after_unscaling(run_train, monkeypatch):
     [
         dict(AMP="bf16"),
         dict(USE_EMA=False, CLIP_GRAD=0.0),
-        dict(CHANNELS_LAST="off", GRAD_CHECKPOINTING=True),
+        dict(GRAD_CHECKPOINTING=True),
         dict(LAYER_DECAY=0.7, LAYER_SCALE=0.0, CUTOUT=0.0, HFLIP=0.0, VFLIP=0.0, COLOR_JITTER=0.0, ROTATION=30.0),
         dict(MIXUP=0.0, CUTMIX=0.0, MIX_PROB=1.0),
         dict(MIXUP=0.0, MIX_PROB=1.0),
@@ -175,109 +177,107 @@ def test_switches(run_train, constants):
     assert FILES == {file.name for file in folder.iterdir()}
 
 
-def test_training_accuracy_leaves_mixed_pictures_out():
-    """A network that reads its answer from each picture's first pixel, right for all but the last of six pictures."""
+def test_training_accuracy_skips_mixed_images():
+    """A network that reads its prediction from each image's first pixel, correct for all but the last of six images."""
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    images = torch.rand(6, 3, 4, 4)
+    images = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     images[:, 0, 0, 0] = torch.tensor([0.0, 1, 2, 0, 1, 0])
-    weight = torch.nn.Parameter(torch.ones(()))
-
-    def network(images):
-        return weight * F.one_hot(images[:, 0, 0, 0].round().long(), 3).float()
-
-    optimizer, scaler = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu", enabled=False)
-    run = train.Run(network, None, optimizer, scaler, torch.device("cpu"))
     counts = {}
     for probability in (0.0, 1.0):
-        mixup = train.Mixup(0.8, 0.0, prob=probability, label_smoothing=train.SMOOTHING, num_classes=3)
-        _, *counts[probability] = train.compute_gradients(run, network, [(images, labels)], [0], mixup, None).tolist()
+        mixup = BatchMixup(3, 0.8, 0.0, probability, smoothing=0.1)
+        _, seen, _ = train.prepare_batch(
+            (images, labels), 0, size=(4, 4), device=torch.device("cpu"), mixup=mixup, seed=42
+        )
+        logits = F.one_hot(images[:, 0, 0, 0].round().long(), 3).float()
+        counts[probability] = train.measure(torch.tensor(0.0), logits, seen).tolist()[1:]
     assert counts[0.0] == [5, 6, 6]
     assert counts[1.0] == [2, 2, 6]  # first with last, ...: two pairs of classes 0 and 2, and one of 1 with itself
 
 
-def test_learning_rate_warms_up_and_follows_half_a_cosine(monkeypatch):
-    monkeypatch.setattr(train, "LEARNING_RATE", 1.0)
-    monkeypatch.setattr(train, "MIN_LEARNING_RATE", 0.1)
-    rates = [train.learning_rate(step, 110, 10, 32) for step in range(110)]
+def test_learning_rate_warms_up_and_follows_half_a_cosine():
+    rates = [warmup_cosine(step, 110, 10, 1.0, 0.1) for step in range(110)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[10 + 33] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 3)) / 2)
-    assert train.learning_rate(0, 1, 0, 32) == 1.0 and train.learning_rate(0, 1, 0, 128) == 2.0
+    assert warmup_cosine(0, 1, 0, 1.0, 0.1) == 1.0
 
 
-def test_pictures_grow_in_the_first_two_thirds_of_a_run(monkeypatch):
-    for name, value in dict(EPOCHS=12, IMG_SIZE=128, START_SIZE=64).items():
-        monkeypatch.setattr(train, name, value)
-    assert [train.training_size(epoch) for epoch in range(12)] == [64] * 4 + [96] * 4 + [128] * 4
-    monkeypatch.setattr(train, "IMG_SIZE", 110)  # no multiple of 32
-    assert {train.training_size(epoch) for epoch in range(12)} == {64, 96, 110}
-    monkeypatch.setattr(train, "START_SIZE", 0)
-    assert {train.training_size(epoch) for epoch in range(12)} == {110}
+def test_the_peak_learning_rate_grows_with_the_root_of_the_step_s_images(run_train, capsys):
+    folder = run_train(EPOCHS=1, LEARNING_RATE=1e-3, ACCUMULATE=2, WARMUP_EPOCHS=0.0)
+    assert "5.00e-04 at its peak: LEARNING_RATE 0.001 x sqrt(8 / 32)" in capsys.readouterr().out
+    assert load_checkpoint(folder / "last.pth")["history"][0]["lr"] == pytest.approx(1e-6)
+    run_train(EPOCHS=1, WARMUP_EPOCHS=2.0)
+    assert "never reached: 2 warm-up epochs of 1" in capsys.readouterr().out
 
 
-def test_the_network_sees_pictures_of_the_epoch_s_size(run_train, monkeypatch):
-    edges = []
-    original = train.mix
+def test_images_grow_in_the_first_two_thirds_of_a_run():
+    sizes = ImageSizes(12, (128, 128), start=64)
+    assert [sizes.training(epoch)[0] for epoch in range(12)] == [64] * 4 + [96] * 4 + [128] * 4
+    sizes = ImageSizes(12, (110, 110), start=64)  # no multiple of 32
+    assert {sizes.training(epoch)[0] for epoch in range(12)} == {64, 96, 110}
+    sizes = ImageSizes(12, (64, 101))
+    assert {sizes.training(epoch) for epoch in range(12)} == {sizes.last} == {(64, 101)}
+
+
+def test_the_network_sees_images_of_the_epoch_s_size(run_train, monkeypatch):
+    sizes, validated = [], []
+    original, validate = BatchMixup.__call__, train.validate
     monkeypatch.setattr(
-        train, "mix", lambda mixup, images, labels: edges.append(images.shape[2:]) or original(mixup, images, labels)
+        BatchMixup, "__call__", lambda mixup, images, labels: sizes.append(images.shape[2:]) or original(mixup, images, labels)
     )
-    validated = []
-    validate = train.validate
     monkeypatch.setattr(train, "validate", lambda *args: validated.append(args[2]) or falling(validate(*args)))
 
-    def falling(answer):  # every validation is worse than the one before
-        answer[0]["acc1"] = 100.0 - len(validated)
-        return answer
+    def falling(results):  # every validation is worse than the one before
+        results[0]["acc1"] = 100.0 - len(validated)
+        return results
 
     folder = run_train(EPOCHS=3, IMG_SIZE=64, START_SIZE=32, TEST_SIZE=96)
-    assert len(edges) == 15 and edges == [(32, 32)] * 10 + [(64, 64)] * 5
-    assert validated == [32] * 4 + [96] * 2
-    # An accuracy on small pictures does not keep that on the larger ones from being the best.
+    assert len(sizes) == 15 and sizes == [(32, 32)] * 10 + [(64, 64)] * 5
+    assert validated == [(32, 32)] * 4 + [(96, 96)] * 2
+    # An accuracy on small images does not keep that on the larger ones from being the best.
     best = load_checkpoint(folder / "best.pth")
     assert best["epoch"] == 3 and best["img_size"] == 96
 
 
-def test_a_longer_run_keeps_its_best_until_pictures_of_that_size_do_better(run_train, monkeypatch):
-    """Three more epochs after three: pictures of 32 pixels, which are not compared, and then of 64 again."""
+def test_a_longer_run_keeps_its_best_until_images_of_that_size_do_better(run_train, monkeypatch):
+    """Three more epochs after three: images of 32 pixels, which are not compared, and then of 64 again."""
     results = iter([10.0, 20.0, 15.0, 90.0, 12.0, 40.0])
     validate = train.validate
 
     def set_accuracy(*arguments):
-        figures, *answers = validate(*arguments)
-        return dict(figures, acc1=next(results)), *answers
+        metrics, *predictions = validate(*arguments)
+        return dict(metrics, acc1=next(results)), *predictions
 
     monkeypatch.setattr(train, "validate", set_accuracy)
     constants, best = dict(IMG_SIZE=64, START_SIZE=32, USE_EMA=False), []
-    original = train.finish_epoch
+    original = train.RunFolder.finish_epoch
 
-    def finish_epoch(*arguments):
-        answers = original(*arguments)
-        best.append(load_checkpoint(arguments[-1] / "best.pth")["epoch"])
-        return answers
+    def finish_epoch(folder, *arguments):
+        row = original(folder, *arguments)
+        best.append(load_checkpoint(folder.path / "best.pth")["epoch"])
+        return row
 
-    monkeypatch.setattr(train, "finish_epoch", finish_epoch)
+    monkeypatch.setattr(train.RunFolder, "finish_epoch", finish_epoch)
     run_train(EPOCHS=3, **constants)
     run_train(EPOCHS=6, RESUME="auto", **constants)
     assert best == [1, 2, 3, 3, 3, 6]
 
 
-def test_crops_hold_at_least_their_share_of_the_picture(monkeypatch):
-    # A picture whose red and green are its columns and rows shows what was cut out.
+def test_crops_hold_at_least_their_fraction_of_the_image():
+    # An image whose red and green are its columns and rows shows what was cropped.
     ramp = np.linspace(0, 255, 64, dtype=np.uint8)
     columns, rows = np.meshgrid(ramp, ramp)
-    picture = Image.fromarray(np.stack([columns, rows, rows], 2))
-    for name, value in dict(IMG_SIZE=64, CUTOUT=0, HFLIP=0, VFLIP=0, QUARTER_TURNS=False, COLOR_JITTER=0).items():
-        monkeypatch.setattr(train, name, value)
-    shares = []
+    image = Image.fromarray(np.stack([columns, rows, rows], 2))
+    torch.manual_seed(0)
+    fractions = []
     for crop in (1.0, 0.7):
-        monkeypatch.setattr(train, "CROP", crop)
-        transform = train.train_transform([0.0] * 3, [1.0] * 3)
+        transform = train_transform((64, 64), [0.0] * 3, [1.0] * 3, crop=crop)
         for _ in range(30):
-            red, green, _ = transform(picture)
-            shares.append(float((red.max() - red.min()) * (green.max() - green.min())))
-    assert min(shares[:30]) > 0.99
-    assert 0.65 < min(shares[30:]) < 0.8 and max(shares[30:]) > 0.85
+            red, green, _ = transform(image)
+            fractions.append(float((red.max() - red.min()) * (green.max() - green.min())))
+    assert min(fractions[:30]) > 0.99
+    assert 0.65 < min(fractions[30:]) < 0.8 and max(fractions[30:]) > 0.85
 
 
 def test_muon_orthogonalises_and_does_so_in_float32_without_bfloat16(monkeypatch):
@@ -288,17 +288,15 @@ def test_muon_orthogonalises_and_does_so_in_float32_without_bfloat16(monkeypatch
         return original(*arguments, dtype=dtype, **options)
 
     monkeypatch.setattr(muon, "zeropower_via_newtonschulz", record)
-    monkeypatch.setattr(train, "LEARNING_RATE", 1.0)
-    monkeypatch.setattr(train, "WEIGHT_DECAY", 0.0)
     steps = []
     for fast in (True, False):
-        monkeypatch.setattr(train, "has_bfloat16", lambda device, fast=fast: fast)
+        monkeypatch.setattr(optimizer, "has_bfloat16", lambda device, fast=fast: fast)
         torch.manual_seed(0)
         model = torch.nn.Linear(16, 48, bias=False)
         before = model.weight.detach().clone()
-        optimizer = train.create_optimizer(model, torch.device("cpu"))
+        muons = optimizer.create_optimizer(model, "muon", 1.0, 0.0, 1.0, torch.device("cpu"))
         model.weight.grad = torch.randn(48, 16)
-        optimizer.step()
+        muons.step()
         step = before - model.weight.detach()
         steps.append(step / step.norm() * 4)  # 16 singular values of about 1 each
         assert torch.linalg.svdvals(steps[-1]).sub(1).abs().max() < 0.35  # as near as five iterations come
@@ -311,9 +309,9 @@ def test_muon_orthogonalises_and_does_so_in_float32_without_bfloat16(monkeypatch
 @pytest.mark.parametrize("failing", [False, True])
 def test_timm_s_muon_is_as_it_was_after_a_step(monkeypatch, failing):
     original = muon.zeropower_via_newtonschulz
-    monkeypatch.setattr(train, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(optimizer, "has_bfloat16", lambda device: False)
     model = torch.nn.Linear(4, 8)
-    optimizer = train.create_optimizer(model, torch.device("cpu"))
+    muons = optimizer.create_optimizer(model, "muon", 1e-3, 0.0, 1.0, torch.device("cpu"))
     model(torch.zeros(1, 4)).sum().backward()
 
     def closure():
@@ -322,33 +320,33 @@ def test_timm_s_muon_is_as_it_was_after_a_step(monkeypatch, failing):
             raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError) if failing else nullcontext():
-        optimizer.step(closure)
+        muons.step(closure)
     assert muon.zeropower_via_newtonschulz is original
 
 
 def test_muon_takes_matrices_and_dense_kernels_and_leaves_the_rest_to_adamw():
-    model = train.timm.create_model("unireplknet_a", num_classes=12)
+    model = train.timm.create_model("unireplknet_test", num_classes=12)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = train.create_optimizer(model, torch.device("cpu"))
-    optimizer.step()
+    muons = optimizer.create_optimizer(model, "muon", 1e-3, 0.05, 1.0, torch.device("cpu"))
+    muons.step()
     for name, parameter in model.named_parameters():
         dense = parameter.ndim > 1 and min(parameter.shape[:2]) > 1
-        assert ("momentum_buffer" in optimizer.state[parameter]) == dense, name
+        assert ("momentum_buffer" in muons.state[parameter]) == dense, name
 
 
-def test_logit_adjustment_is_cross_entropy_with_the_log_of_the_shares(monkeypatch):
-    logits, targets = torch.randn(5, 3), torch.eye(3)[[0, 1, 2, 1, 0]]
+def test_logit_adjustment_is_cross_entropy_with_the_log_of_the_frequencies():
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(5, 3, generator=generator), torch.eye(3)[[0, 1, 2, 1, 0]]
     labels = [0] * 6 + [1] * 3 + [2]
-    plain = train.create_criterion(labels, 3, torch.device("cpu"))
-    assert torch.equal(plain(logits, targets), torch.nn.functional.cross_entropy(logits, targets))
-    monkeypatch.setattr(train, "BALANCE", 0.5)
+    plain = train.create_criterion(labels, 3, 0.0, torch.device("cpu"))
+    assert torch.equal(plain(logits, targets), F.cross_entropy(logits, targets))
     adjusted = (logits + 0.5 * torch.tensor([0.6, 0.3, 0.1]).log()).log_softmax(1)
-    loss = train.create_criterion(labels, 3, torch.device("cpu"))(logits, targets)
+    loss = train.create_criterion(labels, 3, 0.5, torch.device("cpu"))(logits, targets)
     torch.testing.assert_close(loss, -(targets * adjusted).sum(1).mean())
 
 
-def test_a_balanced_run_answers_the_rare_class_more_often(run_train, place, make_data1):
+def test_a_balanced_run_predicts_the_rare_class_more_often(run_train, place, make_data1):
     shutil.rmtree("data1")
     make_data1(place / "data1", {"a": 40, "b": 8})
     makedata.main()
@@ -360,42 +358,72 @@ def test_a_balanced_run_answers_the_rare_class_more_often(run_train, place, make
     assert biases[1] > biases[0]
 
 
-def test_what_pretrained_changes_gives_way_to_the_command_line(monkeypatch):
-    assert train.FINE_TUNING.keys() <= DEFAULTS.keys()
-    namespace = vars(train)
-    for name in DEFAULTS:
-        monkeypatch.setitem(namespace, name, DEFAULTS[name])
+@pytest.mark.parametrize(
+    ("pretrained", "constants", "expected", "chosen"),
+    [
+        ("", {}, dict(EPOCHS=100, WARMUP_EPOCHS=5, LAYER_DECAY=1.0), "EPOCHS 100, WARMUP_EPOCHS 5, LAYER_DECAY 1.0"),
+        ("weights.pth", {}, dict(EPOCHS=20, WARMUP_EPOCHS=1, LAYER_DECAY=0.9), "EPOCHS 20, WARMUP_EPOCHS 1"),
+        ("weights.pth", dict(EPOCHS=50, LAYER_DECAY=1.0), dict(EPOCHS=50, WARMUP_EPOCHS=1, LAYER_DECAY=1.0), "WARMUP_EPOCHS 1,"),
+        ("weights.pth", dict(WARMUP_EPOCHS=0), dict(EPOCHS=20, WARMUP_EPOCHS=0, LAYER_DECAY=0.9), "EPOCHS 20, LAYER_DECAY 0.9"),
+    ],
+)  # fmt: skip
+def test_what_a_person_set_is_kept_in_fine_tuning(
+    pretrained, constants, expected, chosen, run_train, monkeypatch, capsys, place
+):
+    """Only constants that are None depend on PRETRAINED, and those are printed."""
+    if pretrained:
+        model = network.timm.create_model("unireplknet_test", num_classes=3)
+        torch.save(model.state_dict(), place / pretrained)
+    monkeypatch.setattr(train, "train_one_epoch", lambda state, *_, **__: (_ for _ in ()).throw(train.Stopped))
+    unset = dict(EPOCHS=None, WARMUP_EPOCHS=None, LAYER_DECAY=None)
+    folder = run_train(143, **unset | dict(PRETRAINED=pretrained) | constants)
+    config = load_checkpoint(folder / "last.pth")["config"]
+    assert {name: config[name] for name in expected} == expected
+    assert f"default     {chosen}" in capsys.readouterr().out
 
-    def preset():
-        return train.FINE_TUNING if train.PRETRAINED else {}
 
-    override_constants(namespace, [], preset=preset)
-    assert {name: namespace[name] for name in DEFAULTS} == DEFAULTS
-    override_constants(namespace, ["--pretrained", "in1k", "--epochs", "7"], preset=preset)
-    expected = DEFAULTS | train.FINE_TUNING | dict(PRETRAINED="in1k", EPOCHS=7)
-    assert {name: namespace[name] for name in DEFAULTS} == expected and expected["LAYER_DECAY"] < 1
+def test_a_checkpoint_with_old_names_resumes_with_their_values(run_train, capsys):
+    """As an earlier version saved it: 0 and -1 where None stands today, and constants that are literals now."""
+    folder = run_train(EPOCHS=1)
+    saved = load_checkpoint(folder / "last.pth")
+    saved["config"] |= dict(START_SIZE=0, TEST_SIZE=0, WORKERS=-1, CUTOUT_SCALE=[0.02, 0.4], KEEP=5, MIX_SWITCH=0.5)
+    saved["config"] |= dict(TIME_MASK=0.1, FREQUENCY_MASK=0.1, MIN_LEARNING_RATE=1e-6)
+    del saved["config"]["SPEC_MASK"]
+    save_checkpoint(saved, folder / "last.pth")
+    capsys.readouterr()
+    run_train(EPOCHS=2, RESUME="auto", WORKERS=None)
+    changed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed")]
+    assert changed == ["changed     EPOCHS was 1, is 2 from here on"]
+    saved["config"] |= dict(MIX_SWITCH=0.9, TIME_MASK=0.2)
+    save_checkpoint(saved, folder / "last.pth")
+    run_train(EPOCHS=2, RESUME="auto")
+    out = capsys.readouterr().out
+    assert "MIX_SWITCH was 0.9, is always 0.5 now" in out and "SPEC_MASK was [0.2, 0.1], is 0.1" in out
+    assert upgrade_config({}) == {}
 
 
-def test_mixing_an_odd_batch_leaves_its_last_picture_unmixed(monkeypatch):
-    monkeypatch.setattr(train, "SMOOTHING", 0.1)
-    mixup = Mixup(0.8, 1.0, prob=1.0, label_smoothing=0.1, num_classes=4)
+def test_mixing_an_odd_batch_leaves_its_last_image_unmixed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    mixup = BatchMixup(4, 0.8, 1.0, prob=1.0, smoothing=0.1)
     images, labels = torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 2])
-    mixed, targets = train.mix(mixup, images.clone(), labels)
+    mixed, targets = mixup(images.clone(), labels)
     assert torch.equal(mixed[4], images[4]) and not torch.equal(mixed[:4], images[:4])
     assert targets[4].tolist() == pytest.approx([0.025, 0.025, 0.925, 0.025])
     torch.testing.assert_close(targets.sum(1), torch.ones(5))
 
 
-def test_validation_weighs_every_picture_alike():
+def test_validation_weighs_every_image_alike():
     torch.manual_seed(0)
     logits, labels = torch.randn(11, 7), torch.randint(7, (11,))
-    images = torch.nn.functional.pad(logits, (0, 0, 0, 0)).view(11, 1, 1, 7)
-    loader = DataLoader(TensorDataset(images, labels), batch_size=4)
-    figures, true, predicted = train.validate(torch.nn.Flatten(), loader, [1, 7], None, torch.device("cpu"), "val")
-    assert figures["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert figures["acc1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+    loader = DataLoader(TensorDataset(logits.view(11, 1, 1, 7), labels), batch_size=4)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(7, 7, bias=False))
+    torch.nn.init.eye_(model[1].weight)
+    metrics, true, predicted = train.validate(model, loader, (1, 7), nullcontext, "val")
+    assert metrics["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert metrics["acc1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
-    assert figures["acc5"] == pytest.approx(100 * (ranks < 5).double().mean().item())
+    assert metrics["acc5"] == pytest.approx(100 * (ranks < 5).double().mean().item())
     assert true == labels.tolist() and predicted == logits.argmax(1).tolist()
 
 
@@ -418,21 +446,20 @@ def test_pretrained_weights_of_other_classes(run_train, place, capsys, make_data
     make_data1(place / "data1", {"a": 4, "b": 4})
     makedata.main()
     run_train(EPOCHS=1, PRETRAINED="weights.pth")
-    assert "skipped head.weight ((3, 320) there, (2, 320) here)" in capsys.readouterr().out
+    assert "skipped head.weight ((3, 32) there, (2, 32) here)" in capsys.readouterr().out
 
 
-def test_a_head_that_knows_other_classes_starts_anew(run_train, monkeypatch, capsys):
-    """As many classes, of other names: the old head would be sure of wrong answers."""
-    shutil.copy(run_train(EPOCHS=1) / "best.pth", "weights.pth")
-    theirs = load_checkpoint("weights.pth")
-    capsys.readouterr()
-    monkeypatch.setattr(train, "PRETRAINED", "weights.pth")
-    for classes, anew in ((theirs["classes"], False), (["a", "b", "c"], True)):
-        model, _ = train.create_network(classes, (32, 32))
-        state = model.state_dict()
-        different = {name for name in state if not torch.equal(state[name], theirs["state_dict_ema"][name])}
-        assert different == ({"head.weight", "head.bias"} if anew else set())
-        assert ("the head starts anew, since its classes are others" in capsys.readouterr().out) == anew
+@pytest.mark.parametrize(("classes", "anew"), [(list(CLASSES), False), (["a", "b", "c"], True)])
+def test_a_head_that_knows_other_classes_starts_anew(classes, anew, trained):
+    """As many classes, of other names: the old head would be confident of wrong predictions."""
+    path = trained / "checkpoints" / "unireplknet_test" / "best.pth"
+    theirs = load_checkpoint(path)["state_dict_ema"]
+    model, _ = network.create_network("unireplknet_test", classes, (32, 32), 0.0, 0.1, False, None)
+    text = network.load_pretrained(model, network.read_weights("unireplknet_test", str(path)), classes)
+    ours = model.state_dict()
+    different = {name for name in theirs if not torch.equal(ours[name], theirs[name])}
+    assert different == ({"head.weight", "head.bias"} if anew else set())
+    assert ("the head starts anew" in text) == anew
 
 
 def test_a_fine_tuning_that_is_continued_needs_the_pretrained_file_no_more(run_train, capsys):
@@ -445,17 +472,18 @@ def test_a_fine_tuning_that_is_continued_needs_the_pretrained_file_no_more(run_t
     assert "pretrained" not in capsys.readouterr().out
 
 
-def test_training_starts_from_the_weights_that_came_along(run_train, capsys):
-    folder = run_train(EPOCHS=1, FREEZE_EPOCHS=1, PRETRAINED="seedlings", USE_EMA=False)
+def test_training_starts_from_the_weights_of_the_repository(run_train, capsys):
+    constants = dict(MODEL="unireplknet_a", PRETRAINED="seedlings", USE_EMA=False)
+    folder = run_train(EPOCHS=1, FREEZE_EPOCHS=1, **constants)
     assert "pretrained  seedlings: loaded" in capsys.readouterr().out
     theirs, ours = load_checkpoint(SEEDLINGS)["state_dict"], load_checkpoint(folder / "last.pth")["state_dict"]
     different = {name for name in ours if not torch.equal(ours[name], theirs[name].to(ours[name].dtype))}
     assert different == {"head.weight", "head.bias"}
-    with pytest.raises(UserError, match="PRETRAINED 'seedlings': these weights are of another network"):
-        run_train(EPOCHS=1, PRETRAINED="seedlings", MODEL="unireplknet_f")
+    with pytest.raises(UserError, match="PRETRAINED: these weights are of another network"):
+        run_train(EPOCHS=1, PRETRAINED="seedlings")
 
 
-def test_statistics_come_from_mean_std_and_are_checked_against_the_pictures(run_train, place, capsys):
+def test_statistics_come_from_mean_std_and_are_checked_against_the_images(run_train, place, capsys):
     manifest = json.loads((place / "data" / "manifest.json").read_text(encoding="utf-8"))
     report = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], pictures=30, fingerprint=manifest["fingerprint"])
     (place / "data" / "mean_std.json").write_text(json.dumps(report))
@@ -464,7 +492,7 @@ def test_statistics_come_from_mean_std_and_are_checked_against_the_pictures(run_
     assert "warning" not in capsys.readouterr().out
     (place / "data" / "mean_std.json").write_text(json.dumps(report | dict(fingerprint="other")))
     run_train(EPOCHS=1)
-    assert "the pictures have changed since mean_std.py was run" in capsys.readouterr().out
+    assert "the images have changed since mean_std.py was run" in capsys.readouterr().out
     checkpoint = load_checkpoint(run_train(EPOCHS=1, MEAN=[0.5] * 3, STD=[0.2] * 3) / "last.pth")
     assert checkpoint["mean"] == [0.5] * 3
 
@@ -472,30 +500,36 @@ def test_statistics_come_from_mean_std_and_are_checked_against_the_pictures(run_
 @pytest.mark.parametrize(
     ("constants", "sentence"),
     [
-        (dict(MODEL="unireplknet_z"), "choose one of unireplknet_a"),
-        (dict(PRETRAINED="in2k"), "neither a file nor a published tag of unireplknet_a \\(in1k\\)"),
+        (dict(MODEL="unireplknet_z"), "MODEL must be one of unireplknet_a"),
+        (dict(MODEL="unireplknet_a", PRETRAINED="in2k"), r"a published tag of unireplknet_a \(in1k\), got 'in2k'"),
         (dict(PRETRAINED="in1k", MODEL="resnet18"), "works with the UniRepLKNet variants"),
-        (dict(RESUME="nowhere.pth"), "there is no checkpoint nowhere.pth"),
-        (dict(DATA="nowhere"), "run makedata.py first"),
-        (dict(MODEL="vgg11"), "set DROP_PATH to 0"),
-        (dict(AMP="fp8"), 'AMP must be "auto"'),
+        (dict(RESUME="nowhere.pth"), "RESUME must be .* got 'nowhere.pth'"),
         (dict(DEVICE="cuda:99"), "is not available here"),
         (dict(MEAN=[0.5] * 3), "set both or neither"),
-        (dict(MEAN=[0.5] * 3, STD=[0.1, 0.0, 0.1]), "STD above 0"),
-        (dict(OPTIMIZER="adamz"), "OPTIMIZER 'adamz' is unknown"),
-        (dict(START_SIZE=16), "START_SIZE must be 0, or 32, 64, 96, ... up to IMG_SIZE"),
-        (dict(START_SIZE=64), "START_SIZE must be 0, or 32, 64, 96, ... up to IMG_SIZE"),
-        (dict(START_SIZE=80, IMG_SIZE=96), "START_SIZE must be 0, or 32, 64, 96, ... up to IMG_SIZE"),
-        (dict(MODEL="vit_tiny_patch16_224"), "does not work with pictures of 32 x 32 pixels"),
-        (dict(MODEL="dla46_c", GRAD_CHECKPOINTING=True, DROP_PATH=0.0), "with GRAD_CHECKPOINTING True"),
-        (dict(CROP=0.0), "CROP must lie above 0"),
-        (dict(BATCH_SIZE=0), "at least 1"),
-        (dict(IMG_SIZE=16), "at least 32"),
-        (dict(BATCH_SIZE=1), "batch norm cannot learn from single pictures"),
+        (dict(OPTIMIZER="adamz"), "OPTIMIZER must be .*, got 'adamz'"),
+        (dict(START_SIZE=64), r"START_SIZE must be at most IMG_SIZE \(32\), got 64"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_wrong_constants_get_one_sentence(run_train, constants, sentence):
+def test_constants_that_do_not_fit_are_refused_before_anything_is_written(run_train, place, constants, sentence):
+    before = sorted(place.rglob("*"))
+    with pytest.raises(ConstantError, match=sentence):
+        run_train(**constants)
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("constants", "sentence"),
+    [
+        (dict(DATA="nowhere"), "run makedata.py first"),
+        (dict(MODEL="vgg11"), "set DROP_PATH to 0"),
+        (dict(MODEL="vit_tiny_patch16_224"), "does not work with images of 32 x 32 pixels"),
+        (dict(MODEL="dla46_c", GRAD_CHECKPOINTING=True, DROP_PATH=0.0), "with GRAD_CHECKPOINTING True"),
+        (dict(BATCH_SIZE=1), "batch norm cannot learn from single images"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_what_does_not_work_gets_one_sentence(run_train, constants, sentence):
     with pytest.raises(UserError, match=sentence):
         run_train(**constants)
 
@@ -506,7 +540,7 @@ def test_a_download_that_fails_says_which_file_to_fetch(run_train, monkeypatch):
 
     monkeypatch.setattr("timm.models.load_state_dict_from_hf", fail)
     with pytest.raises(UserError, match="cannot download unireplknet_a_in1k_224_acc77.03.pth .* by hand"):
-        run_train(PRETRAINED="in1k")
+        run_train(MODEL="unireplknet_a", PRETRAINED="in1k")
 
 
 def test_unfit_data_gets_one_sentence(run_train, place):
@@ -521,39 +555,61 @@ def test_unfit_data_gets_one_sentence(run_train, place):
         run_train()
 
 
-def test_a_broken_picture_is_named(run_train, place):
+def test_a_broken_image_is_named(run_train, place):
     broken = next((place / "data" / "train" / "Maize").iterdir())
     broken.unlink()
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     with pytest.raises(UserError, match=broken.name):
         run_train(EPOCHS=1)
 
 
 def test_resuming_another_network_or_other_classes_is_refused(run_train, place):
     folder = run_train(EPOCHS=1)
-    with pytest.raises(UserError, match="MODEL there is unireplknet_a, here unireplknet_f"):
-        run_train(MODEL="unireplknet_f", RESUME=str(folder / "last.pth"))
+    with pytest.raises(UserError, match="MODEL there is unireplknet_test, here unireplknet_a"):
+        run_train(MODEL="unireplknet_a", RESUME=str(folder / "last.pth"))
     for side in ("train", "val"):
         shutil.rmtree(place / "data" / side / "Maize")
     with pytest.raises(UserError, match="the classes there"):
         run_train(RESUME="auto")
 
 
-def test_cutout_falls_back_to_random_erasing(monkeypatch):
-    monkeypatch.setattr(train, "CUTOUT_ERROR", "ImportError: libGL.so.1")
-    steps = train.train_transform([0.5] * 3, [0.2] * 3).transforms
-    erasing = next(step for step in steps if isinstance(step, transforms.RandomErasing))
-    assert (erasing.p, tuple(erasing.scale), tuple(erasing.ratio)) == (train.CUTOUT, (0.02, 0.4), (0.4, 2.5))
+def erased_values(transform, image):
+    """Colours (n, 3) of the pixels that a transform changes in 20 copies of `image`."""
+    plain = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    changed = []
+    for _ in range(20):
+        out = transform(image) * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+        erased = (out - plain).abs().amax(0) > 1 / 255
+        changed.append(out[:, erased].T)
+    return torch.cat(changed)
+
+
+MEAN, STD = [0.3, 0.5, 0.7], [0.2, 0.2, 0.2]
+
+
+@pytest.mark.parametrize("torchtoolbox", [True, False])
+def test_cutout_fills_with_the_mean_colour_with_and_without_torchtoolbox(torchtoolbox, monkeypatch, draw_image):
+    if torchtoolbox and augment.CUTOUT_ERROR:
+        pytest.skip(f"torchtoolbox cannot be imported: {augment.CUTOUT_ERROR}")
+    if not torchtoolbox:
+        monkeypatch.setattr(augment, "CUTOUT_ERROR", "ImportError: libGL.so.1")
+    transform = train_transform((48, 48), MEAN, STD, cutout=1.0)
+    kinds = {type(step) for step in transform.transforms}
+    assert (MeanCutout in kinds) == torchtoolbox and (transforms.RandomErasing in kinds) != torchtoolbox
+    train.seed_everything(0)
+    values = erased_values(transform, draw_image("noise", 48))
+    assert len(values) > 1000
+    # 8 bits round the mean by up to half a level.
+    assert (values - torch.tensor(MEAN)).abs().max() <= 0.5 / 255 + 1e-6
     assert not hasattr(np, "int")
 
 
-@pytest.mark.skipif(bool(train.CUTOUT_ERROR), reason=f"torchtoolbox cannot be imported: {train.CUTOUT_ERROR}")
-def test_cutout_is_torchtoolbox_s_where_it_can_be_imported():
-    steps = train.train_transform([0.5] * 3, [0.2] * 3).transforms
-    cutout = next(step for step in steps if type(step).__name__ == "Cutout")
-    assert (cutout.p, cutout.scale, cutout.ratio) == (train.CUTOUT, (0.02, 0.4), (0.4, 2.5))
-    white = Image.new("RGB", (64, 64), "white")
-    assert any((np.asarray(cutout(white)) < 255).any() for _ in range(50))
+def test_cutout_is_the_last_change_of_colours(draw_image):
+    transform = train_transform((48, 48), MEAN, STD, cutout=1.0, color_jitter=0.5, rotation=30.0)
+    train.seed_everything(0)
+    image = draw_image("noise", 48)
+    means = [(transform(image).abs().amax(0) < 0.02).float().mean() for _ in range(20)]
+    assert min(means) > 0.01  # the rectangle is the mean, whatever happens to the rest
 
 
 def test_from_the_command_line(run_script, place):
@@ -566,31 +622,24 @@ def test_from_the_command_line(run_script, place):
 
 def test_the_cpu_chooses_its_dtype_and_layout(monkeypatch, run_train, capsys):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(train, "AMP", "auto")
     for has, dtype in ((True, torch.bfloat16), (False, None)):
-        monkeypatch.setattr(train, "has_bfloat16", lambda device, has=has: has)
-        assert train.choose_amp(cpu) == dtype
-    layouts = {
-        (device.type, name): choose_layout(device, name) for device in (cpu, cuda) for name in ("auto", "on", "off")
-    }
-    last = {key for key, layout in layouts.items() if layout == torch.channels_last}
-    assert last == {("cpu", "auto"), ("cpu", "on"), ("cuda", "on")}
-    with pytest.raises(UserError, match="CHANNELS_LAST must be .*got 'yes'"):
-        choose_layout(cpu, "yes")
+        monkeypatch.setattr(device, "has_bfloat16", lambda device, has=has: has)
+        assert device.choose_amp("auto", cpu) == dtype
+    assert device.choose_layout(cpu) == torch.channels_last and device.choose_layout(cuda) == torch.contiguous_format
     seen = []
     original = train.prepare_batch
-    monkeypatch.setattr(train, "prepare_batch", lambda *arguments: seen.append(original(*arguments)) or seen[-1])
-    monkeypatch.setattr(train, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(train, "prepare_batch", lambda *args, **options: seen.append(original(*args, **options)) or seen[-1])
+    monkeypatch.setattr(device, "has_bfloat16", lambda device: True)
     run_train(EPOCHS=1, AMP="auto")
     assert "autocast bfloat16" in capsys.readouterr().out
     assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _, _ in seen)
 
 
-def test_both_layouts_learn_the_same(run_train):
+def test_both_layouts_learn_the_same(run_train, monkeypatch):
     # Small steps, since Adam divides by the gradient's size, which makes whole steps of rounding where that is tiny.
-    constants = dict(EPOCHS=1, LEARNING_RATE=1e-4)
-    runs = [
-        load_checkpoint(run_train(**constants, CHANNELS_LAST=last, OUTPUT=last) / "last.pth") for last in ("on", "off")
-    ]
-    figures = [run["history"][0]["train_loss"] for run in runs]
-    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+    losses = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        monkeypatch.setattr(train, "choose_layout", lambda device, layout=layout: layout)
+        run = load_checkpoint(run_train(EPOCHS=1, LEARNING_RATE=1e-4, OUTPUT=str(layout)) / "last.pth")
+        losses.append(run["history"][0]["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
