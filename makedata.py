@@ -1,151 +1,253 @@
 """Split data1/<class>/ into data/train/<class>/ and data/val/<class>/, 70 to 30 in every class.
 
-    python makedata.py              photographs, or recordings, that you put into data1/<class>/
-    python makedata.py --demo       draws a small demo set into an empty data1 first
-    python makedata.py --check      only looks: classes, sizes, broken files, duplicates across classes and the split
+    python makedata.py              images or recordings that you put into data1/<class>/
+    python makedata.py --demo       draws a small demo data set into an empty data1 first
+    python makedata.py --check      only inspects: classes, sizes, broken files, duplicates across classes and the split
 
-Every picture is opened and checked; what cannot be used is listed and left out. On which side a picture lands depends
-only on its content and the seed, so that the split is the same on every system, and hardly changes when pictures are
-added. Identical files land on the same side. data/manifest.json records what was put where.
+Every image is opened and checked; unusable files are listed and skipped. The side of the split depends only on an
+image's content and the seed, so that the split is the same on every system, and hardly changes when images are added.
+Identical files land on the same side. data/manifest.json records which file went where.
 
-With GROUP, whole groups of files land on one side, such as all photographs of a plant or all recordings of a speaker:
+WAV, FLAC, OGG and MP3 files become log-mel spectrograms, as the constants below say: data/train/<class>/x.wav.png is
+the image that a network sees of data1/<class>/x.wav.
+
+With GROUP, whole groups of files land on one side, such as all images of a plant or all recordings of a speaker:
 
     python makedata.py --group "_([a-z]+)_"                         3_anna_12.wav belongs to the group anna
-    python makedata.py --group "_([a-z]+)_" --val-groups anna       validation is what anna said
+    python makedata.py --group "_([a-z]+)_" --val-groups anna       validate on anna's recordings
 
-WAV, FLAC, OGG and MP3 files become log-mel spectrograms; the constants below say how, and data/manifest.json takes them
-along.
-
-Exit status: 0 all pictures used; 1 an error, nothing changed; 2 a wrong option; 3 done, but some files were left out,
-or --check found something to mend.
+Exit status: 0 all files used; 1 an error, nothing changed; 2 a wrong option or constant; 3 done, but some files were
+skipped, or --check found something to fix.
 """
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 from tqdm import tqdm
 
-from common.groups import split_by_group
+from common.audio import Spectrogram, duration, input_kind, is_sound
 from common.images import SYSTEM_FILES, ImageError, is_image, level_sums, scan_class_folders
 from common.manifest import CACHE, CACHE_FILES, MANIFEST, STATISTICS, fingerprint, hash_file, read_json
-from common.options import UserError, run
-from common.sounds import check_settings, duration, file_kind, is_sound
+from common.options import ConstantError, Limits, Name, UserError, run
+from prepare.drawn_data import SPECIES, draw_data_set
+from prepare.groups import compile_group, split_by_group
 
-SOURCE: str = "data1"  # folder that holds <class>/<picture>
-TARGET: str = "data"  # folder that is made: train/<class>, val/<class>, manifest.json
-VAL_RATIO: float = 0.3  # share of each class that becomes validation pictures
-SEED: int = 42  # another seed gives another split
-LINK: bool = True  # hard links, which take no disk space, where the file system allows; False always copies
-WORKERS: int = -1  # processes that check pictures; -1: one for each core; 0: check in the main process
-DEMO: bool = False  # draw a small data set of 12 species into data1 first, which must be empty
-DEMO_IMAGES: int = 80  # drawn pictures of each class
-CHECK: bool = False  # change nothing, but say what is wrong with SOURCE and what to do about it
-CHECK_NEAR: int = 4  # bits of 64 in which the perceptual hashes of near duplicates may differ, for CHECK
-CHECK_OUTPUT: str = "results"  # folder for report.txt and pairs.png of CHECK
+SOURCE: Name = "data1"  # folder that contains <class>/<image or recording>
+TARGET: Name = "data"  # folder to make: train/<class>, val/<class>, manifest.json
+VAL_RATIO: Annotated[float, Limits(above=0, below=1)] = 0.3  # fraction of each class that becomes validation images
+SEED: int = 42  # seed of the split
+LINK: bool = True  # hard links, which need no disk space, where the file system allows; False always copies
+WORKERS: Annotated[int, Limits(0, 61)] | None = None  # processes that check files; 0: none; None: one per core
+DEMO: bool = False  # draw a small data set of 12 species into SOURCE first, which must be empty
+DEMO_IMAGES: Annotated[int, Limits(2)] = 80  # drawn images per class
+CHECK: bool = False  # change nothing, but report what is wrong with SOURCE and how to fix it
+CHECK_NEAR: Annotated[int, Limits(0, 64)] = 4  # near duplicates for CHECK: maximum of 64 hash bits that differ
+CHECK_OUTPUT: Name = "results"  # output folder of CHECK: report.txt and pairs.png
 
 # --- split by group
-GROUP: str = ""  # regular expression: names with the same first group in it, or match, land on one side; "": off
-VAL_GROUPS: list[str] = []  # the groups for validation; []: chosen by VAL_RATIO and SEED
+GROUP: str = ""  # regular expression; files with the same match, or first group, in the name stay together; "": off
+VAL_GROUPS: list[Name] = []  # the validation groups; []: chosen by VAL_RATIO and SEED
 
-# --- sounds
-SAMPLE_RATE: int = 16000  # Hz; recordings at another rate are resampled
-SECONDS: float = 1.0  # of a recording that the network hears: the first ones of a longer recording
-PADDING: str = "silence"  # what surrounds a shorter recording: "silence", or "repeat": itself over and over
-WINDOW: float = 32.0  # milliseconds that one spectrum looks at
-HOP: float = 10.0  # milliseconds from one spectrum to the next, which is one pixel to the right
-MELS: int = 64  # mel bands, each a pixel high
-DECIBELS: float = 80.0  # what is so much fainter than the loudest place of a recording is black
-
-
-def sound_settings():
-    """The constants for sounds as common/sounds.py takes them.
-
-    Raises:
-        UserError: if no recording can be heard so.
-    """
-    names = ("SAMPLE_RATE", "SECONDS", "PADDING", "WINDOW", "HOP", "MELS", "DECIBELS")
-    sound = {name.lower(): globals()[name] for name in names}
-    check_settings(sound)
-    return sound
+# --- spectrograms of recordings
+SAMPLE_RATE: Annotated[int, Limits(1_000, 1_000_000)] = 16000  # Hz; recordings at another rate are resampled
+SECONDS: Annotated[float, Limits(high=3600, above=0)] = 1.0  # s, length of the excerpt: the beginning of a recording
+PADDING: Literal["silence", "repeat"] = "silence"  # around a shorter recording; "repeat": itself, repeated
+WINDOW: Annotated[float, Limits(high=1000, above=0)] = 32.0  # ms, length of one spectrum's window
+HOP: Annotated[float, Limits(high=1000, above=0)] = 10.0  # ms between windows, which is one pixel to the right
+MELS: Annotated[int, Limits(32, 1024)] = 64  # mel bands: the image's height in pixels
+DECIBELS: Annotated[float, Limits(high=1000, above=0)] = 80.0  # dynamic range; what is fainter is black
 
 
-def holds_sounds(paths):
-    """Whether the files are recordings, not pictures; UserError if there are both."""
-    sound, picture = (next(filter(kind, paths), None) for kind in (is_sound, is_image))
-    if sound is not None and picture is not None:
+def main():
+    source, target = Path(SOURCE), Path(TARGET)
+    spectrogram = Spectrogram(SAMPLE_RATE, SECONDS, PADDING, WINDOW, HOP, MELS, DECIBELS)
+    check_constants(source, target, DEMO, CHECK, GROUP, VAL_GROUPS, spectrogram)
+    if DEMO:
+        draw_demo(source, DEMO_IMAGES, SEED)
+    classes, beside = scan_class_folders(source)
+    paths = [path for files in classes.values() for path in files]
+    sound = None
+    if are_recordings(paths):
+        spectrogram.check_filters()
+        sound = asdict(spectrogram)
+    kind = input_kind(sound)
+    if CHECK:
+        from prepare.check import check  # imports PyTorch and matplotlib, which nothing else here needs
+
+        return check(source, target, CHECK_NEAR, CHECK_OUTPUT, kind)
+
+    files = check_files(paths, kind, WORKERS)
+    skipped = [file.reason for file in files if file.reason]
+    skipped += [f"{path} is not in a class folder" for path in beside if kind.fits(path)]
+    for reason in skipped:
+        print(f"skipped: {reason}")
+    files = [file for file in files if not file.reason]
+    duplicates = find_duplicates(files, kind.name)
+    val = split_classes(files, source, classes, VAL_RATIO, SEED, kind.name)
+    manifest = dict(source=source.as_posix(), seed=SEED, val_ratio=VAL_RATIO)
+    if sound is not None:
+        manifest["sound"] = sound
+    how = f"with seed {SEED}"
+    if GROUP:
+        contents = {file.path: file.record["sha256"] for file in files}
+        val, groups = split_by_group(contents, compile_group(GROUP), VAL_GROUPS, VAL_RATIO, SEED)
+        manifest |= dict(group=GROUP, val_groups=groups)
+        how = f"by group, with seed {SEED}"
+    if VAL_GROUPS:
+        how = f"by VAL_GROUPS, so that VAL_RATIO {VAL_RATIO} and SEED {SEED} have no effect"
+
+    replace_target(target, files, val, manifest, LINK)
+    report(classes, files, val, duplicates)
+    if sound is not None:
+        print(f"\n{describe_lengths([file.record['seconds'] for file in files], SECONDS)}")
+    if GROUP:
+        print(f"\nvalidation groups ({len(groups)}): {', '.join(groups[:24])}{', ...' if len(groups) > 24 else ''}")
+    print(f"\n{len(files)} {kind.name}s in {target}, split {how}")
+    return 3 if skipped else 0
+
+
+def check_constants(source, target, demo, check, group, val_groups, spectrogram):
+    """Check how the constants relate to each other; ConstantError if they contradict."""
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ConstantError(f"TARGET must be outside SOURCE ({source}), got {target}; set it to another folder")
+    if demo and check:
+        raise ConstantError("DEMO must be False where CHECK, which changes nothing, is True, got True")
+    if val_groups and not group:
+        raise ConstantError(f"VAL_GROUPS must be empty where GROUP is, got {', '.join(val_groups)}; set GROUP, too")
+    compile_group(group)
+    spectrogram.check()
+
+
+def draw_demo(source, images_per_class, seed):
+    """Draw the demo data set into `source`, which must be empty."""
+    if source.is_dir() and any(entry.name != ".gitkeep" for entry in source.iterdir()):
+        raise UserError(f"{source} is not empty, and --demo draws into an empty folder only; omit --demo")
+    drawing = draw_data_set(source, images_per_class, seed=seed)
+    list(tqdm(drawing, total=images_per_class * len(SPECIES), desc="drawing", unit="img", leave=False))
+
+
+def are_recordings(paths):
+    """Whether the files are recordings, not images; UserError if there are both."""
+    sound, image = (next(filter(fits, paths), None) for fits in (is_sound, is_image))
+    if sound is not None and image is not None:
         raise UserError(
-            f"{sound} is a recording and {picture} a picture, and one network cannot learn both; keep one of the two "
-            "kinds here, and the other in another folder"
+            f"{sound} is a recording and {image} an image, and one network cannot learn both; keep one of the two "
+            "kinds here, and move the other to another folder"
         )
     return sound is not None
 
 
-def check_picture(path, sound=None):
-    """Read one file: (what the manifest holds of its content, "") or, if it cannot be used, (None, reason).
+@dataclass
+class File:
+    """A file of SOURCE: what the manifest records of it, and of a recording its spectrogram; or why it is skipped."""
+
+    path: Path
+    reason: str = ""
+    record: dict | None = None
+    png: bytes = b""
+
+    @property
+    def name_in_target(self):
+        return f"{self.path.name}.png" if self.png else self.path.name
+
+
+def check_files(paths, kind, workers):
+    """`check_file` for every path, in parallel, in order.
 
     Args:
-        path: the file.
-        sound: None for pictures; for recordings see common/sounds.py.
+        paths: the files.
+        kind: a `common.audio.Kind`.
+        workers: processes; 0: this one; None: one per core, but for a few files this one.
     """
-    kind = file_kind(sound)
-    if not kind.fits(path):
-        return None, f"{path} is not named like a {kind.name} ({', '.join(kind.extensions)})"
-    try:
-        sums = level_sums(kind.load(path)).tolist()  # for mean_std.py, which then need not decode it once more
-        content = dict(sha256=hash_file(path), bytes=path.stat().st_size, sums=sums)
-    except ImageError as error:
-        return None, str(error)
-    return content if sound is None else content | dict(seconds=duration(path)), ""
-
-
-def check_pictures(paths, workers, sound=None):
-    """`check_picture` for every path, in parallel, in order."""
-    workers = (os.cpu_count() or 1) if workers < 0 else workers
+    if workers is None:  # processes do not pay off for a few files
+        workers = 0 if len(paths) < 64 else min(os.cpu_count() or 1, 61)  # Windows allows no more than 61
     bar = dict(total=len(paths), desc="checking", unit="file", leave=False)
-    check_one = partial(check_picture, sound=sound)
-    if workers < 2 or len(paths) < 64:  # a process is not worth starting for a few pictures
+    check_one = partial(check_file, kind=kind)
+    if workers == 0:
         return list(tqdm(map(check_one, paths), **bar))
-    with ProcessPoolExecutor(min(workers, 61)) as pool:  # Windows allows no more than 61
+    with ProcessPoolExecutor(workers) as pool:
         return list(tqdm(pool.map(check_one, paths, chunksize=16), **bar))
 
 
-def find_duplicates(contents, name="picture"):
+def check_file(path, kind):
+    """Read one file completely; returns a `File`."""
+    if not kind.fits(path):
+        return File(path, f"{path} has no {kind.name} extension ({', '.join(kind.extensions)})")
+    if is_sound(path) and len(os.fsencode(path.name) if os.name == "posix" else path.name) > 251:
+        return File(path, f"{path} has a name that is too long to append .png; shorten it")
+    try:
+        image = kind.load(path)
+        # The sums are for mean_std.py, which then need not decode the file again.
+        record = dict(sha256=hash_file(path), bytes=path.stat().st_size, sums=level_sums(image).tolist())
+    except ImageError as error:
+        return File(path, str(error))
+    if not is_sound(path):
+        return File(path, record=record)
+    buffer = io.BytesIO()
+    image.getchannel(0).save(buffer, "png")  # grey: the three channels are equal
+    png = buffer.getvalue()
+    record |= dict(seconds=duration(path), image_sha256=hashlib.sha256(png).hexdigest(), image_bytes=len(png))
+    return File(path, record=record, png=png)
+
+
+def find_duplicates(files, name):
     """Group files by content.
 
     Args:
-        contents: {path: SHA-256}.
-        name: of what they hold.
+        files: list of `File`.
+        name: what they are, for messages.
 
     Returns:
-        Lists of two or more paths that hold the same bytes.
+        Lists of two or more paths that have the same content.
 
     Raises:
-        UserError: if one of them stands under two classes.
+        UserError: if the same content is in two classes.
     """
     by_content = defaultdict(list)
-    for path, content in contents.items():
-        by_content[content].append(path)
+    for file in files:
+        by_content[file.record["sha256"]].append(file.path)
     groups = [paths for paths in by_content.values() if len(paths) > 1]
     for paths in groups:
         other = next((path for path in paths if path.parent.name != paths[0].parent.name), None)
         if other is not None:
-            raise UserError(f"{paths[0]} and {other} are the same {name} under two classes; delete the wrong one")
+            raise UserError(f"{paths[0]} and {other} are the same {name} in two classes; delete the wrong one")
     return groups
 
 
+def split_classes(files, source, classes, val_ratio, seed, name):
+    """Choose the validation files of every class: the set of their paths; UserError if a class is too small."""
+    by_class = {class_name: {} for class_name in classes}
+    for file in files:
+        by_class[file.path.parent.name][file.path] = file.record["sha256"]
+    val = set()
+    for class_name, contents in by_class.items():
+        usable = len(set(contents.values()))
+        if usable < 2:
+            raise UserError(
+                f"class {class_name!r} is too small to split (different usable {name}s: {usable}); put at least two "
+                f"into {source / class_name}, or remove the folder"
+            )
+        chosen = choose_val(contents.values(), val_ratio, seed)
+        val |= {path for path, content in contents.items() if content in chosen}
+    return val
+
+
 def choose_val(contents, val_ratio, seed):
-    """Choose the validation pictures of one class.
+    """Choose the validation images of one class.
 
     Args:
-        contents: SHA-256 of each picture of the class; equal ones count once.
-        val_ratio: share to choose; at least one picture lands on either side.
+        contents: SHA-256 of each image of the class; equal ones count once.
+        val_ratio: fraction to choose; at least one image lands on either side.
         seed: any integer.
 
     Returns:
@@ -157,131 +259,15 @@ def choose_val(contents, val_ratio, seed):
     return set(order[:count])
 
 
-def find_foreign_file(target):
-    """The first file in `target` that these scripts did not put there, or that was changed since; None if none is."""
-    manifest = read_json(target / MANIFEST) if (target / MANIFEST).is_file() else {"files": []}
-    try:
-        ours = {file["path"]: (Path(file["source"]), file["bytes"], file["sha256"]) for file in manifest["files"]}
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{target / MANIFEST} is damaged, so it is unknown what {target} holds; move {target} away"
-        ) from error
-    for file in sorted(target.rglob("*")):
-        name = file.relative_to(target).as_posix()
-        if (
-            file.is_dir()
-            or file.name.lower() in SYSTEM_FILES
-            or name in (MANIFEST, STATISTICS)
-            or CACHE_FILES.fullmatch(name)
-        ):
-            continue
-        if name not in ours:
-            return file
-        source, size, content = ours[name]
-        if source.exists() and source.samefile(file):  # a change was made to both, and nothing is lost
-            continue
-        if file.stat().st_size != size or hash_file(file) != content:
-            return file
-    return None
-
-
-def place(source, target, link):
-    """Put `source` at `target` as a hard link where that is wanted and possible, else as a copy."""
-    if link:
-        try:
-            os.link(source.resolve(), target)
-            return
-        except OSError:  # another drive, a file system without links, or no permission: a copy does the same
-            pass
-    shutil.copy2(source, target)
-
-
-def main():
-    source, target = Path(SOURCE), Path(TARGET)
-    if not 0 < VAL_RATIO < 1:
-        raise UserError(f"VAL_RATIO must lie between 0 and 1, got {VAL_RATIO}")
-    if target.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"TARGET {target} must lie outside SOURCE {source}; set it to another folder")
-    if VAL_GROUPS and not GROUP:
-        raise UserError("VAL_GROUPS names groups, but GROUP does not say what a group is; set it, too")
-    if DEMO:
-        draw_demo(source)
-    classes, beside = scan_class_folders(source)
-    paths = [path for files in classes.values() for path in files]
-    sound = sound_settings() if holds_sounds(paths) else None
-    kind = file_kind(sound)
-    if CHECK:
-        from common.doctor import check
-
-        return check(source, target, CHECK_NEAR, CHECK_OUTPUT, sound)
-
-    results = check_pictures(paths, WORKERS, sound)
-    left_out = [reason for _, reason in results if reason]
-    left_out += [f"{path} does not lie in a class folder" for path in beside if kind.fits(path)]
-    for reason in left_out:
-        print(f"left out: {reason}")
-    checked = {path: content for path, (content, reason) in zip(paths, results) if not reason}
-    contents = {path: content["sha256"] for path, content in checked.items()}
-    duplicates = find_duplicates(contents, kind.name)
-
-    val = set()
-    for name in classes:
-        mine = {path: contents[path] for path in classes[name] if path in contents}
-        if len(set(mine.values())) < 2:
-            raise UserError(
-                f"class {name!r} is too small to split (different usable {kind.name}s: {len(set(mine.values()))}); "
-                f"put at least two into {source / name}, or remove the folder"
-            )
-        chosen = choose_val(mine.values(), VAL_RATIO, SEED)
-        val |= {path for path, content in mine.items() if content in chosen}
-    about = {} if sound is None else dict(sound=sound)
-    if GROUP:
-        val, groups = split_by_group(contents, GROUP, VAL_GROUPS, VAL_RATIO, SEED)
-        about |= dict(group=GROUP, val_groups=groups)
-    files = []
-    for path, content in checked.items():
-        place_in_target = f"{'val' if path in val else 'train'}/{path.parent.name}/{path.name}"
-        files.append(dict(path=place_in_target, source=path.as_posix(), **content))
-
-    replace_target(source, target, files, about)
-    report(classes, files, duplicates)
-    if sound is not None:
-        print(f"\n{describe_lengths([file['seconds'] for file in files])}")
-    if GROUP:
-        print(f"\nvalidation is of {len(groups)} groups: {', '.join(groups[:24])}{', ...' if len(groups) > 24 else ''}")
-    print(f"\n{len(files)} {kind.name}s in {target}, split with seed {SEED}")
-    return 3 if left_out else 0
-
-
-def draw_demo(source):
-    """Draw the demo set into `source`, which must be empty."""
-    from common.demo import SPECIES, draw_data_set
-
-    if DEMO_IMAGES < 2:
-        raise UserError(f"DEMO_IMAGES must be at least 2, one for each side, got {DEMO_IMAGES}")
-    if source.is_dir() and any(entry.name != ".gitkeep" for entry in source.iterdir()):
-        raise UserError(f"{source} is not empty, and --demo draws into an empty folder only; leave --demo out")
-    drawing = draw_data_set(source, DEMO_IMAGES, seed=SEED)
-    list(tqdm(drawing, total=DEMO_IMAGES * len(SPECIES), desc="drawing", unit="img", leave=False))
-
-
-def describe_lengths(seconds):
-    """One sentence on how long the recordings are, and how many are heard in part."""
-    seconds = sorted(seconds)
-    longer = sum(length > SECONDS for length in seconds)
-    return (
-        f"the recordings last {seconds[0]:.2f} to {seconds[-1]:.2f} s, half of them up to "
-        f"{seconds[len(seconds) // 2]:.2f}; of {longer} only the first {SECONDS:g} s are heard (SECONDS)"
-    )
-
-
-def replace_target(source, target, files, about):
-    """Build the new folder beside `target`, then swap: whoever stops this leaves the old or the new one, whole.
+def replace_target(target, files, val, manifest, link):
+    """Build the new folder beside `target`, then swap: if this is stopped, the old or the new one is there, complete.
 
     Args:
-        source, target: folders.
-        files: what the manifest holds of each file.
-        about: what it holds besides.
+        target: folder.
+        files: list of `File`.
+        val: set of the validation paths.
+        manifest: what manifest.json records besides the files.
+        link: whether to try hard links.
     """
     target = target.resolve() if target.is_symlink() else target
     new, old = (target.with_name(f"{target.name}.makedata-{kind}") for kind in ("new", "old"))
@@ -297,20 +283,17 @@ def replace_target(source, target, files, about):
                 "lose it; move it away, or set TARGET to another folder"
             )
     try:
+        records = []
         for file in tqdm(files, desc="placing", unit="img", leave=False):
-            destination = new / file["path"]
+            side = "val" if file.path in val else "train"
+            place_in_target = f"{side}/{file.path.parent.name}/{file.name_in_target}"
+            records.append(dict(path=place_in_target, source=file.path.as_posix(), **file.record))
+            destination = new / place_in_target
             destination.parent.mkdir(parents=True, exist_ok=True)
-            place(Path(file["source"]), destination, LINK)
-        manifest = dict(
-            source=source.as_posix(),
-            seed=SEED,
-            val_ratio=VAL_RATIO,
-            fingerprint=fingerprint(file["sha256"] for file in files),
-            **about,
-            files=files,
-        )
+            place(file, destination, link)
+        manifest = manifest | dict(fingerprint=fingerprint(r["sha256"] for r in records), files=records)
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
-        # Names from another system's archive may be no UTF-8; their bytes are kept as they are.
+        # Names from another system's archive may not be UTF-8; their bytes are kept as they are.
         (new / MANIFEST).write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
         if (target / STATISTICS).is_file():
             shutil.copy2(target / STATISTICS, new / STATISTICS)
@@ -322,24 +305,82 @@ def replace_target(source, target, files, about):
             old.rename(target)
         shutil.rmtree(new, ignore_errors=True)
         raise
-    with contextlib.suppress(OSError):  # decoded pictures that are still right; else they are decoded again
+    with contextlib.suppress(OSError):  # decoded images that are still valid; else they are decoded again
         (old / CACHE).rename(target / CACHE)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def report(classes, files, duplicates):
+def find_foreign_file(target):
+    """The first file in `target` that these scripts did not put there, or that was changed since; None if none is."""
+    manifest = read_json(target / MANIFEST) if (target / MANIFEST).is_file() else {"files": []}
+    try:
+        ours = {
+            file["path"]: (
+                Path(file["source"]),
+                file.get("image_bytes", file["bytes"]),  # of a spectrogram; otherwise the file is the source's content
+                file.get("image_sha256", file["sha256"]),
+            )
+            for file in manifest["files"]
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{target / MANIFEST} is damaged, so it is unknown what {target} contains; move {target} away"
+        ) from error
+    for file in sorted(target.rglob("*")):
+        name = file.relative_to(target).as_posix()
+        if (
+            file.is_dir()
+            or file.name.lower() in SYSTEM_FILES
+            or name in (MANIFEST, STATISTICS)
+            or CACHE_FILES.fullmatch(name)
+        ):
+            continue
+        if name not in ours:
+            return file
+        source, size, content = ours[name]
+        if source.exists() and source.samefile(file):  # a hard link: both were changed, and nothing is lost
+            continue
+        if file.stat().st_size != size or hash_file(file) != content:
+            return file
+    return None
+
+
+def place(file, destination, link):
+    """Write a recording's spectrogram; put an image as a hard link where wanted and possible, else as a copy."""
+    if file.png:
+        destination.write_bytes(file.png)
+        return
+    if link:
+        try:
+            os.link(file.path.resolve(), destination)
+            return
+        except OSError:  # another drive, a file system without links, or no permission: a copy does the same
+            pass
+    shutil.copy2(file.path, destination)
+
+
+def report(classes, files, val, duplicates):
     """Print which files are identical, and the table of classes."""
     for paths in duplicates:
         print(f"identical, kept on one side: {', '.join(map(str, paths))}")
-    counts = {side: defaultdict(int) for side in ("train", "val")}
+    counts = {name: [0, 0] for name in classes}
     for file in files:
-        side, name, _ = file["path"].split("/", 2)
-        counts[side][name] += 1
+        counts[file.path.parent.name][file.path in val] += 1
+    total = [sum(numbers) for numbers in zip(*counts.values())]
     width = max(len("class"), *map(len, classes))
     print(f"{'class':{width}}  train    val")
-    for name in classes:
-        print(f"{name:{width}}  {counts['train'][name]:5}  {counts['val'][name]:5}")
-    print(f"{'total':{width}}  {sum(counts['train'].values()):5}  {sum(counts['val'].values()):5}")
+    for name, (train, validation) in [*counts.items(), ("total", total)]:
+        print(f"{name:{width}}  {train:5}  {validation:5}")
+
+
+def describe_lengths(seconds, heard):
+    """One sentence on how long the recordings are, and of how many only the first `heard` seconds are used."""
+    seconds = sorted(seconds)
+    longer = sum(length > heard for length in seconds)
+    return (
+        f"the recordings last {seconds[0]:.2f} to {seconds[-1]:.2f} s, median {seconds[len(seconds) // 2]:.2f}; of "
+        f"{longer} only the first {heard:g} s are used (SECONDS)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Pictures kept decoded and resized, in data/cache, so that they are decoded once and not in every epoch.
+"""A cache of decoded and resized images in data/cache, so that they are decoded once and not in every epoch.
 
-Resize is the first step of training and validation, and nothing before it is random: what follows gets the same pixels
-in every epoch, and decoding a large PNG takes longer than anything that comes after it.
+Resizing is the first step of training and validation, and nothing before it is random: what follows gets the same
+pixels in every epoch, and decoding a large PNG takes longer than anything that comes after it.
 
-data/cache/<size>-<hash>.npy holds one set of pictures, a uint8 array (pictures, height, width, 3) in the set's order;
-<size> is the edge or, of recordings, <height>x<width>. The hash is that of the files' contents, so that a changed
-picture means another file, and the file is written beside and renamed, so that it is whole if it is there.
-contents.json remembers the hash of each file by its size and time of change, as git does, so that a run does not read
-all pictures just to find out that they are the same.
+data/cache/<size>-<hash>.npy contains one set of images, a uint8 array (images, height, width, 3) in the set's order;
+<size> is the side of a square or else <height>x<width>. The hash covers the files' contents, so that a changed image
+gives another file, and the file is written beside and renamed, so that it is complete once it is there. contents.json
+keeps the hash of each file by its size and modification time, as git does, so that a run does not read all images just
+to find that they are the same.
 """
 
 import hashlib
@@ -26,41 +26,48 @@ from tqdm import tqdm
 
 from common.dataset import height_and_width
 from common.faults import ignore_signals_in_worker
+from common.images import load_image
 from common.manifest import CACHE, CACHE_FILES, hash_file
-from common.sounds import file_kind
 
-# Names of files here stand in common/manifest.py's CACHE_FILES, too: makedata.py must know what is not the user's.
+# common/manifest.py's CACHE_FILES lists these names, too: makedata.py must know which files are not the user's.
 CONTENTS, LOCK = "contents.json", "lock"
-WORTH_PROCESSES = 256  # pictures; for fewer, starting processes costs more than it saves
+WORTH_PROCESSES = 256  # images; for fewer, starting processes costs more than it saves
 
 
-class ResizedPictures(Dataset):
-    """Each file as uint8 array (height, width, 3), resized as for the network.
+def cache_images(folder, gigabytes, *sets):
+    """Let later epochs read resized pixels instead of decoding the files again, as far as limit and disk allow.
 
     Args:
-        paths: the files.
-        size: (height, width) in pixels.
-        sound: None for pictures; for recordings see common/sounds.py.
+        folder: data/cache.
+        gigabytes: size of the folder; 0: no cache.
+        sets: pairs of a `CachedImageFolder`, whose `cache` is set, and its (height, width) in pixels.
+
+    Returns:
+        One line of text that says what is cached.
+
+    Raises:
+        ImageError: if an image cannot be read.
     """
-
-    def __init__(self, paths, size, sound):
-        self.paths = paths
-        self.resize = transforms.Resize(size)
-        self.load = file_kind(sound).load
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        return np.asarray(self.resize(self.load(self.paths[index])))
+    if not gigabytes:
+        return "cache       off; images are decoded in each epoch"
+    in_use, cached = [], 0
+    for dataset, size in sets:
+        paths = [path for path, _ in dataset.samples]
+        dataset.cache, result = open_cache(paths, size, folder, gigabytes * 1e9, in_use)
+        if dataset.cache is None:
+            return f"cache       {cached} images; the others are decoded in each epoch ({result})"
+        cached += dataset.cache.count
+        in_use.append(result)
+    size = sum(path.stat().st_size for path in in_use) / 1e9
+    return f"cache       {cached} of {sum(len(dataset) for dataset, _ in sets)} images in {folder}, {size:.2f} GB"
 
 
 class Cache:
-    """The first pictures of a set, decoded and resized.
+    """The first images of a set, decoded and resized.
 
     Args:
-        path: .npy file, uint8 (pictures, height, width, 3).
-        count: number of its pictures.
+        path: .npy file, uint8 (images, height, width, 3).
+        count: number of its images.
     """
 
     def __init__(self, path, count):
@@ -72,7 +79,7 @@ class Cache:
         return self.__dict__ | dict(rows=None)  # a started worker maps the file itself instead of getting a copy
 
     def get(self, index):
-        """Picture `index` as PIL RGB, or None if it is not kept here."""
+        """Image `index` as PIL RGB, or None if it is not cached."""
         if index >= self.count:
             return None
         if self.rows is None:
@@ -84,12 +91,61 @@ class Cache:
         return Image.fromarray(np.array(self.rows[index]))
 
 
+def open_cache(paths, img_size, folder, limit, in_use=()):
+    """Find the file that contains these images, decoded and resized, or write it.
+
+    Args:
+        paths: the files, in order.
+        img_size: side in pixels, or (height, width).
+        folder: data/cache.
+        limit: size of the folder in bytes. Of a larger set the first images are cached.
+        in_use: files of other sets, which stay.
+
+    Returns:
+        (`Cache`, its file), or (None, the reason why there is none).
+
+    Raises:
+        ImageError: if an image cannot be read.
+    """
+    height, width = height_and_width(img_size)
+    image_bytes = 3 * height * width
+    try:
+        paths = paths[: max(0, int(limit) - sum(file.stat().st_size for file in in_use)) // image_bytes]
+        if not paths:
+            return None, "CACHE_GB is full"
+        folder.mkdir(parents=True, exist_ok=True)
+        contents = hash_contents(paths, folder)
+        # Another version of Pillow may decode or resize differently.
+        key = hashlib.sha256("\n".join([PIL.__version__, *contents]).encode()).hexdigest()[:16]
+        path = folder / f"{height if height == width else f'{height}x{width}'}-{key}.npy"
+        size = 128 + len(paths) * image_bytes  # 128: the header
+
+        def is_complete():
+            return path.is_file() and path.stat().st_size == size
+
+        if not is_complete():
+            with FileLock(folder / LOCK):  # a second run waits here, and then finds the file
+                if not is_complete():
+                    for left_over in folder.glob("*.npy.part"):  # of a run that was killed
+                        left_over.unlink()
+                    make_room(folder, size, limit, in_use)
+                    free = shutil.disk_usage(folder).free
+                    if size > free / 2:  # the checkpoints need room, too
+                        return None, f"it needs {size / 1e9:.1f} GB, and only {free / 1e9:.1f} are free"
+                    write_rows(paths, (height, width), path)
+        if os.access(path, os.W_OK):
+            os.utime(path)  # used now
+    except (OSError, NotImplementedError) as error:  # read-only or full; some network drives know no locks
+        return None, str(error) or type(error).__name__
+    return Cache(path, len(paths)), path
+
+
 def hash_contents(paths, folder):
     """SHA-256 of each file, as hex.
 
     Args:
         paths: the files.
-        folder: where contents.json is; it is brought up to date if that is possible.
+        folder: that of contents.json, which is updated if possible.
     """
     memory = folder / CONTENTS
     try:
@@ -118,12 +174,24 @@ def hash_contents(paths, folder):
     return [entry[2] for entry in entries]
 
 
-def write_rows(paths, size, sound, path):
-    """Decode and resize all `paths` in parallel into the .npy file `path`, which is there only when it is whole."""
+def make_room(folder, size, limit, in_use):
+    """Remove the least recently used sets, except those `in_use`, until `size` more bytes fit into `limit`."""
+    files = sorted(folder.glob("*.npy"), key=lambda file: file.stat().st_mtime)
+    total = sum(file.stat().st_size for file in files) + size
+    for file in files:
+        if total <= limit:
+            return
+        if file not in in_use and CACHE_FILES.fullmatch(f"{CACHE}/{file.name}"):
+            total -= file.stat().st_size
+            file.unlink()
+
+
+def write_rows(paths, size, path):
+    """Decode and resize all `paths` in parallel into the .npy file `path`, which exists only once it is complete."""
     part = path.with_name(f"{path.name}.part")
     workers = 0 if len(paths) < WORTH_PROCESSES else min(os.cpu_count() or 1, 8)
     loader = DataLoader(
-        ResizedPictures(paths, size, sound),
+        ResizedImages(paths, size),
         batch_size=16,
         num_workers=workers,
         collate_fn=list,
@@ -145,64 +213,20 @@ def write_rows(paths, size, sound, path):
         part.unlink(missing_ok=True)
 
 
-def make_room(folder, size, limit, in_use):
-    """Remove the sets not used for longest, but those `in_use`, until `size` more bytes stay within `limit`."""
-    files = sorted(folder.glob("*.npy"), key=lambda file: file.stat().st_mtime)
-    total = sum(file.stat().st_size for file in files) + size
-    for file in files:
-        if total <= limit:
-            return
-        if file not in in_use and CACHE_FILES.fullmatch(f"{CACHE}/{file.name}"):
-            total -= file.stat().st_size
-            file.unlink()
-
-
-def open_cache(paths, img_size, folder, limit, in_use=(), sound=None):
-    """Keep pictures decoded and resized: find the file that holds them, or make it.
+class ResizedImages(Dataset):
+    """Each file as uint8 array (height, width, 3), resized as for the network.
 
     Args:
-        paths: the files, in order.
-        img_size: edge in pixels, or (height, width).
-        folder: data/cache.
-        limit: bytes that the folder may hold in all. If the set is larger, the first pictures of it are kept.
-        in_use: files of other sets that are to stay.
-        sound: None for pictures; for recordings see common/sounds.py.
-
-    Returns:
-        (`Cache`, its file), or (None, the reason why there is none).
-
-    Raises:
-        ImageError: if a picture cannot be read.
+        paths: the files.
+        size: (height, width) in pixels.
     """
-    height, width = height_and_width(img_size)
-    picture_bytes = 3 * height * width
-    try:
-        paths = paths[: max(0, int(limit) - sum(file.stat().st_size for file in in_use)) // picture_bytes]
-        if not paths:
-            return None, "CACHE_GB is full"
-        folder.mkdir(parents=True, exist_ok=True)
-        contents = hash_contents(paths, folder)
-        # Another version of Pillow may decode or resize differently; other constants make another picture of a sound.
-        made_by = PIL.__version__ if sound is None else json.dumps(sound, sort_keys=True)
-        key = hashlib.sha256("\n".join([made_by, *contents]).encode()).hexdigest()[:16]
-        path = folder / f"{height if height == width else f'{height}x{width}'}-{key}.npy"
-        size = 128 + len(paths) * picture_bytes  # 128: the header
 
-        def is_whole():
-            return path.is_file() and path.stat().st_size == size
+    def __init__(self, paths, size):
+        self.paths = paths
+        self.resize = transforms.Resize(size)
 
-        if not is_whole():
-            with FileLock(folder / LOCK):  # a second run waits, and finds it then
-                if not is_whole():
-                    for left_over in folder.glob("*.npy.part"):  # of a run that was killed
-                        left_over.unlink()
-                    make_room(folder, size, limit, in_use)
-                    free = shutil.disk_usage(folder).free
-                    if size > free / 2:  # the checkpoints need room, too
-                        return None, f"it needs {size / 1e9:.1f} GB, and only {free / 1e9:.1f} are free"
-                    write_rows(paths, (height, width), sound, path)
-        if os.access(path, os.W_OK):
-            os.utime(path)  # used now
-    except (OSError, NotImplementedError) as error:  # read-only or full; some network drives know no locks
-        return None, str(error) or type(error).__name__
-    return Cache(path, len(paths)), path
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return np.asarray(self.resize(load_image(self.paths[index])))

@@ -1,4 +1,4 @@
-"""What lies in data besides pictures: makedata.py's record, mean_std.py's result and train.py's cache."""
+"""The files in data/ besides images: makedata.py's manifest, mean_std.py's statistics and train.py's cache."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ CACHE_FILES = re.compile(rf"{CACHE}/(\d+(x\d+)?-[0-9a-f]{{16}}\.npy(\.part)?|con
 
 
 def hash_file(path):
-    """SHA-256 of a file, as hex; read in pieces, since a recording may be larger than the memory."""
+    """SHA-256 of a file, as hex; read in blocks, since a recording may be larger than the memory."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def fingerprint(contents):
-    """One hash for a set of pictures, whatever their names and order.
+    """One hash of a set of images, independent of their names and order.
 
     Args:
         contents: SHA-256 of each file, as hex, or another text for each.
@@ -32,20 +32,39 @@ def fingerprint(contents):
 
 
 def read_json(path):
-    """Read a JSON file that one of the scripts wrote.
+    """Read a JSON file that one of the scripts wrote: a dict.
 
     Raises:
         UserError: if it is damaged.
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        content = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it contains a {type(content).__name__} and not an object")
     except ValueError as error:
         remedy = f"move {path.parent} away" if path.name == MANIFEST else "delete it"
         raise UserError(f"{path} is damaged ({error}); {remedy} and run the script that made it again") from error
+    return content
 
 
 def read_sound(folder):
-    """How makedata.py read the recordings of `folder` (see common/sounds.py); None for pictures or without manifest."""
+    """The settings of the spectrograms in `folder`, which makedata.py made.
+
+    Args:
+        folder: such as data.
+
+    Returns:
+        dict (see `common.audio.Spectrogram`); None for images, and for a folder without a manifest.
+
+    Raises:
+        UserError: if an earlier version placed the recordings themselves there.
+    """
     path = Path(folder, MANIFEST)
-    return read_json(path).get("sound") if path.is_file() else None
+    manifest = read_json(path) if path.is_file() else {}
+    if "sound" in manifest and not all("image_sha256" in file for file in manifest.get("files", [])):
+        raise UserError(
+            f"{folder} contains recordings, where an earlier version of makedata.py put them; run makedata.py again, "
+            "which writes their spectrograms"
+        )
+    return manifest.get("sound")

@@ -1,7 +1,7 @@
-"""An ONNX file that tools/export.py wrote, run by onnxruntime.
+"""An ONNX file written by tools/export.py, run by onnxruntime.
 
-All that test.py needs to know beside the network stands in the file's metadata, as JSON: arch, classes, mean, std,
-img_size and, for recordings, sound.
+The file's metadata contains, as JSON, what test.py needs besides the network: arch, classes, mean, std, img_size and,
+for recordings, sound.
 """
 
 import json
@@ -12,18 +12,18 @@ import torch
 from common.extras import require
 from common.options import UserError
 
-METADATA = ("arch", "classes", "mean", "std", "img_size")  # keys of a checkpoint that go into every exported file
+METADATA = ("arch", "classes", "mean", "std", "img_size")  # keys of a checkpoint that every exported file contains
 METADATA_OF_SOUNDS = ("sound",)  # and those that only a network for recordings has
 
 
 class OnnxNetwork:
-    """Function on images (N, 3, height, width) -> logits (N, classes), both float32 tensors on the CPU.
+    """Function of images (N, 3, height, width) -> logits (N, classes), both float32 tensors on the CPU.
 
     Args:
         path: .onnx file.
 
     Attributes:
-        about: what `METADATA` names, and `METADATA_OF_SOUNDS` for recordings.
+        about: {key: value} of `METADATA`, and of `METADATA_OF_SOUNDS` for recordings.
 
     Raises:
         UserError: if the file does not exist, is damaged, or was not written by tools/export.py.
@@ -32,11 +32,11 @@ class OnnxNetwork:
     def __init__(self, path):
         onnxruntime = require("onnxruntime")
         if not Path(path).is_file():
-            raise UserError(f"there is no file {path}; tools/export.py makes one")
+            raise UserError(f"there is no file {path}; tools/export.py writes one")
         try:
             self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             metadata = self.session.get_modelmeta().custom_metadata_map
-        except Exception as error:  # onnxruntime's errors have no common class of their own
+        except Exception as error:  # onnxruntime's errors have no base class of their own
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is damaged or no ONNX file ({reason}); export it again") from error
         missing = [name for name in METADATA if name not in metadata]

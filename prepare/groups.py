@@ -1,5 +1,7 @@
-"""Groups of files, told by their names, that must land on one side of the split: the photographs of one plant, what one
-speaker said. Otherwise a network is asked about plants or voices that it knows, and looks better than it is.
+"""Split by groups, given by the file names, such as all photographs of one plant or all recordings of one speaker.
+
+Files of a group land on one side of the split. Otherwise a network is validated on plants or voices that it has seen in
+training, and looks better than it is.
 """
 
 import hashlib
@@ -7,9 +9,21 @@ import re
 
 import numpy as np
 
-from common.options import UserError
+from common.options import ConstantError, UserError
 
-ORDERS = 50  # that are tried for a good split
+ORDERS = 50  # random orders in which the groups are tried
+
+
+def compile_group(pattern):
+    """The constant GROUP as a compiled regular expression.
+
+    Raises:
+        ConstantError: if it is not one.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConstantError(f"GROUP must be a regular expression ({error}), got {pattern!r}") from error
 
 
 def split_by_group(contents, pattern, val_groups, val_ratio, seed):
@@ -18,11 +32,11 @@ def split_by_group(contents, pattern, val_groups, val_ratio, seed):
     Args:
         contents: {path: SHA-256}; the name of a path's folder is its class.
         pattern: see `find_groups`.
-        val_groups: the groups for validation; []: see `choose_val_groups`.
+        val_groups: the validation groups; []: see `choose_val_groups`.
         val_ratio, seed: see `choose_val_groups`.
 
     Returns:
-        (set of the paths for validation, sorted list of their groups).
+        (set of the validation paths, sorted list of their groups).
 
     Raises:
         UserError: if `pattern` or `val_groups` do not fit the files.
@@ -48,24 +62,24 @@ def split_by_group(contents, pattern, val_groups, val_ratio, seed):
         name = sorted({path.parent.name for path in paths})[missing.argmax()]
         raise UserError(
             f"with these groups one side would have no file of the class {name!r}; change GROUP or VAL_GROUPS, or "
-            "bring files of more groups"
+            "add files of more groups"
         )
     return {path for path in paths if groups[path] in chosen}, sorted(chosen)
 
 
 def find_groups(paths, pattern):
-    """The group of each file: what the first group of `pattern` finds in its name or, if it has none, all of `pattern`.
+    """The group of each file: the first group of `pattern` in its name or, if it has none, the whole match.
+
+    Args:
+        paths: the files.
+        pattern: compiled regular expression.
 
     Returns:
         {path: group}.
 
     Raises:
-        UserError: if `pattern` is no regular expression, does not match every name, or puts all into one group.
+        UserError: if `pattern` does not match every name, or puts all files into one group.
     """
-    try:
-        pattern = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"GROUP {pattern!r} is no regular expression ({error}); mend it") from error
     found = {path: pattern.search(path.name) for path in paths}
     groups = {path: match[min(pattern.groups, 1)] for path, match in found.items() if match}
     lost = [path for path in paths if groups.get(path) is None]
@@ -76,7 +90,7 @@ def find_groups(paths, pattern):
         )
     if len(set(groups.values())) == 1:
         raise UserError(
-            f"GROUP {pattern.pattern!r} puts all files into one group, {groups[paths[0]]!r}, and two sides need two; "
+            f"GROUP {pattern.pattern!r} puts all files into one group, {groups[paths[0]]!r}, and a split needs two; "
             "change the pattern"
         )
     return groups
@@ -92,14 +106,14 @@ def count_groups(paths, groups):
 
 
 def choose_val_groups(counts, val_ratio, seed):
-    """Choose the groups for validation so that each class comes as near to its share as whole groups allow.
+    """Choose validation groups so that each class comes as close to `val_ratio` as whole groups allow.
 
-    The groups are gone through in an order by chance, and one is taken where it brings the classes nearer to their
-    shares, by the sum of squares. Of some such orders the one that ends nearest is used.
+    Greedy, in a random order: a group is taken if it reduces the sum of squares of what the classes still lack. The
+    best of `ORDERS` orders is used.
 
     Args:
         counts: see `count_groups`.
-        val_ratio: share of each class to choose; at least one file lands on either side.
+        val_ratio: fraction of each class to choose; at least one file lands on either side.
         seed: any integer.
 
     Returns:
@@ -109,11 +123,11 @@ def choose_val_groups(counts, val_ratio, seed):
     best, nearest = set(), np.inf
     for number in range(ORDERS):
 
-        def chance(group, number=number):
+        def shuffled(group, number=number):
             return hashlib.sha256(f"{seed}:{number}:{group}".encode(errors="surrogateescape")).hexdigest()
 
         chosen, lacking = set(), val_ratio * total
-        for group in sorted(counts, key=chance):
+        for group in sorted(counts, key=shuffled):
             rest = lacking - counts[group]
             if rest @ rest < lacking @ lacking:
                 chosen.add(group)

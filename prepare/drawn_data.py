@@ -1,11 +1,11 @@
 """A drawn stand-in for a data set of plant seedlings, so that everything runs without a download.
 
-Each picture shows one seedling from above on gravelly soil, as a camera over a seed tray sees it.
+Each image shows one seedling from above on gravelly soil, as a camera over a seed tray sees it.
 The twelve classes are crops and weeds of northern European fields.  They differ in form: how many
 leaves there are and how these are arranged, shaped, lobed and stalked.  Age, pose, light, soil and
 leaf colour vary at random within each class, so that neither colour nor place gives a class away.
 
-The pictures are polygons and strokes; they need nothing but Pillow and numpy.  They are meant for
+The images are polygons and strokes; they need nothing but Pillow and numpy.  They are meant for
 demonstrations and tests: how well a model does on them says nothing about real plants.
 """
 
@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-SUPERSAMPLING = 3  # pictures are drawn this many times larger and then averaged down
-MIN_SIZE = 16  # pixels; in smaller pictures a leaf is hardly a pixel wide
+SUPERSAMPLING = 3  # images are drawn this many times larger and then averaged down
+MIN_SIZE = 16  # pixels; in smaller images a leaf is hardly a pixel wide
 
 SHADOW = (12, 10, 6)
 PALE = (232, 248, 190)  # veins, hairs and the middle of a leaf
@@ -103,21 +103,21 @@ SPECIES = tuple(_PLANTS)
 
 
 def draw_data_set(root: Path, images_per_class: int, size: int = 150, seed: int = 42) -> Iterator[Path]:
-    """Draw ``images_per_class`` JPEG pictures of each species, one folder per species.
+    """Draw ``images_per_class`` JPEG images of each species, one folder per species.
 
-    This is a generator: a picture is drawn when its path is asked for, so the caller can show
-    progress.  Each picture depends only on the seed, its species and its index.  Files of the same
+    This is a generator: an image is drawn when its path is asked for, so the caller can show
+    progress.  Each image depends only on the seed, its species and its index.  Files of the same
     name are overwritten.
 
     Args:
-        root: Folder of the data set, made if missing.  Pictures go to
+        root: Folder of the data set, made if missing.  Images go to
             ``root/<species>/<slug>_000.jpg``, where the slug is the species in lower case.
-        images_per_class: Pictures of each species.
-        size: Width and height of a picture in pixels, at least ``MIN_SIZE``.
+        images_per_class: Images of each species.
+        size: Width and height of an image in pixels, at least ``MIN_SIZE``.
         seed: Any number; another one gives another data set.
 
     Yields:
-        The path of each picture, once it is written.
+        The path of each image, once it is written.
 
     Raises:
         ValueError: If ``images_per_class`` or ``size`` is too small (when the first path is asked
@@ -140,9 +140,9 @@ def draw_seedling(species: str, rng: random.Random, size: int = 150) -> Image.Im
 
     Args:
         species: One of ``SPECIES``.
-        rng: Source of all chance: the same state gives the same picture (but for a few pixels on
+        rng: Source of all chance: the same state gives the same image (but for a few pixels on
             edges, which old releases of Pillow or numpy may round differently).
-        size: Width and height of the picture in pixels, at least ``MIN_SIZE``.
+        size: Width and height of the image in pixels, at least ``MIN_SIZE``.
 
     Returns:
         An RGB image of ``size`` x ``size`` pixels.
@@ -155,14 +155,14 @@ def draw_seedling(species: str, rng: random.Random, size: int = 150) -> Image.Im
     if size < MIN_SIZE:
         raise ValueError(f"size must be at least {MIN_SIZE} pixels, not {size}")
     noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
-    sun = cmath.rect(1, rng.uniform(0, math.tau))  # direction to the light, within the picture
+    sun = cmath.rect(1, rng.uniform(0, math.tau))  # direction to the light, within the image
     image = _soil(size, sun, rng, noise)
     _Painter(image, _PLANTS[species], sun, rng).seedling()
     return _photograph(image.reduce(SUPERSAMPLING), rng, noise)
 
 
 def _soil(size: int, sun: complex, rng: random.Random, noise: np.random.Generator) -> Image.Image:
-    """Return a supersampled RGB picture of earth strewn with stones and bits of straw."""
+    """Return a supersampled RGB image of earth strewn with stones and bits of straw."""
     tone = rng.uniform(75, 110)
     relief = np.full((size, size), tone, np.float32)
     for cells, weight in ((5, 18), (size // 5, 16), (size, 26)):  # damp patches, crumbs, grains
@@ -190,7 +190,7 @@ def _soil(size: int, sun: complex, rng: random.Random, noise: np.random.Generato
 
 
 def _photograph(image: Image.Image, rng: random.Random, noise: np.random.Generator) -> Image.Image:
-    """Return the picture as a camera takes it: unevenly lit, warm or cold, blurred and noisy."""
+    """Return the image as a camera takes it: unevenly lit, warm or cold, blurred and noisy."""
     image = image.filter(ImageFilter.GaussianBlur(image.width * rng.uniform(0.0007, 0.003)))
     brightness, warmth = rng.uniform(0.9, 1.25), rng.uniform(-0.05, 0.05)
     cast = np.array([1 + warmth, 1 + rng.uniform(-0.03, 0.03), 1 - warmth], np.float32)
@@ -223,7 +223,7 @@ def _margin(leaf: Leaf) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Painter:
-    """Paints one seedling on a picture of soil.
+    """Paints one seedling on an image of soil.
 
     Points and directions are complex numbers, x + iy in pixels: a rotation is then a product.
     Lines and outlines are complex arrays of shape (points,).
@@ -351,6 +351,6 @@ def _rgb(*channels: float) -> Colour:
     return tuple(min(255, max(0, round(channel))) for channel in channels)
 
 
-def _mix(first: Iterable[float], second: Iterable[float], share: float) -> Colour:
-    """Return the first colour with a share of the second, 0 to 1."""
-    return _rgb(*(a + share * (b - a) for a, b in zip(first, second, strict=True)))
+def _mix(first: Iterable[float], second: Iterable[float], weight: float) -> Colour:
+    """Return the first colour mixed with the second, whose weight is 0 to 1."""
+    return _rgb(*(a + weight * (b - a) for a, b in zip(first, second, strict=True)))

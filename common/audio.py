@@ -1,0 +1,242 @@
+"""Recordings: which files are recordings, and how one becomes the image that a network sees.
+
+A recording becomes its log-mel spectrogram: time from left to right, frequency from bottom to top in mel steps, and
+brightness in decibels below the loudest point of the recording. It is a grey 8-bit image of mel bands x frames, so that
+everything made for images serves recordings, too.
+
+makedata.py writes these spectrograms into data/ as PNG files, and from there on everything reads images. Only what
+reads recordings themselves needs this module: makedata.py, mean_std.py, test.py and tools/web_demo.py. The settings are
+a dict called "sound" in data/manifest.json and in checkpoints, with the fields of `Spectrogram`; None means images.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common import images
+from common.extras import require
+from common.images import ImageError, is_hidden, is_image, load_image
+from common.options import ConstantError
+
+EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3")
+PAD_MODES = {"silence": "constant", "repeat": "wrap"}  # as NumPy calls them
+SAMPLE_RATES = (1_000, 1_000_000)  # Hz; only damaged files claim others
+BLOCK = 1 << 20  # samples that are read at once
+SILENCE = 1e-8  # power of a mel band that counts as silence, above the rounding noise of 16-bit samples
+SMALLEST = 32  # pixels; the network halves each side five times
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a network takes: the kind's name, its file extensions, and functions of a path.
+
+    Attributes:
+        name: "image" or "recording".
+        extensions: lower case, with the dot.
+        fits: whether a file is of this kind, judged by its name.
+        load: reads a file as a PIL RGB image; `ImageError` if it cannot be read.
+    """
+
+    name: str
+    extensions: tuple[str, ...]
+    fits: Callable
+    load: Callable
+
+
+def input_kind(sound):
+    """The `Kind` of input for the settings `sound` of a manifest or checkpoint: images for None, else recordings.
+
+    The kind "recording" also takes the spectrograms that makedata.py wrote with these settings.
+    """
+    if sound is None:
+        return Kind("image", images.EXTENSIONS, is_image, load_image)
+    return Kind("recording", EXTENSIONS, is_sound_or_png, partial(load_sound_or_png, spectrogram=Spectrogram(**sound)))
+
+
+def is_sound(path):
+    """Whether a file is a recording by its name: the extension, in any case, and not hidden."""
+    return str(path).lower().endswith(EXTENSIONS) and not is_hidden(path)
+
+
+def is_sound_or_png(path):
+    """Whether a file is a recording, or may be a spectrogram, by its name."""
+    return is_sound(path) or str(path).lower().endswith(".png") and not is_hidden(path)
+
+
+def load_sound_or_png(path, spectrogram):
+    """Read a recording, or the PNG of its spectrogram, as PIL RGB.
+
+    Args:
+        path: the file.
+        spectrogram: the `Spectrogram` of the data set.
+
+    Raises:
+        ImageError: if it cannot be read, or is another image than such a spectrogram.
+    """
+    if not is_image(path):
+        return spectrogram.load(path)
+    height, width = spectrogram.size
+    image = load_image(path) if is_sound_or_png(path) else None
+    if image is None or image.size != (width, height):
+        raise ImageError(
+            f"{path} is neither a recording nor a spectrogram PNG of {width} x {height} pixels as makedata.py writes "
+            "it; remove it, or give the recording itself"
+        )
+    return image
+
+
+def spectrogram_size(sound):
+    """(height, width) in pixels of the spectrograms that the settings `sound` give: mel bands, frames."""
+    return Spectrogram(**sound).size
+
+
+@dataclass(frozen=True)
+class Spectrogram:
+    """How a recording becomes an image; makedata.py's constants, and the keys of "sound" in manifest and checkpoint."""
+
+    sample_rate: int  # Hz; recordings at another rate are resampled
+    seconds: float  # length of the excerpt: the beginning of a longer recording
+    padding: str  # around a shorter recording: "silence", or "repeat": itself, repeated
+    window: float  # ms, length of one spectrum's window
+    hop: float  # ms, from one window to the next
+    mels: int  # number of mel bands
+    decibels: float  # dynamic range: what is this far below the loudest point, or further, is black
+
+    def in_samples(self, milliseconds):
+        """The number of samples, at least 1, that `milliseconds` last."""
+        return max(1, round(self.sample_rate * milliseconds / 1000))
+
+    @property
+    def size(self):
+        """(height, width) in pixels: mel bands, frames."""
+        return self.mels, 1 + round(self.seconds * self.sample_rate) // self.in_samples(self.hop)
+
+    def check(self):
+        """Check how the settings relate to each other; ConstantError if they give no usable image."""
+        if 1000 * self.seconds < self.window:
+            raise ConstantError(f"SECONDS must be at least WINDOW ({self.window} ms), got {self.seconds}")
+        height, width = self.size
+        if min(height, width) < SMALLEST:
+            raise ConstantError(
+                f"MELS, SECONDS and HOP must give a spectrogram of at least {SMALLEST} mel bands x {SMALLEST} frames, "
+                f"got {height} x {width}; raise MELS or SECONDS, or lower HOP"
+            )
+
+    def check_filters(self):
+        """Check that each mel band contains a frequency; ConstantError if not. Needs librosa."""
+        if not mel_filters(self.sample_rate, self.in_samples(self.window), self.mels).any(1).all():
+            raise ConstantError(
+                f"WINDOW must be long enough to resolve MELS ({self.mels}) mel bands, got {self.window} ms; raise it, "
+                "or lower MELS"
+            )
+
+    def load(self, path):
+        """Read a recording as its spectrogram.
+
+        Args:
+            path: the file.
+
+        Returns:
+            `PIL.Image.Image` of mode RGB, grey, of `size`, high frequencies at the top.
+
+        Raises:
+            ImageError: if it cannot be read.
+            UserError: if a package is missing.
+        """
+        level = self.log_mel(self.fit(*read_mono(path, self.seconds)))[::-1]
+        return Image.fromarray(np.uint8(np.round(255 * (1 + level / self.decibels)))).convert("RGB")
+
+    def fit(self, samples, rate):
+        """Resample (samples,) at `rate` Hz, and cut it to `seconds`, or pad it on both sides.
+
+        Returns:
+            float32 array (seconds * sample_rate,).
+        """
+        if rate != self.sample_rate:
+            samples = require("soxr").resample(samples, rate, self.sample_rate)
+            samples = samples if len(samples) else np.zeros(1, np.float32)  # a few samples at a high rate become none
+        length = round(self.seconds * self.sample_rate)
+        samples = samples[:length]
+        before = (length - len(samples)) // 2
+        return np.pad(samples, (before, length - len(samples) - before), PAD_MODES[self.padding])
+
+    def log_mel(self, samples):
+        """Log-mel spectrogram: Hann windows around each hop, power spectra, mel bands, decibels below the maximum.
+
+        Args:
+            samples: float array (n,) at `sample_rate`.
+
+        Returns:
+            float array (mel bands, 1 + n // hop) from -decibels to 0, the lowest band first.
+        """
+        window, hop = self.in_samples(self.window), self.in_samples(self.hop)
+        # librosa's melspectrogram gives the same, but compiles functions for half a minute at its first call.
+        padded = np.pad(samples, (window // 2, window - window // 2))
+        frames = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop]  # (frames, window)
+        spectra = np.fft.rfft(frames * np.hanning(window + 1)[:-1])
+        power = mel_filters(self.sample_rate, window, self.mels) @ (np.abs(spectra) ** 2).T  # (mels, frames)
+        # Relative to the loudest point, since microphones and distances differ; but silence stays silent.
+        level = 10 * np.log10(np.maximum(power, 1e-20) / max(power.max(), SILENCE))
+        return np.clip(level, -self.decibels, 0)
+
+
+def read_mono(path, seconds):
+    """Read the beginning of a recording, its channels averaged.
+
+    Args:
+        path: the file, in any format, depth, rate and number of channels that libsndfile knows.
+        seconds: how much of it to read.
+
+    Returns:
+        (float32 array (samples,), sample rate in Hz).
+
+    Raises:
+        ImageError: if the file is not a recording, broken, empty, or contains NaN.
+    """
+    soundfile = require("soundfile")
+    try:
+        if not os.path.isfile(path) and os.path.exists(path):  # reading a pipe or a device would never end
+            raise ValueError("it is not a regular file")
+        with soundfile.SoundFile(os.fspath(path)) as file:
+            rate, left = file.samplerate, int(np.ceil(seconds * file.samplerate))
+            if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
+                raise ValueError(f"its sample rate is {rate} Hz")
+            blocks = []
+            while left > 0:
+                block = file.read(max(1, min(left, BLOCK // file.channels)), dtype="float32", always_2d=True)
+                if not len(block):
+                    break
+                blocks.append(block.mean(1))
+                left -= len(block)
+        if not blocks:
+            raise ValueError("it contains no samples")
+        samples = np.concatenate(blocks)
+        if not np.isfinite(samples).all():
+            raise ValueError("it contains samples that are NaN or infinite")
+    except Exception as error:  # libsndfile's errors, and a broken file may have others
+        if Path(path).is_file() and not Path(path).stat().st_size:
+            reason = "it is empty"
+        else:
+            reason = str(getattr(error, "error_string", error)).strip().rstrip(".") or type(error).__name__
+        raise ImageError(f"{path} cannot be read as a recording ({reason}); replace or remove it") from error
+    return samples, rate
+
+
+@cache
+def mel_filters(sample_rate, window, mels):
+    """Slaney's mel bands, each of area 1, for spectra of `window` samples: float32 array (bands, 1 + window // 2)."""
+    filters = require("librosa").filters
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about bands without a frequency; see `Spectrogram.check_filters`
+        return filters.mel(sr=sample_rate, n_fft=window, n_mels=mels)
+
+
+def duration(path):
+    """Length of a recording in seconds, by its header."""
+    return require("soundfile").info(os.fspath(path)).duration
