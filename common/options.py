@@ -177,6 +177,8 @@ def parse(kind, word):
         if types.NoneType in members and word.lower() == "none":
             return None
         for member in members:
+            if member is types.NoneType:  # which only the word "none" stands for
+                continue
             try:
                 return parse(member, word)
             except ValueError:
