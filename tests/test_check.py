@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_picture, fill_classes
+from conftest import fill_classes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import makedata
-from common.doctor import find_near
 from common.options import UserError
+from prepare.check import find_near
 
 pytest.importorskip("imagehash")
 
@@ -29,21 +29,22 @@ def check(tmp_path, monkeypatch, capsys):
     return run
 
 
-def smooth(key):
-    """A picture without sharp edges, as a photograph's: its hash survives JPEG."""
-    return draw_picture(key, 9).resize((300, 200))
+@pytest.fixture
+def smooth(draw_image):
+    """Function of a key: an image without sharp edges, like a photograph, whose hash survives JPEG."""
+    return lambda key: draw_image(key, 9).resize((300, 200))
 
 
 def test_nothing_wrong(check, make_data1):
     make_data1("data1", {"Maize": 6, "玉米 苗": 5})
     before = sorted(Path().rglob("*"))
     status, out = check()
-    assert status == 0 and "no duplicates, nothing broken" in out
-    assert "11 usable pictures in 2 classes" in out and "width   48 to 48 pixels" in out
+    assert status == 0 and "no duplicates, no unusable files" in out
+    assert "11 usable images in 2 classes" in out and "width   48 to 48 pixels" in out
     assert set(Path().rglob("*")) - set(before) == {Path("results"), Path("results/report.txt")}
 
 
-def test_everything_wrong(check):
+def test_everything_wrong(check, smooth):
     fill_classes("data1", {"Maize": 8, "玉米 苗": 2})
     first, second = Path("data1/Maize"), Path("data1/玉米 苗")
     smooth("a").save(first / "a.png")
@@ -51,13 +52,13 @@ def test_everything_wrong(check):
     smooth("b").save(first / "b.png")
     shutil.copy(first / "b.png", first / "b copy.png")
     (first / "broken.jpg").write_bytes(b"\xff\xd8 no more")
-    (first / "notes.txt").write_text("no picture")
+    (first / "notes.txt").write_text("no image")
     smooth("c").resize((400, 100)).save(first / "long.png")
     status, out = check()
     assert status == 3
-    assert "玉米 苗: less than one 5th of the largest class" not in out  # 3, and 11 of Maize
-    assert "1 are more than 2 times as long as wide, such as" in out and "long.png" in out
-    assert "2 that cannot be used" in out and "broken.jpg" in out and "notes.txt is not named like a picture" in out
+    assert "玉米 苗: less than a 5th of the largest class" not in out  # 3, and 11 of Maize
+    assert "1 have an aspect ratio above 2, such as" in out and "long.png" in out
+    assert "2 unusable files" in out and "broken.jpg" in out and "notes.txt has no image extension" in out
     assert "1 pairs of near or exact duplicates in two classes: look at them" in out
     assert "a again.jpg" in out.split("in two classes")[1].split("\n")[1]
     assert "b copy.png = data1/Maize/b.png: identical" in out.replace("\\", "/")
@@ -66,7 +67,7 @@ def test_everything_wrong(check):
     assert Path("results/pairs.png").is_file()
 
 
-def test_relatives_on_both_sides_of_the_split(check, capsys):
+def test_relatives_on_both_sides_of_the_split(check, smooth, capsys):
     fill_classes("data1", {"Maize": 4, "Wheat": 4})
     for number in range(12):
         smooth("plant").save(f"data1/Maize/plant {number}.jpg", quality=40 + 4 * number)
@@ -81,7 +82,7 @@ def test_relatives_on_both_sides_of_the_split(check, capsys):
 
 def test_a_small_class_is_pointed_out(check, make_data1):
     make_data1("data1", {"Maize": 11, "Wheat": 2})
-    assert "Wheat: less than one 5th of the largest class" in check()[1]
+    assert "Wheat: less than a 5th of the largest class" in check()[1]
 
 
 def test_an_absent_package_is_named(check, make_data1, monkeypatch):

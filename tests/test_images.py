@@ -1,4 +1,4 @@
-"""Pictures of every kind become the same 8-bit RGB pixels that a viewer shows, or an error that names the file."""
+"""Images of every kind become the same 8-bit RGB pixels that a viewer shows, or an error that names the file."""
 
 import shutil
 from pathlib import Path
@@ -27,16 +27,16 @@ def grey(values):
 
 def on_white(colours, opacity):
     """What a viewer with a white background shows; opacity from 0 to 255."""
-    share = opacity[..., None] / 255
-    return colours * share + 255 * (1 - share)
+    alpha = opacity[..., None] / 255
+    return colours * alpha + 255 * (1 - alpha)
 
 
 def with_opacity(mode, colours, opacity):
     return Image.fromarray(np.dstack([colours, opacity]).astype(np.uint8), mode)
 
 
-def palette_picture():
-    """(P picture of 16 colours, its RGB pixels)."""
+def palette_image():
+    """(P image of 16 colours, its RGB pixels)."""
     table = COLOURS[0]
     index = (RAMP % 16).astype(np.uint8)
     image = Image.fromarray(index, "P")
@@ -44,8 +44,8 @@ def palette_picture():
     return image, table[index]
 
 
-def pictures_of_every_mode():
-    """Yield (mode, suffix, picture, options of save, RGB pixels expected, tolerance)."""
+def images_of_every_mode():
+    """Yield (mode, suffix, image, options of save, RGB pixels expected, tolerance)."""
     rgb, fade = Image.fromarray(COLOURS), RAMP[::-1]
     yield "RGB", "png", rgb, {}, COLOURS, 0
     yield "RGB", "bmp", rgb, {}, COLOURS, 0
@@ -59,7 +59,7 @@ def pictures_of_every_mode():
     bits = RAMP % 3 == 0
     yield "1", "png", Image.fromarray(bits), {}, grey(np.where(bits, 255, 0)), 0
     yield "1", "tif", Image.fromarray(bits), {"compression": "group4"}, grey(np.where(bits, 255, 0)), 0
-    image, pixels = palette_picture()
+    image, pixels = palette_image()
     yield "P", "png", image, {}, pixels, 0
     yield "P", "gif", image, {}, pixels, 0
     seen = np.where((RAMP % 16 == 4)[..., None], 255, pixels)
@@ -89,11 +89,11 @@ def pictures_of_every_mode():
 
 @pytest.mark.parametrize(
     "suffix, image, options, expected, tolerance",
-    [pytest.param(*case, id=f"{mode}, {case[0]}") for mode, *case in pictures_of_every_mode()],
+    [pytest.param(*case, id=f"{mode}, {case[0]}") for mode, *case in images_of_every_mode()],
 )
 def test_every_mode_becomes_the_colours_that_a_viewer_shows(suffix, image, options, expected, tolerance):
-    image.save(f"picture.{suffix}", **options)
-    loaded = load_image(f"picture.{suffix}")
+    image.save(f"image.{suffix}", **options)
+    loaded = load_image(f"image.{suffix}")
     assert loaded.mode == "RGB"
     np.testing.assert_allclose(np.asarray(loaded), expected, atol=tolerance, rtol=0)
 
@@ -133,7 +133,7 @@ def test_the_first_frame_of_an_animation_is_read(suffix):
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0II*\0"])
 def test_damaged_metadata_does_not_matter(exif):
-    """Pillow raises many kinds of errors for it, while every viewer shows the picture."""
+    """Pillow raises many kinds of errors for it, while every viewer shows the image."""
     Image.new("RGB", (8, 8), "red").save("photo.jpg", exif=exif)
     assert load_image("photo.jpg").size == (8, 8)
 
@@ -150,7 +150,7 @@ def broken_files():
     for suffix in ("jpg", "png", "bmp", "webp", "tif", "gif"):
         yield f"cut off.{suffix}", cut
     yield "empty.png", lambda name: Path(name).touch()
-    yield "text.jpg", lambda name: Path(name).write_text("not a picture")
+    yield "text.jpg", lambda name: Path(name).write_text("not an image")
     yield "floating point.tif", lambda name: Image.fromarray(np.ones((4, 4), np.float32)).save(name)
     yield "folder.png", lambda name: Path(name).mkdir()
     yield "absent.png", lambda name: None
@@ -168,11 +168,11 @@ def test_a_file_that_cannot_be_read_is_named_in_one_sentence(name, write, kind):
     assert ("floating-point" in message) == (name == "floating point.tif")
 
 
-@pytest.mark.parametrize("edge", [11, 15])
-def test_too_many_pixels_are_refused(edge, monkeypatch):
+@pytest.mark.parametrize("side", [11, 15])
+def test_too_many_pixels_are_refused(side, monkeypatch):
     """Pillow itself only warns up to twice its limit."""
     Image.new("RGB", (10, 10)).save("small.png")
-    Image.new("RGB", (edge, edge)).save("large.png")
+    Image.new("RGB", (side, side)).save("large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert load_image("small.png").size == (10, 10)
     with pytest.raises(ImageError, match="^large.png has more pixels"):
@@ -180,7 +180,7 @@ def test_too_many_pixels_are_refused(edge, monkeypatch):
 
 
 @pytest.mark.parametrize("name", "a.png b.JPG c.Jpeg d.BMP e.webP f.tif g.TIFF h.GIF two.dots.jpg".split())
-def test_names_of_pictures(name):
+def test_names_of_images(name):
     assert is_image(name) and is_image(Path("folder") / name)
 
 
@@ -211,14 +211,14 @@ def test_what_is_no_folder_of_classes_is_refused(make_data1):
     with pytest.raises(UserError, match="no folder data1"):
         scan_class_folders("data1")
     Path("data1").mkdir()
-    with pytest.raises(UserError, match="data1 holds no class folder"):
+    with pytest.raises(UserError, match="data1 contains no class folder"):
         scan_class_folders("data1")
     make_data1("data1/outer", {"inner": 1})
     with pytest.raises(UserError, match="data1.outer.inner is a folder inside a class folder"):
         scan_class_folders("data1")
 
 
-def test_a_picture_folder_sees_what_makedata_sees(make_data1):
+def test_an_image_folder_sees_what_makedata_sees(make_data1):
     make_data1("data1", {"b": 2, "a": 1})
     Path("data1/.hidden").mkdir()
     for name in ("b/notes.txt", "b/Thumbs.db", "b/._000.png", ".hidden/1.png"):
@@ -231,5 +231,5 @@ def test_a_picture_folder_sees_what_makedata_sees(make_data1):
     assert samples == [("data1/a/000.png", 0), *((f"data1/{name}", 1) for name in names)]
     assert folder[0][0].mode == "RGB" and folder[0][1] == 0
     Path("data1/c").mkdir()
-    with pytest.raises(UserError, match="data1.c holds no picture"):
+    with pytest.raises(UserError, match="data1.c contains no image"):
         open_image_folder("data1")
