@@ -10,6 +10,7 @@ from common.options import UserError
 MANIFEST = "manifest.json"
 STATISTICS = "mean_std.json"
 CACHE = "cache"  # folder of common/cache.py
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as everywhere; without importing timm
 CACHE_FILES = re.compile(rf"{CACHE}/(\d+(x\d+)?-[0-9a-f]{{16}}\.npy(\.part)?|contents\.json(\.\d+)?|lock)")
 
 
@@ -68,3 +69,29 @@ def read_sound(folder):
             "which writes their spectrograms"
         )
     return manifest.get("sound")
+
+
+def choose_mean_and_std(data, mean, std, sound):
+    """The normalisation: the constants, else mean_std.py's statistics, else those of ImageNet.
+
+    Prints a warning if the statistics are those of other images.
+
+    Args:
+        data: such as data.
+        mean, std: the constants MEAN and STD: three floats each, or None.
+        sound: see `read_sound`.
+
+    Returns:
+        (mean, std, where they come from in words): two lists of three floats, for pixels from 0 to 1.
+    """
+    if mean is not None:
+        return list(mean), list(std), "the constants"
+    statistics, manifest = Path(data, STATISTICS), Path(data, MANIFEST)
+    if not statistics.is_file():
+        return list(IMAGENET_MEAN), list(IMAGENET_STD), "ImageNet, since mean_std.py was not run"
+    measured = read_json(statistics)
+    if measured.get("sound") != sound:
+        print("warning: makedata.py makes other spectrograms since mean_std.py was run; run it again")
+    if manifest.is_file() and read_json(manifest)["fingerprint"] != measured["fingerprint"]:
+        print("warning: the images have changed since mean_std.py was run; run it again")
+    return measured["mean"], measured["std"], f"{statistics}, {measured['pictures']} images"
