@@ -1,23 +1,22 @@
 """The depthwise convolution of the large-kernel blocks: which implementation runs, and why.
 
-Three implementations compute the same thing from the same parameters:
+Three implementations compute the same results from the same parameters:
 
 - `triton`: the kernels in `models/depthwise_triton.py`, on NVIDIA GPUs of compute capability 8.0 and above, in bfloat16
-  and float16. They need nothing but Triton, which comes with PyTorch for Linux (on Windows: `triton-windows`);
+  and float16. They need only Triton, which comes with PyTorch for Linux (on Windows: `triton-windows`);
 - `implicit_gemm`: `depthwise_conv2d_implicit_gemm`, the CUDA extension that the authors of RepLKNet and UniRepLKNet
-  use, where it is installed and fits (float16 or float32, CUDA, NCHW, undilated, kernel larger than 5);
-- `pytorch`: PyTorch's own depthwise convolution everywhere else. When it trains on a CPU, both gradients are computed
-  by `models/depthwise_cpu.py`.
+  use, where it is installed and supports the convolution (float16 or float32, CUDA, NCHW, undilated, kernel above 5);
+- `pytorch`: PyTorch's own depthwise convolution everywhere else. When training on a CPU, `models/depthwise_cpu.py`
+  computes both gradients.
 
-The choice is made anew at every call. The environment variable UNIREPLKNET_DEPTHWISE, set to one of these names before
-Python starts, has it wherever it can compute at all, and PyTorch's elsewhere.
+The choice is made at every call. The environment variable UNIREPLKNET_DEPTHWISE selects one of these names wherever it
+can compute the convolution, and PyTorch's elsewhere; it overrides the argument `attempt_use_lk_impl`.
 
-    python -m models.doctor        says for every shape of a network which one runs, why not the others, error and time
+    python tools/conv_report.py        each shape of a network: implementation, why not the others, error and time
 """
 
 import functools
 import os
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -32,16 +31,26 @@ try:
 except Exception as error:  # not installed, or broken in any way
     TRITON_ERROR = f"{type(error).__name__}: {error}"
 
-NAMES = ("triton", "implicit_gemm", "pytorch")
+NAMES = ("triton", "implicit_gemm", "pytorch")  # in order of preference
+CHOICES = f"{', '.join(NAMES)} or auto"
 VARIABLE = "UNIREPLKNET_DEPTHWISE"
-FORCED = os.environ.get(VARIABLE, "auto")
-if FORCED not in (*NAMES, "auto"):
-    sys.exit(f"error: the environment variable {VARIABLE} must be {', '.join(NAMES)} or auto, got {FORCED!r}")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter computes on a CPU, slowly, for tests
 
 MIN_IMPLICIT_GEMM_KERNEL = 7  # below this the extension has no kernel that is worth it (UniRepLKNet, Section 3.1)
 MAX_TRITON_KERNEL = 31  # the largest that is tested
 MIN_CAPABILITY = (8, 0)  # the first GPUs whose tensor cores compute bfloat16
+
+
+def environment_choice() -> str:
+    """The implementation that UNIREPLKNET_DEPTHWISE selects: one of `NAMES`, or "auto", also where it is not set.
+
+    Raises:
+        ValueError: for any other value.
+    """
+    name = os.environ.get(VARIABLE, "auto")
+    if name not in (*NAMES, "auto"):
+        raise ValueError(f"the environment variable {VARIABLE} must be {CHOICES}, got {name!r}; correct it or unset it")
+    return name
 
 
 @functools.cache
@@ -59,11 +68,11 @@ def import_implicit_gemm():
 
 
 @functools.cache
-def why_triton_fails(device):
-    """Try Triton once on a GPU, by a tiny convolution: it needs a C compiler and a driver that fits.
+def why_triton_fails(device: torch.device) -> str:
+    """Try Triton once on a GPU with a tiny convolution: it needs a C compiler and a matching driver.
 
     Returns:
-        The reason in words, or "" where it computes what it should.
+        The reason in words, or "" where it works.
     """
     try:
         capability = torch.cuda.get_device_capability(device)
@@ -77,19 +86,19 @@ def why_triton_fails(device):
     except Exception as error:  # no GPU, no C compiler, an old driver: many kinds
         reason = str(error).strip().partition("\n")[0]
         return f"{type(error).__name__}: {reason}"
-    return "" if error < 0.05 else f"it computes wrong numbers here: an error of {error:.2g} in a sum of 9 products"
+    return "" if error < 0.05 else f"its results are wrong here: an error of {error:.2g} in a sum of 9 products"
 
 
-def why_not_triton(kernel_size, device, dtype):
-    """Tell what keeps a convolution from the Triton kernels.
+def why_not_triton(kernel_size: int, device: torch.device | str, dtype: torch.dtype) -> str:
+    """Why the Triton kernels cannot compute a convolution.
 
     Args:
-        kernel_size: its edge in pixels.
+        kernel_size: size of the kernel in pixels.
         device: the input's `torch.device`.
-        dtype: the dtype in which the convolution is to run (under autocast, autocast's).
+        dtype: the dtype in which the convolution runs (under autocast, autocast's).
 
     Returns:
-        The reason in words, or "" where they can compute it.
+        The reason in words, or "" where they can.
     """
     device = torch.device(device)
     if TRITON_ERROR:
@@ -97,8 +106,8 @@ def why_not_triton(kernel_size, device, dtype):
     if kernel_size > MAX_TRITON_KERNEL:
         return f"kernel {kernel_size} is larger than {MAX_TRITON_KERNEL}"
     if INTERPRETED:
-        fits = device.type == "cpu" and dtype in (torch.float16, torch.float32)
-        return "" if fits else "its interpreter computes float16 and float32 on cpu only"
+        supported = device.type == "cpu" and dtype in (torch.float16, torch.float32)
+        return "" if supported else "its interpreter computes float16 and float32 on cpu only"
     if device.type != "cuda":
         return f"the tensors are on {device.type}, it runs on cuda only"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -106,18 +115,20 @@ def why_not_triton(kernel_size, device, dtype):
     return why_triton_fails(device)
 
 
-def why_not_implicit_gemm(kernel_size, dilation, device, dtype, contiguous=True):
-    """Tell what keeps a convolution from the CUDA extension.
+def why_not_implicit_gemm(
+    kernel_size: int, dilation: int, device: torch.device | str, dtype: torch.dtype, contiguous: bool = True
+) -> str:
+    """Why the CUDA extension cannot compute a convolution.
 
     Args:
-        kernel_size: its edge in pixels.
+        kernel_size: size of the kernel in pixels.
         dilation: distance between neighbouring taps in pixels.
         device: the input's `torch.device`.
-        dtype: the dtype in which the convolution is to run (under autocast, autocast's).
-        contiguous: whether the input lies in memory as NCHW.
+        dtype: the dtype in which the convolution runs (under autocast, autocast's).
+        contiguous: whether the input is contiguous in memory as NCHW.
 
     Returns:
-        The reason in words, or "" where it can compute it.
+        The reason in words, or "" where it can.
     """
     if kernel_size < MIN_IMPLICIT_GEMM_KERNEL:
         return f"kernel {kernel_size} is not larger than 5"
@@ -133,21 +144,31 @@ def why_not_implicit_gemm(kernel_size, dilation, device, dtype, contiguous=True)
 
 
 def is_exporting():
-    """Whether the network is written down for another program, which knows PyTorch's own operators only."""
+    """Whether the network is being traced or exported, for programs that know PyTorch's own operators only."""
     exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
     return torch.jit.is_tracing() or (exporting is not None and exporting())
 
 
-# What torch.compile sees is the answer, not the questions.
-@torch.compiler.assume_constant_result
-def choose(kernel_size, dilation, device, dtype, contiguous=True, wish="auto"):
+@torch.compiler.assume_constant_result  # torch.compile stores the choice instead of tracing how it is made
+def choose(
+    kernel_size: int,
+    dilation: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    contiguous: bool = True,
+    wish: str = "auto",
+) -> str:
     """The implementation that runs a convolution: one of `NAMES`.
 
     Args:
         kernel_size, dilation, device, dtype, contiguous: see `why_not_implicit_gemm`.
-        wish: the one to use where it can compute, or "auto".
+        wish: the one to use where it can compute the convolution, or "auto"; UNIREPLKNET_DEPTHWISE overrides it.
+
+    Raises:
+        ValueError: for an unknown name in UNIREPLKNET_DEPTHWISE.
     """
-    wish = FORCED if FORCED != "auto" else wish
+    forced = environment_choice()
+    wish = wish if forced == "auto" else forced
     if wish in ("auto", "triton") and not why_not_triton(kernel_size, device, dtype):
         if wish == "triton" or not INTERPRETED:
             return "triton"
@@ -160,7 +181,7 @@ def choose(kernel_size, dilation, device, dtype, contiguous=True, wish="auto"):
 class DepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution with stride 1 and "same" zero padding: (N, C, H, W) -> (N, C, H, W).
 
-    An `nn.Conv2d` in everything but the choice of the implementation, which is made anew at every call, so the
+    An `nn.Conv2d` in everything but the choice of the implementation, which is made at every call, so the
     `state_dict` (`weight` (C, 1, k, k) and, with `bias=True`, `bias` (C,)) never depends on what is installed.
 
     Args:
@@ -168,11 +189,22 @@ class DepthwiseConv2d(nn.Conv2d):
         kernel_size: k, odd.
         dilation: distance between neighbouring taps in pixels.
         bias: whether a bias is added.
-        attempt_use_lk_impl: True chooses; False keeps to PyTorch's convolution; "triton", "implicit_gemm" or "pytorch"
-            is used wherever it can compute. UNIREPLKNET_DEPTHWISE has the last word.
+        attempt_use_lk_impl: True or "auto" chooses; False keeps to PyTorch's convolution; "triton", "implicit_gemm" or
+            "pytorch" is used wherever it can compute the convolution. UNIREPLKNET_DEPTHWISE overrides it.
+
+    Raises:
+        ValueError: for an even kernel size, or an unknown name in `attempt_use_lk_impl` or UNIREPLKNET_DEPTHWISE.
     """
 
-    def __init__(self, channels, kernel_size, dilation=1, bias=False, attempt_use_lk_impl=True):
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        dilation: int = 1,
+        bias: bool = False,
+        attempt_use_lk_impl: bool | str = True,
+    ):
+        environment_choice()  # a wrong name is refused here, before any computation
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd for 'same' padding, got {kernel_size}")
         padding = dilation * (kernel_size - 1) // 2
@@ -181,10 +213,9 @@ class DepthwiseConv2d(nn.Conv2d):
         )
         self.wish = {True: "auto", False: "pytorch"}.get(attempt_use_lk_impl, attempt_use_lk_impl)
         if self.wish not in (*NAMES, "auto"):
-            choices = ", ".join(NAMES)
-            raise ValueError(f"attempt_use_lk_impl must be True, False, {choices} or auto, got {attempt_use_lk_impl!r}")
+            raise ValueError(f"attempt_use_lk_impl must be True, False, {CHOICES}, got {attempt_use_lk_impl!r}")
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not is_exporting():
             device, dtype = x.device, x.dtype
             if device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type):
@@ -197,15 +228,15 @@ class DepthwiseConv2d(nn.Conv2d):
                 return import_implicit_gemm()[0].forward(self, x.to(dtype))
         return self.conv2d(x)
 
-    def conv2d(self, x):
-        """PyTorch's convolution, without the taps that meet nothing but padding wherever the kernel stands.
+    def conv2d(self, x: torch.Tensor) -> torch.Tensor:
+        """PyTorch's convolution, without the taps that only ever meet padding.
 
-        On a map smaller than the kernel most taps do: of 13 x 13 taps only 7 x 7 can touch a 4 x 4 map. Leaving the
-        others out changes no result and saves most of the work on small pictures.
+        On a map smaller than the kernel most taps do: of 13 x 13 taps only 7 x 7 can touch a 4 x 4 map. Skipping the
+        others changes no result and saves most of the work on small images.
         """
         half = self.kernel_size[0] // 2
         dilation = self.dilation[0]
-        reach = [min(half, (edge - 1) // dilation) for edge in x.shape[-2:]]  # taps beside the middle, (rows, columns)
+        reach = [min(half, (size - 1) // dilation) for size in x.shape[-2:]]  # taps beside the middle, (rows, columns)
         rows, columns = (slice(half - taps, half + taps + 1) for taps in reach)
         weight, padding = self.weight[:, :, rows, columns], [taps * dilation for taps in reach]
         if x.device.type != "cpu" or is_exporting():
@@ -220,37 +251,71 @@ class DepthwiseConv2d(nn.Conv2d):
         return depthwise_cpu.conv2d(x, weight, self.bias, 1, padding, dilation)
 
 
-def explain(kernel_size, dilation, device, dtype, contiguous=True):
+def describe_selection(wish: str) -> str:
+    """What selected the implementation, in words: UNIREPLKNET_DEPTHWISE, `attempt_use_lk_impl` (`wish`), or nothing."""
+    forced = environment_choice()
+    if forced == "auto" == wish:
+        return "Triton's interpreter runs only where it is selected by name"
+    if forced == "auto":
+        return f"attempt_use_lk_impl is {wish!r}"
+    overridden = f", which overrides attempt_use_lk_impl {wish!r}" if wish not in (forced, "auto") else ""
+    return f"{VARIABLE} is {forced!r}{overridden}"
+
+
+def explain(
+    kernel_size: int,
+    dilation: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    contiguous: bool = True,
+    wish: str = "auto",
+) -> tuple[str, dict[str, str]]:
     """Which implementation runs a convolution, and why not those that would come before it.
 
     Args:
-        kernel_size, dilation, device, dtype, contiguous: see `why_not_implicit_gemm`.
+        kernel_size, dilation, device, dtype, contiguous, wish: see `choose`.
 
     Returns:
-        (one of `NAMES`, {name: reason in words}).
+        (one of `NAMES`, {name: reason in words}), with a reason for each name before it in `NAMES`, and for `wish`
+        where that does not run.
+
+    Raises:
+        ValueError: for an unknown name in UNIREPLKNET_DEPTHWISE.
     """
-    chosen = choose(kernel_size, dilation, device, dtype, contiguous)
+    chosen = choose(kernel_size, dilation, device, dtype, contiguous, wish)
     reasons = {
         "triton": why_not_triton(kernel_size, device, dtype),
         "implicit_gemm": why_not_implicit_gemm(kernel_size, dilation, device, dtype, contiguous),
+        "pytorch": "",
     }
     import_error = import_implicit_gemm()[1]
     if import_error and import_error not in reasons["implicit_gemm"]:
         reasons["implicit_gemm"] += f"; nor can it be imported: {import_error}"
     before = NAMES[: NAMES.index(chosen)]
-    return chosen, {name: reasons[name] or f"{VARIABLE} is {FORCED!r}" for name in before}
+    others = [name for name in NAMES if name in before or name == wish != chosen]
+    return chosen, {name: reasons[name] or describe_selection(wish) for name in others}
 
 
-def describe_implementation(device="cuda", dtype=torch.float16, kernel_size=13, dilation=1):
-    """Say in one line which implementation runs a large-kernel convolution, and why not the others.
+def describe_implementation(
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.float16,
+    kernel_size: int = 13,
+    dilation: int = 1,
+    wish: str = "auto",
+) -> str:
+    """One line that says which implementation runs a large-kernel convolution, and why not the others.
 
     Args:
         device: where the tensors are.
         dtype: the dtype in which the convolution runs.
-        kernel_size: the kernel's edge in pixels.
+        kernel_size: size of the kernel in pixels.
         dilation: distance between neighbouring taps in pixels.
+        wish: the layer's `attempt_use_lk_impl` as a name, or "auto".
+
+    Raises:
+        ValueError: for an unknown name in UNIREPLKNET_DEPTHWISE.
     """
-    chosen, reasons = explain(kernel_size, dilation, device, dtype)
+    chosen, reasons = explain(kernel_size, dilation, device, dtype, wish=wish)
     title = {
         "triton": "Triton kernels on tensor cores",
         "implicit_gemm": "depthwise_conv2d_implicit_gemm",
@@ -258,5 +323,8 @@ def describe_implementation(device="cuda", dtype=torch.float16, kernel_size=13, 
     }[chosen]
     if chosen == "pytorch" and depthwise_cpu.fast_gradients(device, dtype):
         title += ", with fast gradients"
-    why = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items())
-    return f"{title} ({why})" if why else title
+    notes = [f"not {name}: {reason}" for name, reason in reasons.items()]
+    selection = describe_selection(wish)
+    if "overrides" in selection and not any(selection in note for note in notes):
+        notes.append(selection)
+    return f"{title} ({'; '.join(notes)})" if notes else title

@@ -1,0 +1,171 @@
+"""Report on the depthwise convolutions of a network on this machine: which implementation runs each of them, and why.
+
+    python tools/conv_report.py
+    python tools/conv_report.py --model unireplknet_s --img-size 384 --batch-size 64 --amp fp16
+
+Prints a Markdown table with one row for each shape: the implementation that runs; its largest error against float64 in
+output, input gradient and weight gradient, each relative to the largest value there; and for every implementation that
+can compute the shape, the milliseconds that all three take together (median). The lines below the table say why the
+other implementations do not run.
+"""
+
+import contextlib
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+import timm
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
+from common.device import choose_device
+from common.options import ConstantError, ImageSize, Name, PositiveInt, UserError, run
+from models import VARIANTS, depthwise
+from models.depthwise import NAMES, DepthwiseConv2d
+
+MODEL: Name = "unireplknet_t"  # network to examine: unireplknet_a f p n t s b l xl
+IMG_SIZE: ImageSize = 224  # image size in pixels
+BATCH_SIZE: PositiveInt | None = None  # batch size of the timings; None: 128 on a GPU, 4 elsewhere
+DEVICE: Name = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
+AMP: Literal["auto", "bf16", "fp16", "off"] = "auto"  # dtype; "off": float32; "auto": bf16 on cuda, off elsewhere
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+
+
+def main():
+    if MODEL not in VARIANTS:
+        raise ConstantError(f"MODEL must be one of {', '.join(VARIANTS)}, got {MODEL!r}")
+    try:
+        depthwise.environment_choice()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    device = choose_device(DEVICE)
+    cuda = device.type == "cuda"
+    dtype = DTYPES[("bf16" if cuda else "off") if AMP == "auto" else AMP]
+    batch_size = BATCH_SIZE or (128 if cuda else 4)
+    with torch.device("meta"):
+        shapes = find_shapes(timm.create_model(MODEL), IMG_SIZE)
+    hardware = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
+    print(f"{MODEL}, {IMG_SIZE} pixels, batch {batch_size}, {str(dtype).removeprefix('torch.')}")
+    print(f"{device}, {hardware}, torch {torch.__version__}\n")
+    print(f"| channels, map, kernel, dilation | runs | error | {', ms | '.join(NAMES)}, ms |")
+    print("|---|---|---|---|---|---|")
+    counts = {}  # {"not triton: ...": number of shapes}
+    for shape in tqdm(shapes, unit="shape", leave=False):
+        cells, reasons = examine(shape, batch_size, device, dtype)
+        tqdm.write(f"| {' | '.join(cells)} |")
+        for name, reason in reasons.items():
+            line = f"not {name}: {reason}"
+            counts[line] = counts.get(line, 0) + 1
+    print()
+    for line, count in counts.items():
+        print(f"{count} of {len(shapes)} shapes {line}")
+
+
+def find_shapes(model, img_size):
+    """The depthwise convolutions of `model`, each once: [(channels, height, width, kernel size, dilation)].
+
+    Args:
+        model: on any device, "meta" included.
+        img_size: image size in pixels.
+    """
+    shapes = {}  # keys only, in order
+
+    def record(conv, inputs, _):
+        shapes[(*inputs[0].shape[1:], conv.kernel_size[0], conv.dilation[0])] = None
+
+    hooks = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, DepthwiseConv2d)]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, img_size, img_size, device=next(model.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    return list(shapes)
+
+
+def examine(shape, batch_size, device, dtype, repeats=21):
+    """One row of the table, and why the other implementations do not run: ([cells], {name: reason})."""
+    channels, height, width, kernel_size, dilation = shape
+    chosen, reasons = depthwise.explain(kernel_size, dilation, device, dtype)
+    cells = [f"{channels}, {height} x {width}, {kernel_size}, {dilation}", chosen]
+    cells.append(f"{largest_error(shape, device, dtype):.0e}")
+    conv, x = make_inputs(batch_size, *shape, device, dtype)
+    grad = torch.ones_like(x)
+    for name in NAMES:
+        with forced(name):
+            if depthwise.choose(kernel_size, dilation, device, dtype) == name:
+                [duration] = milliseconds([lambda: forward_and_backward(conv, x, grad)], device, repeats)
+                cells.append(f"{duration:.3f}")
+            else:
+                cells.append("-")
+    return cells, reasons
+
+
+def largest_error(shape, device, dtype):
+    """Largest error of output, input and weight gradient against float64, each relative to the largest value there."""
+    conv, x = make_inputs(2, *shape, device, dtype)
+    grad = torch.randn_like(x)
+    actual = forward_and_backward(conv, x, grad)
+    # float64 on the CPU, since not every device has it; the factors of the products are those of `dtype`.
+    exact = [tensor.detach().cpu().double().requires_grad_() for tensor in (x, conv.weight.to(dtype))]
+    out = F.conv2d(*exact, None, 1, conv.padding, conv.dilation, conv.groups)
+    expected = out, *torch.autograd.grad(out, exact, grad.cpu().double())
+    return max(((a.detach().cpu().double() - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected))
+
+
+def make_inputs(batch_size, channels, height, width, kernel_size, dilation, device, dtype):
+    """A layer and its input: (DepthwiseConv2d in training mode, x (batch_size, channels, height, width) of `dtype`)."""
+    torch.manual_seed(0)
+    conv = DepthwiseConv2d(channels, kernel_size, dilation).to(device)
+    return conv, torch.randn(batch_size, channels, height, width, device=device, dtype=dtype, requires_grad=True)
+
+
+def forward_and_backward(conv, x, grad):
+    """Output, and for its gradient `grad` the gradients of input and weight; computed in the dtype of x by autocast."""
+    low = x.dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(x.device.type, x.dtype if low else None, enabled=low):
+        out = conv(x)
+    return out, *torch.autograd.grad(out, (x, conv.weight), grad)
+
+
+@contextlib.contextmanager
+def forced(name):
+    """Within this context the implementation `name` runs wherever it can compute the convolution."""
+    with mock.patch.dict(os.environ, {depthwise.VARIABLE: name}):
+        yield
+
+
+def milliseconds(functions, device, repeats=21):
+    """Median milliseconds of each function, timed in turns so that a busy moment affects all of them.
+
+    On a GPU its cache is emptied before each call, since a network does not find its data there either.
+    """
+    cuda = device.type == "cuda"
+    cache = torch.empty(256 * 2**20 if cuda else 0, dtype=torch.int8, device=device)
+    times = [[] for _ in functions]
+    for repeat in range(-2, repeats):  # the first calls are a warm-up
+        for function, results in zip(functions, times):
+            cache.zero_()
+            if cuda:
+                started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                started.record()
+                function()
+                ended.record()
+                ended.synchronize()
+                duration = started.elapsed_time(ended)
+            else:
+                before = time.perf_counter()
+                function()
+                duration = 1e3 * (time.perf_counter() - before)
+            if repeat >= 0:
+                results.append(duration)
+    return [statistics.median(results) for results in times]
+
+
+if __name__ == "__main__":
+    run(main)
