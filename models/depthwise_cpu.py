@@ -1,24 +1,31 @@
-"""The depthwise convolution on a CPU: kept on the fast routine, and with gradients that run on it, too.
+"""The depthwise convolution on a CPU, with both gradients computed by the fast forward routine.
 
-oneDNN, which computes PyTorch's convolutions on a CPU, has a depthwise forward routine near the peak of the machine.
-Its gradients have none for large or dilated kernels, and take many times as long as the forward pass. But both
-gradients are depthwise convolutions themselves, so here they are computed as forward passes: the same sums in another
-order (figures: benchmarks/README.md).
+oneDNN, which computes PyTorch's convolutions on a CPU, has a depthwise forward routine near the peak of the machine,
+but no such routine for the gradients of large or dilated kernels, which take many times as long as the forward pass.
+Both gradients are depthwise convolutions themselves, so here they are computed as forward passes: the same sums in
+another order (timings: benchmarks/README.md).
 """
 
 import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_weight
 
-# Beyond these, oneDNN leaves its fast routine (found by trial with PyTorch 2.14 on a CPU with AVX-512).
-MAX_PADDING = 6  # to the left and to the right, in pixels
-MAX_STRIDE = 3  # from left to right
-# With kernels up to this edge the routine is faster on NHWC, above it on NCHW, the conversion included.
+# Beyond these, oneDNN does not use its fast routine (found by trial with PyTorch 2.14 on a CPU with AVX-512).
+MAX_PADDING = 6  # horizontal, in pixels on each side
+MAX_STRIDE = 3  # horizontal
+# With kernels up to this size the routine is faster on NHWC, above it on NCHW, the conversion included.
 MAX_CHANNELS_LAST_KERNEL = 7
 
 
-def conv2d(x, weight, bias=None, stride=1, padding=(0, 0), dilation=1):
-    """`F.conv2d` for one group for each channel, with a wide padding written out so that it stays fast.
+def conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: tuple[int, int] = (0, 0),
+    dilation: int = 1,
+) -> torch.Tensor:
+    """Depthwise `F.conv2d` that pads x beforehand where the padding is too wide for the fast routine.
 
     Args:
         x: (N, C, H, W).
@@ -33,9 +40,9 @@ def conv2d(x, weight, bias=None, stride=1, padding=(0, 0), dilation=1):
     return F.conv2d(x, weight, bias, stride, (rows, columns), dilation, x.shape[1])
 
 
-def same_padding(kernel_size, dilation):
+def same_padding(kernel_size: tuple[int, int], dilation: int) -> tuple[int, int]:
     """Padding (rows, columns) that keeps the size of the map under a kernel (kh, kw)."""
-    return tuple(edge // 2 * dilation for edge in kernel_size)
+    return tuple(size // 2 * dilation for size in kernel_size)
 
 
 @torch.library.custom_op("unireplknet::depthwise_conv2d", mutates_args=(), device_types="cpu")
@@ -44,7 +51,7 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, dilation: int) -> to
 
     Args:
         x: (N, C, H, W).
-        weight: (C, 1, kh, kw), kh and kw odd, and small enough that every tap meets the map somewhere:
+        weight: (C, 1, kh, kw), kh and kw odd, and small enough that every tap can touch the map:
             (kh // 2) * dilation < H, and likewise for the width.
         dilation: distance between neighbouring taps in pixels.
 
@@ -60,10 +67,10 @@ def _(x, weight, dilation):
     return torch.empty_like(x, memory_format=output_layout(x, weight))
 
 
-def output_layout(x, weight):
+def output_layout(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
     """The memory format that oneDNN gives the output: NHWC where the input or the weight has it."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    # Of a weight (C, 1, kh, kw) both formats hold the same memory; only this stride tells them apart.
+    # A weight (C, 1, kh, kw) has the same memory in both formats; only this stride distinguishes them.
     last = last or (weight.stride(1) == 1 and weight.shape[-2:].numel() > 1)
     return torch.channels_last if last else torch.contiguous_format
 
@@ -80,19 +87,19 @@ def gradients(ctx, grad):
     grad = grad.contiguous(memory_format=layout)
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
-        # A forward pass with the kernel turned by 180 degrees.
+        # A forward pass with the kernel rotated by 180 degrees.
         grad_x = depthwise_conv2d(grad, weight.flip(2, 3), ctx.dilation)
     if ctx.needs_input_grad[1]:
         grad_weight = weight_gradient(x, grad, weight.shape, ctx.dilation)
     return grad_x, grad_weight, None
 
 
-def weight_gradient(x, grad, shape, dilation):
+def weight_gradient(x: torch.Tensor, grad: torch.Tensor, shape: torch.Size, dilation: int) -> torch.Tensor:
     """Weight gradient of a depthwise convolution with "same" padding, as a depthwise convolution.
 
     The tap (i, j) of one channel's gradient is the sum over all pixels of `grad` times x shifted to that tap: x
-    convolved with `grad` as its kernel. So each channel of each picture becomes a channel of one large convolution,
-    whose stride is the dilation, since neighbouring taps lie that far apart.
+    convolved with `grad` as its kernel. So each channel of each image becomes a channel of one large convolution,
+    whose stride is the dilation, since neighbouring taps are that far apart.
 
     Args:
         x: (N, C, H, W) input.
@@ -107,16 +114,17 @@ def weight_gradient(x, grad, shape, dilation):
     if max(shape[-2:]) <= 3 and dilation == 1:  # PyTorch has a fast routine for this one
         return conv2d_weight(x, shape, grad, padding=padding, groups=shape[0])
     n, channels, height, width = x.shape
-    x, kernels = x.reshape(1, n * channels, height, width), grad.reshape(n * channels, 1, height, width)
-    # Where the stride would be too large, more columns of taps are computed than there are.
+    x = x.reshape(1, n * channels, height, width)  # (N, C, H, W) -> (1, N * C, H, W)
+    kernels = grad.reshape(n * channels, 1, height, width)  # (N, C, H, W) -> (N * C, 1, H, W)
+    # Where that stride would be too large for the fast routine, more columns are computed than needed.
     step = max(step for step in range(1, MAX_STRIDE + 1) if dilation % step == 0)
     taps = conv2d(x, kernels, stride=(dilation, step), padding=padding)[..., :: dilation // step]
-    return taps.reshape(n, *shape).sum(0)
+    return taps.reshape(n, *shape).sum(0)  # (1, N * C, kh, kw) -> (N, C, 1, kh, kw) -> (C, 1, kh, kw)
 
 
 depthwise_conv2d.register_autograd(gradients, setup_context=save_for_gradients)
 
 
-def fast_gradients(device, dtype):
-    """Whether training computes the gradients by `depthwise_conv2d`: on a CPU, but in float16, which it has not."""
+def fast_gradients(device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether training computes the gradients with `depthwise_conv2d`: on a CPU, except in float16."""
     return torch.device(device).type == "cpu" and dtype in (torch.float32, torch.float64, torch.bfloat16)

@@ -10,11 +10,11 @@ window of WINDOW_ROWS x WINDOW_COLUMNS input pixels. Then
 
     y[m, o] = sum over q of  x[m, q] * taps[q, o]
 
-where m counts the blocks of all pictures, o the pixels of a block and q those of its window. `taps` is a Toeplitz
+where m counts the blocks of all images, o the pixels of a block and q those of its window. `taps` is a Toeplitz
 matrix: taps[q, o] is the kernel's tap that lies between o and q, or 0 where there is none. It is the same for all
 blocks of a channel, so it is gathered once for a whole tile of blocks. Pixels outside the map are read as 0, which is
-the padding. The larger the block, the fewer times a pixel is read, and the more products fall on zeros of `taps`; `cut`
-weighs the two.
+the padding. In larger blocks each pixel is read fewer times, but more products fall on zeros of `taps`; `cut` weighs
+the two.
 
 - `spread_kernel` writes the kernel with zeros between and around its taps, from which `taps` is gathered.
 - `convolve_kernel` computes y, and with the kernel turned by 180 degrees (FLIP) the gradient of x.
@@ -23,8 +23,8 @@ weighs the two.
   input gives the same bits.
 
 A dilated kernel sees only every `dilation`-th row, so a block may hold rows that are STEP = dilation apart, and its
-window too: then no row is read for nothing. Products are bf16 or fp16, sums fp32. Where x is infinite or NaN, outputs
-of the same block may become NaN that the plain sum leaves finite.
+window too: then no row is read in vain. Products are bf16 or fp16, sums fp32. Where x is infinite or NaN, outputs
+of the same block may become NaN although the plain sum is finite.
 
 Verified without a GPU by tests/test_depthwise_triton.py (in Triton's interpreter) and tests/compile_ahead.py (registers
 and shared memory on three generations of GPUs).
@@ -38,25 +38,25 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_PIXELS = 128  # of a block: with MAX_TILE, the sums that fit into the registers of 8 warps
+MAX_PIXELS = 128  # of a block: with MAX_TILE, as many sums as fit into the registers of 8 warps
 MAX_PIXELS_GRADIENT = 64  # of a block of the weight gradient, whose sums go through memory
-MAX_TILE = 128  # blocks that one program computes
+MAX_TILE = 128  # blocks computed by one program
 CHUNK = 32  # pixels of the window that are multiplied at once
 CHUNK_GRADIENT = 128  # pixels of the window in one program of the weight gradient
 TILE_GRADIENT = 64  # blocks that are multiplied at once for the weight gradient
-PROGRAMS = 1024  # programs that keep a large GPU busy; a constant, so that sums have the same order on every GPU
-LOAD_COST = 64  # what reading one pixel alone costs, in multiplications of the tensor cores (counted in machine code)
-BLOCK_COST = 4096  # what beginning and storing a block costs, likewise
+PROGRAMS = 1024  # enough programs for a large GPU; a constant, so that the order of sums is the same on every GPU
+LOAD_COST = 64  # cost of reading a single pixel, in multiplications of the tensor cores (counted in machine code)
+BLOCK_COST = 4096  # cost of starting and storing a block, likewise
 
 
 class Blocks(NamedTuple):
-    """How a map is cut. Rows of a block and of its window are STEP apart, columns 1."""
+    """How a map is cut into blocks. Rows of a block and of its window are STEP apart, columns 1."""
 
     ROWS: int  # of a block
     COLUMNS: int
     STEP: int
-    GROUPS: int  # blocks below each other, for each of the STEP first rows
-    TILES: int  # blocks beside each other
+    GROUPS: int  # blocks in vertical direction, for each of the STEP first rows
+    TILES: int  # blocks in horizontal direction
     WINDOW_ROWS: int
     WINDOW_COLUMNS: int
     TOP: int  # first row of the window relative to the block's, in steps
@@ -81,7 +81,7 @@ class Blocks(NamedTuple):
 
 
 def power_of_2(number, smallest=16):
-    """The next power of 2, at least 16, which tensor cores want."""
+    """The next power of 2, at least 16, the smallest size that tensor cores multiply."""
     return max(smallest, triton.next_power_of_2(number))
 
 
@@ -90,11 +90,11 @@ def round_up(window, chunk):
     return triton.cdiv(window, chunk) * chunk if window > chunk else power_of_2(window)
 
 
-def cut_edge(edge, block, reach):
-    """Cut `edge` pixels into blocks: (number of blocks, length of the window, its start relative to the block)."""
-    if block >= edge:
-        return 1, edge, 0
-    return triton.cdiv(edge, block), block + 2 * reach, -reach
+def cut_side(size, block, reach):
+    """Cut `size` pixels into blocks: (number of blocks, length of the window, its start relative to the block)."""
+    if block >= size:
+        return 1, size, 0
+    return triton.cdiv(size, block), block + 2 * reach, -reach
 
 
 @functools.cache
@@ -106,9 +106,9 @@ def cut(height, width, kernel_size, dilation, chunk, max_pixels):
         taps = min(kernel_size // 2, (height - 1) // dilation)  # above the middle that can meet the map
         reach = taps * dilation // step
         for columns in {min(width, max_pixels), *(size for size in (16, 32, 64) if size < min(width, max_pixels))}:
-            side = cut_edge(width, columns, min(kernel_size // 2, (width - 1) // dilation) * dilation)
+            side = cut_side(width, columns, min(kernel_size // 2, (width - 1) // dilation) * dilation)
             for rows in range(1, min(lines, max_pixels // columns) + 1):
-                groups, window_rows, top = cut_edge(lines, rows, reach)
+                groups, window_rows, top = cut_side(lines, rows, reach)
                 choice = Blocks(rows, columns, step, groups, side[0], window_rows, side[1], top, side[2])
                 window = round_up(choice.window, chunk)
                 line = width * rows if step == 1 and columns == width else math.gcd(columns, side[1], side[2])
@@ -119,7 +119,7 @@ def cut(height, width, kernel_size, dilation, chunk, max_pixels):
 
 @triton.jit
 def locate(m, GROUPS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
-    """Picture, first row and first column of block m."""
+    """Image, first row and first column of block m."""
     PER_MAP: tl.constexpr = STEP * GROUPS * TILES
     block = m % PER_MAP
     line = block // TILES
@@ -132,18 +132,18 @@ def pixels_at(
     plane, top, left, q, known, SIZE: tl.constexpr, LENGTH: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     STEP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Where the pixels q of a block or window lie, whose lines have LENGTH of its SIZE pixels.
+    """Positions of the pixels q of a block or window that has SIZE pixels in lines of LENGTH.
 
     Args:
-        plane: (M, 1) int64, offset of each block's channel of its picture.
+        plane: (M, 1) int64, offset of each block's channel of its image.
         top, left: (M, 1) its first row and column, which may lie outside of the map.
         q: (1, Q).
-        known: (M, 1) whether there is such a block.
+        known: (M, 1) whether the block exists.
 
     Returns:
         (M, Q) offsets, (M, Q) whether each pixel lies in the block and on the map.
     """
-    if TILES == 1 and STEP == 1:  # whole lines lie behind each other; written so, Triton can read several at once
+    if TILES == 1 and STEP == 1:  # whole lines are contiguous; in this form Triton can read several at once
         offset = top * W + q
         inside = (offset >= 0) & (offset < H * W)
     else:
@@ -160,7 +160,7 @@ def spread_kernel(
     COLUMNS: tl.constexpr, STEP: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, LENGTH: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write a kernel with zeros between and around its taps, so that `convolve_kernel` reads it without questions.
+    """Write a kernel with zeros between and around its taps, so that `convolve_kernel` reads it without masks.
 
     weight (C, K, K); band (C, SIZE) holds lines of LENGTH: the tap between a block's last pixel and its window's first
     one comes first, the tap between the block's first pixel and the window's last one last.
@@ -188,18 +188,18 @@ def convolve_kernel(
 ):  # fmt: skip
     """y = x convolved with the kernel, for one channel and TILE blocks.
 
-    x, y (N, C, H, W); band from `spread_kernel`; bias (C,) or None; `blocks` is their number in all pictures.
+    x, y (N, C, H, W); band from `spread_kernel`; bias (C,) or None; `blocks` is their number in all images.
     """
     WINDOW: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
     LENGTH: tl.constexpr = WINDOW_COLUMNS + COLUMNS - 1
     SIZE: tl.constexpr = (WINDOW_ROWS + ROWS - 1) * LENGTH
     channel = tl.program_id(1)
     m = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    picture, top, left = locate(m, GROUPS, TILES, ROWS, COLUMNS, STEP)
-    plane = ((picture.to(tl.int64) * C + channel) * (H * W))[:, None]
+    image, top, left = locate(m, GROUPS, TILES, ROWS, COLUMNS, STEP)
+    plane = ((image.to(tl.int64) * C + channel) * (H * W))[:, None]
     top, left, known = top[:, None], left[:, None], (m < blocks)[:, None]
     o = tl.arange(0, PIXELS)
-    # What lies beyond the block or the window has no place in the band: take that of the last pixel instead.
+    # Indices beyond the block or the window have no place in the band: use that of the last pixel instead.
     pixel = tl.minimum(o, ROWS * COLUMNS - 1)
     behind = (ROWS - 1 - pixel // COLUMNS) * LENGTH + COLUMNS - 1 - pixel % COLUMNS
     band += channel * SIZE
@@ -243,8 +243,8 @@ def product_kernel(
     total = tl.zeros((PIXELS, CHUNK), tl.float32)
     for start in range(split * TILE, blocks, SPLITS * TILE):
         m = start + tl.arange(0, TILE)
-        picture, top, left = locate(m, GROUPS, TILES, ROWS, COLUMNS, STEP)
-        plane = ((picture.to(tl.int64) * C + channel) * (H * W))[:, None]
+        image, top, left = locate(m, GROUPS, TILES, ROWS, COLUMNS, STEP)
+        plane = ((image.to(tl.int64) * C + channel) * (H * W))[:, None]
         top, left, known = top[:, None], left[:, None], (m < blocks)[:, None]
         at, inside = pixels_at(plane, top + TOP * STEP, left + LEFT, q, known, SIZE, WINDOW_COLUMNS, H, W, STEP, TILES)
         window = tl.load(x + at, mask=inside, other=0.0)
@@ -281,19 +281,19 @@ def gather_kernel(
     tl.store(out + (channel * K + i) * K + j, tl.sum(total, 0), mask=j < K)
 
 
-def plan_convolution(pictures, height, width, kernel_size, dilation):
-    """How `convolve_kernel` is run: (blocks of each map, blocks in all, keyword arguments)."""
+def plan_convolution(batch_size, height, width, kernel_size, dilation):
+    """How `convolve_kernel` is launched: (`Blocks` of each map, total number of blocks, keyword arguments)."""
     blocks = cut(height, width, kernel_size, dilation, CHUNK, MAX_PIXELS)
-    number = pictures * blocks.per_map
+    number = batch_size * blocks.per_map
     tile, pixels = min(power_of_2(number), MAX_TILE), power_of_2(blocks.pixels)
     warps = 8 if tile * pixels >= 64 * 64 else 4
     return blocks, number, dict(TILE=tile, PIXELS=pixels, CHUNK=CHUNK, num_warps=warps)
 
 
-def plan_gradient(pictures, channels, height, width, kernel_size, dilation):
-    """How `product_kernel` is run: (blocks of each map, blocks in all, splits, keyword arguments)."""
+def plan_gradient(batch_size, channels, height, width, kernel_size, dilation):
+    """How `product_kernel` is launched: (`Blocks` of each map, total number of blocks, splits, keyword arguments)."""
     blocks = cut(height, width, kernel_size, dilation, CHUNK_GRADIENT, MAX_PIXELS_GRADIENT)
-    number = pictures * blocks.per_map
+    number = batch_size * blocks.per_map
     chunk, window = min(power_of_2(blocks.window), CHUNK_GRADIENT), round_up(blocks.window, CHUNK_GRADIENT)
     tile = min(power_of_2(number), TILE_GRADIENT)
     # More programs keep the GPU busy, but each of them should add up at least four tiles.
@@ -308,11 +308,11 @@ def convolve(x, weight, bias, dilation, flip):
     """Run `convolve_kernel`: x (N, C, H, W), weight (C, 1, K, K), bias (C,) or None -> (N, C, H, W) contiguous."""
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
-    pictures, channels, height, width = x.shape
+    batch_size, channels, height, width = x.shape
     kernel_size = weight.shape[-1]
     if not x.numel():
         return y
-    blocks, number, arguments = plan_convolution(pictures, height, width, kernel_size, dilation)
+    blocks, number, arguments = plan_convolution(batch_size, height, width, kernel_size, dilation)
     lines, length = blocks.band
     band = x.new_empty(channels, lines, length)
     where = blocks._asdict()
@@ -330,10 +330,10 @@ def convolve(x, weight, bias, dilation, flip):
 def weight_gradient(x, grad, kernel_size, dilation):
     """Run `product_kernel` and `gather_kernel`: x, grad (N, C, H, W) -> (C, 1, K, K) float32."""
     x, grad = x.contiguous(), grad.contiguous()
-    pictures, channels, height, width = x.shape
+    batch_size, channels, height, width = x.shape
     if not x.numel():
         return x.new_zeros(channels, 1, kernel_size, kernel_size, dtype=torch.float32)
-    blocks, number, splits, arguments = plan_gradient(pictures, channels, height, width, kernel_size, dilation)
+    blocks, number, splits, arguments = plan_gradient(batch_size, channels, height, width, kernel_size, dilation)
     pixels, window = arguments["PIXELS"], arguments["WINDOW"]
     products = x.new_empty(splits, channels, pixels, window, dtype=torch.float32)
     out = x.new_empty(channels, 1, kernel_size, kernel_size, dtype=torch.float32)
