@@ -1,4 +1,4 @@
-"""What train.py shows in TensorBoard, where TENSORBOARD is set.
+"""What train.py shows in TensorBoard if TENSORBOARD is set.
 
     tensorboard --logdir checkpoints
 """
@@ -15,11 +15,14 @@ from common.plots import plot_augmentation, plot_confusion_matrix
 
 
 class Board:
-    """Writes a run's figures and pictures into <folder>/tensorboard.
+    """Writes a run's metrics and plots into <folder>/tensorboard.
 
     Args:
-        folder: of the run.
-        epoch: epochs that are finished; what an earlier part of the run wrote after them is dropped.
+        folder: the run's folder.
+        epoch: number of finished epochs; what an earlier part of the run wrote after them is dropped.
+
+    Raises:
+        UserError: if the package tensorboard is missing.
     """
 
     def __init__(self, folder, epoch):
@@ -28,21 +31,33 @@ class Board:
 
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=epoch + 1)
 
-    def add_picture(self, name, epoch, plot, *args):
+    def add_plot(self, name, epoch, plot, *args):
         """Add what the function `plot` of common/plots.py draws from `args`."""
         file = io.BytesIO()
         plot(*args, file)
         self.writer.add_image(name, np.asarray(Image.open(file).convert("RGB")), epoch, dataformats="HWC")
         self.writer.flush()
 
-    def add_augmentation(self, epoch, pictures, classes, transform, mixup, mix):
-        """Add the sheet of what is done to training pictures; for the arguments see `plot_augmentation`."""
-        chosen = [pictures.samples[index] for index in np.linspace(0, len(pictures) - 1, 6).astype(int)]
-        photos, labels = [pictures.loader(path) for path, _ in chosen], [label for _, label in chosen]
-        self.add_picture("augmentation", epoch, plot_augmentation, photos, labels, classes, transform, mixup, mix)
+    def add_augmentation(self, epoch, dataset, transform, mixup):
+        """Add the sheet of augmented training images.
+
+        Args:
+            epoch: number of finished epochs.
+            dataset: a `CachedImageFolder`, of which six images are shown.
+            transform, mixup: see `plot_augmentation`.
+        """
+        chosen = [dataset.samples[index] for index in np.linspace(0, len(dataset) - 1, 6).astype(int)]
+        images, labels = [dataset.loader(path) for path, _ in chosen], [label for _, label in chosen]
+        self.add_plot("augmentation", epoch, plot_augmentation, images, labels, dataset.classes, transform, mixup)
 
     def add_epoch(self, row, labels, predictions, classes):
-        """Add one epoch: its row of log.csv, and the confusion matrix of its validation."""
+        """Add one epoch.
+
+        Args:
+            row: the epoch's row of log.csv, a dict.
+            labels, predictions: class numbers of the validation images.
+            classes: class names.
+        """
         for name, value in row.items():
             prefix, _, kind = name.partition("_")
             if isinstance(value, Number) and name != "epoch":
@@ -50,4 +65,4 @@ class Board:
                 tag = f"{kind}/{prefix}" if prefix in ("train", "val", "ema") else name
                 self.writer.add_scalar(tag, value, row["epoch"])
         matrix = confusion_matrix(labels, predictions, labels=range(len(classes)))
-        self.add_picture("confusion matrix", row["epoch"], plot_confusion_matrix, matrix, classes)
+        self.add_plot("confusion matrix", row["epoch"], plot_confusion_matrix, matrix, classes)

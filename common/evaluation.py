@@ -1,4 +1,4 @@
-"""Pictures whose classes are known, and a network's answers on them: what the tools measure with."""
+"""Labelled images, and a network's predictions on them: what the tools measure with."""
 
 import random
 from pathlib import Path
@@ -8,19 +8,18 @@ import torch
 from tqdm import tqdm
 
 from common.dataset import open_image_folder
+from common.images import load_image
 from common.options import UserError
-from common.sounds import file_kind
 
 
-def choose_pictures(folder, classes, count, seed=0, sound=None):
-    """Choose pictures of folder/<class>/, as many of each class as there are, in an order that mixes the classes.
+def choose_images(folder, classes, count, seed=0):
+    """Choose images of folder/<class>/, equally many of each class as far as there are, with the classes interleaved.
 
     Args:
         folder: such as data/val.
         classes: names in the network's order.
-        count: pictures in all; 0: every one.
+        count: total number of images; 0: all of them. A smaller number chooses the first of a larger one.
         seed: any integer.
-        sound: None for pictures; for recordings see common/sounds.py.
 
     Returns:
         (paths, labels), two lists.
@@ -28,23 +27,33 @@ def choose_pictures(folder, classes, count, seed=0, sound=None):
     Raises:
         UserError: if the folder holds other classes.
     """
-    pictures = open_image_folder(folder, sound=sound)
-    if pictures.classes != list(classes):
-        different = sorted(set(pictures.classes) ^ set(classes))
+    dataset = open_image_folder(folder)
+    if dataset.classes != list(classes):
+        different = sorted(set(dataset.classes) ^ set(classes))
         raise UserError(
             f"{folder} and the checkpoint must have the same classes, but only one of them has {', '.join(different)}; "
-            "run train.py on these pictures, or give another folder"
+            "run train.py on these images, or give another folder"
         )
     by_class = [[] for _ in classes]
-    for path, label in random.Random(seed).sample(pictures.samples, len(pictures)):
+    for path, label in random.Random(seed).sample(dataset.samples, len(dataset)):
         by_class[label].append((len(by_class[label]), label, Path(path)))
     chosen = sorted(sum(by_class, []))[: count or None]  # the first of each class, then the second of each, ...
     return [path for _, _, path in chosen], [label for _, label, _ in chosen]
 
 
-def read_batches(paths, transform, batch_size, description, sound=None):
-    """Read pictures, or recordings, with a progress bar: yields tensors (up to `batch_size`, 3, H, W)."""
-    load = file_kind(sound).load
+def read_batches(paths, transform, batch_size, description, load=load_image):
+    """Read files batch by batch, with a progress bar.
+
+    Args:
+        paths: the files.
+        transform: function on PIL RGB images.
+        batch_size: images in a batch; the last one may be smaller.
+        description: text beside the progress bar.
+        load: function on a path that returns a PIL RGB image.
+
+    Yields:
+        Tensors (N, 3, H, W).
+    """
     with tqdm(total=len(paths), desc=description, unit="img", leave=False) as bar:
         for start in range(0, len(paths), batch_size):
             batch = [transform(load(path)) for path in paths[start : start + batch_size]]
@@ -53,22 +62,19 @@ def read_batches(paths, transform, batch_size, description, sound=None):
 
 
 @torch.inference_mode()
-def compute_logits(network, paths, transform, batch_size=32, description="pictures", sound=None):
-    """A network's logits on pictures.
+def compute_logits(network, paths, transform, batch_size=32, description="images", load=load_image):
+    """Compute a network's logits on files; for the arguments see `read_batches`.
 
     Args:
-        network: function on images (N, 3, H, W).
-        paths: the files.
-        transform: function on PIL RGB pictures.
-        sound: None for pictures; for recordings see common/sounds.py.
+        network: function on images (N, 3, H, W) that returns logits (N, classes).
 
     Returns:
-        float32 array (pictures, classes).
+        float32 array (images, classes).
     """
-    batches = read_batches(paths, transform, batch_size, description, sound)
+    batches = read_batches(paths, transform, batch_size, description, load)
     return np.concatenate([network(images).float().cpu().numpy() for images in batches])
 
 
 def accuracy(logits, labels):
-    """Share of the pictures whose largest logit is the right one, in percent."""
+    """Top-1 accuracy in percent."""
     return 100 * float((logits.argmax(1) == np.asarray(labels)).mean())

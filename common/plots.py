@@ -1,17 +1,17 @@
-"""Pictures of results: learning curves, confusion matrix, sheets of pictures, and what a network has learned."""
+"""Plots of results: learning curves, confusion matrix, sheets of images, and what a network has learned."""
 
 import contextlib
 import copy
-import math
+import functools
 import warnings
 
 import numpy as np
 import torch
-from matplotlib import font_manager, rcParams
+from matplotlib import font_manager, rc_context
 from matplotlib.colors import LogNorm
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 # Fonts that have Chinese, Japanese and Korean characters, on Windows, macOS and Linux.
@@ -28,27 +28,33 @@ CJK_FONTS = (
 )
 
 
+@functools.cache
 def find_cjk_fonts():
-    """Those of `CJK_FONTS` that this machine has."""
+    """Names of those of `CJK_FONTS` that this machine has, as a tuple; searched for once."""
     fonts = font_manager.fontManager
     if not {font.name for font in fonts.ttflist} & set(CJK_FONTS):
         # matplotlib lists the fonts once, at its first start: one that was installed since is not in its list.
         for path in set(font_manager.findSystemFonts()) - {font.fname for font in fonts.ttflist}:
             with contextlib.suppress(Exception):  # a font that matplotlib cannot read
                 fonts.addfont(path)
-    return [name for name in CJK_FONTS if name in {font.name for font in fonts.ttflist}]
+    return tuple(name for name in CJK_FONTS if name in {font.name for font in fonts.ttflist})
 
 
-# The list of families itself: of a generic one such as sans-serif, matplotlib takes the first font for all characters.
-rcParams["font.family"] = ["DejaVu Sans", *find_cjk_fonts()]
-rcParams["axes.unicode_minus"] = False
+def save_figure(figure, path):
+    """Write a figure as a PNG file, in fonts that have the characters of every class name as far as there are any.
 
-
-def save(figure, path):
-    """Write `figure` to the PNG file `path`."""
-    with warnings.catch_warnings():
+    Args:
+        figure: `matplotlib.figure.Figure`.
+        path: PNG file, or a binary file object.
+    """
+    # The list of families itself: of a generic one such as sans-serif, matplotlib takes the first font for all
+    # characters.
+    families = ["DejaVu Sans", *find_cjk_fonts()]
+    with rc_context({"font.family": families, "axes.unicode_minus": False}), warnings.catch_warnings():
         # Without such a font Chinese names are drawn as boxes; a warning for each character would bury the results.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        for text in figure.findobj(Text):  # which took their fonts when they were made
+            text.set_fontfamily(families)
         figure.savefig(path, dpi=120)
 
 
@@ -59,7 +65,7 @@ def plot_curves(history, folder):
     """Draw loss.png and acc.png into `folder`.
 
     Args:
-        history: one dict for each epoch, with `epoch` and `<train|val|ema>_<loss|acc1>`; None or absent is left out.
+        history: one dict per epoch, with `epoch` and `<train|val|ema>_<loss|acc1>`; None or absent values are skipped.
     """
     for figure_name, key, label in (("loss", "loss", "cross-entropy"), ("acc", "acc1", "top-1 accuracy / %")):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -72,7 +78,7 @@ def plot_curves(history, folder):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-        save(figure, folder / f"{figure_name}.png")
+        save_figure(figure, folder / f"{figure_name}.png")
 
 
 def plot_confusion_matrix(matrix, classes, path):
@@ -80,129 +86,90 @@ def plot_confusion_matrix(matrix, classes, path):
 
     Args:
         matrix: int array (true class, predicted class).
-        classes: their names.
+        classes: class names.
         path: PNG file to write.
     """
     size = max(5, 1.8 + 0.45 * len(classes))
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.add_subplot(xlabel="predicted class", ylabel="true class")
-    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    image = axes.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, label="share of the true class / %", shrink=0.8)
+    fraction = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    image = axes.imshow(100 * fraction, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, label="% of the true class", shrink=0.8)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(classes)), classes)
     if len(classes) <= 30:  # more would not be legible
         for (true, predicted), count in np.ndenumerate(matrix):
             if count:
-                color = "white" if share[true, predicted] > 0.5 else "black"
+                color = "white" if fraction[true, predicted] > 0.5 else "black"
                 axes.text(predicted, true, count, ha="center", va="center", color=color, fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)
 
 
-FORECAST_LINES = (("C0", "--", "o"), ("C1", ":", "^"), ("C2", "-.", "s"))  # to be told apart without colours
-
-
-def plot_forecasts(columns, dates, known, forecasts, path, most=8):
-    """Draw what was seen, what came, and what was forecast, each column in a field of its own.
+def plot_sheet(images, captions, path, columns=6, rows=()):
+    """Draw a sheet of images with a caption under each.
 
     Args:
-        columns: names; the first `most` of them are drawn.
-        dates: of what was seen and of what is forecast.
-        known: array (columns, rows) of the true values, from the first date on; may end before the dates do.
-        forecasts: {name: array (columns, horizon)} up to the last date.
+        images: PIL images, or arrays (H, W, 3); None leaves the place empty.
+        captions: one text for each image.
         path: PNG file to write.
+        columns: number of images side by side.
+        rows: a text to the left of each row; (): none.
     """
-    columns = columns[:most]
-    across = min(2, len(columns))
-    down = math.ceil(len(columns) / across)
-    figure = Figure(figsize=(4.6 * across, 1.5 * down + 0.9), layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False)
-    for place, column in enumerate(columns):
-        axes = grid.flat[place]
-        axes.plot(dates[: known.shape[1]], known[place], color="black", lw=1.1, label="truth")
-        for (name, forecast), (color, line, marker) in zip(forecasts.items(), FORECAST_LINES):
-            horizon = forecast.shape[1]
-            look = dict(color=color, lw=1.3, marker=marker, ms=3, markevery=max(1, horizon // 12))
-            axes.plot(dates[-horizon:], forecast[place], line, label=name, **look)
-        axes.axvline(dates[-horizon], color="black", lw=0.8, ls=(0, (2, 3)))  # where the forecast begins
-        axes.set_ylabel(column, fontsize=9)
-        axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=7, labelbottom=place + across >= len(columns))
-        locator = AutoDateLocator(minticks=3, maxticks=7)
-        axes.xaxis.set_major_locator(locator)
-        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
-    for axes in grid.flat[len(columns) :]:
-        axes.remove()
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
-    save(figure, path)
-
-
-def plot_sheet(pictures, captions, path, columns=6, rows=()):
-    """Draw a sheet of pictures with a caption under each.
-
-    Args:
-        pictures: PIL pictures, or arrays (H, W, 3); None leaves the place empty.
-        captions: one text for each.
-        path: PNG file to write.
-        columns: pictures side by side.
-        rows: a text to the left of each row; () for none.
-    """
-    columns = min(columns, len(pictures))
-    lines = -(-len(pictures) // columns)
+    columns = min(columns, len(images))
+    lines = -(-len(images) // columns)
     figure = Figure(figsize=(2.2 * columns + (0.4 if rows else 0), 2.6 * lines), layout="constrained")
-    for number, (picture, caption) in enumerate(zip(pictures, captions)):
+    for number, (image, caption) in enumerate(zip(images, captions)):
         axes = figure.add_subplot(lines, columns, number + 1, xticks=[], yticks=[], frame_on=False)
-        if picture is not None:
-            axes.imshow(picture)
+        if image is not None:
+            axes.imshow(image)
         axes.set_xlabel(caption, fontsize=8)
         if rows and number % columns == 0:
             axes.set_ylabel(rows[number // columns], fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def plot_augmentation(pictures, labels, classes, transform, mixup, mix, path):
-    """Draw what training does to pictures: as they are, augmented, and the augmented batch mixed in each way.
+def plot_augmentation(images, labels, classes, transform, mixup, path):
+    """Draw what training does to images: as they are, augmented, and the augmented batch mixed in each way.
 
     Args:
-        pictures: PIL RGB pictures.
-        labels: number of each one's class.
-        classes: names.
-        transform: train.py's, without normalisation: PIL RGB -> tensor (3, H, W) from 0 to 1.
-        mixup: timm's `Mixup` of the run; how often it mixes is told, and here it always does.
-        mix: train.py's function (mixup, images, labels) -> images, targets.
+        images: PIL RGB images.
+        labels: class number of each image.
+        classes: class names.
+        transform: the run's augmentation without normalisation: PIL RGB -> tensor (3, H, W) from 0 to 1.
+        mixup: the run's `BatchMixup`. It mixes every batch here; the rows say how many it mixes in training.
         path: PNG file to write.
     """
     names = [classes[label] for label in labels]
-    images, labels = torch.stack([transform(picture) for picture in pictures]), torch.tensor(labels)
-    cells, captions, rows = [*pictures, *to_pictures(images)], 2 * names, ["the file", "augmented"]
+    batch, labels = torch.stack([transform(image) for image in images]), torch.tensor(labels)
+    cells, captions, rows = [*images, *to_pixels(batch)], 2 * names, ["file", "augmented"]
     for name, alpha, other, switch in (
         ("Mixup", mixup.mixup_alpha, mixup.cutmix_alpha, 0.0),
         ("CutMix", mixup.cutmix_alpha, mixup.mixup_alpha, 1.0),
     ):
-        share = mixup.mix_prob * (1 - abs(switch - mixup.switch_prob) if other else 1)
-        if alpha and share:
+        frequency = mixup.mix_prob * (1 - abs(switch - mixup.switch_prob) if other else 1)
+        if alpha and frequency:
             always = copy.copy(mixup)
             always.mix_prob, always.switch_prob = 1.0, switch
-            mixed, targets = mix(always, images.clone(), labels)
-            cells.extend(to_pictures(mixed))
-            for shares, indices in zip(*targets.topk(min(2, len(classes)))):
-                captions.append("\n".join(f"{share:.2f} {classes[i]}" for share, i in zip(shares, indices)))
-            rows.append(f"{name}: {100 * share:.0f} % of the batches")
-    plot_sheet(cells, captions, path, len(pictures), rows)
+            mixed, targets = always(batch.clone(), labels)
+            cells.extend(to_pixels(mixed))
+            for weights, indices in zip(*targets.topk(min(2, len(classes)))):
+                captions.append("\n".join(f"{weight:.2f} {classes[i]}" for weight, i in zip(weights, indices)))
+            rows.append(f"{name}: {100 * frequency:.0f} % of batches")
+    plot_sheet(cells, captions, path, len(images), rows)
 
 
-def to_pictures(images):
+def to_pixels(images):
     """Tensor (N, 3, H, W) of values from 0 to 1 -> uint8 array (N, H, W, 3)."""
     return (255 * images.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def plot_kernels(kernels, path, channels=6):
-    """Draw the large kernels of each stage: their mean size, how it falls with the distance, and single channels.
+    """Draw the large kernels of each stage: mean magnitude, its decay with the distance, and single channels.
 
     Args:
         kernels: {name of the stage: array (channels of all its blocks, k, k)}.
         path: PNG file to write.
-        channels: single ones to draw, those with the largest weights.
+        channels: number of single channels to draw, those with the largest weights.
     """
     columns = channels + 2
     figure = Figure(figsize=(1.9 * columns + 1.2, 2.1 * len(kernels) + 0.5), layout="constrained")
@@ -214,13 +181,13 @@ def plot_kernels(kernels, path, channels=6):
         largest = np.abs(weights).max((1, 2), keepdims=True)
         mean = (np.abs(weights) / np.maximum(largest, 1e-12)).mean(0)  # (k, k)
 
-        axes = figure.add_subplot(grid[line, 0], title=f"{stage}, {len(weights)} channels\nmean size", ylabel="taps")
+        axes = figure.add_subplot(grid[line, 0], title=f"{stage}, {len(weights)} channels\nmean magnitude", ylabel="taps")
         axes.imshow(mean, cmap="gray", vmin=0, extent=extent)
         offset = np.abs(np.arange(size) - half)
         distance = np.maximum(offset[:, None], offset)
         profile = [mean[distance == d].mean() for d in range(half + 1)]
-        axes = figure.add_subplot(grid[line, 1], title="by distance", xlabel="taps from the middle", ylim=(0, 1))
-        axes.set_ylabel("share of the\nlargest weight")
+        axes = figure.add_subplot(grid[line, 1], title="by distance", xlabel="taps from the centre", ylim=(0, 1))
+        axes.set_ylabel("relative to the\nlargest weight")
         axes.plot(profile, "o-", ms=4)
         axes.grid(alpha=0.3)
         for place, channel in enumerate(np.argsort(-largest.ravel(), kind="stable")[:channels]):
@@ -230,45 +197,46 @@ def plot_kernels(kernels, path, channels=6):
         figure.colorbar(image, ax=figure.axes[-channels:], shrink=0.8, ticks=[-limit, 0, limit]).ax.set_yticklabels(
             ["-max", "0", "max"]
         )
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_receptive_fields(fields, path):
     """Draw effective receptive fields side by side.
 
     Args:
-        fields: {name: (array (size, size) of sums 1, {share: edge in pixels of the middle square that holds it})}.
+        fields: {name: (array (size, size) of sum 1,
+            {percent: side in pixels of the central square that holds it})}.
         path: PNG file to write.
     """
     figure = Figure(figsize=(3.4 * len(fields) + 0.8, 4.1), layout="constrained")
-    for number, (name, (field, edges)) in enumerate(fields.items(), start=1):
+    for number, (name, (field, sides)) in enumerate(fields.items(), start=1):
         axes = figure.add_subplot(1, len(fields), number, title=name, xlabel="pixels")
         half = len(field) / 2
         relative = np.maximum(field / field.max(), 1e-4)
         image = axes.imshow(relative, cmap="gray", norm=LogNorm(1e-4, 1), extent=(-half, half, half, -half))
-        for (share, edge), line in zip(edges.items(), ("-", "--", ":")):
-            square = Rectangle((-edge / 2, -edge / 2), edge, edge, fill=False, color="tab:orange", ls=line, lw=1.5)
-            square.set_label(f"{share} %: {edge} px")
+        for (percent, side), line in zip(sides.items(), ("-", "--", ":")):
+            square = Rectangle((-side / 2, -side / 2), side, side, fill=False, color="tab:orange", ls=line, lw=1.5)
+            square.set_label(f"{percent} %: {side} px")
             axes.add_patch(square)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=7, handlelength=1.2)
     figure.colorbar(image, ax=figure.axes, shrink=0.8, label="gradient / its largest value")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 MARKERS = "os^Dv<>Pp*Xhd8H"
 
 
 def plot_map(points, labels, classes, path):
-    """Draw pictures as points of a plane, each class with a marker and its name in its middle.
+    """Draw images as points of a plane, each class with a marker and its name at its median.
 
     Args:
-        points: array (pictures, 2).
-        labels: number of each one's class.
-        classes: names.
+        points: array (images, 2).
+        labels: class number of each image.
+        classes: class names.
         path: PNG file to write.
     """
     figure = Figure(figsize=(8.5, 6.5), layout="constrained")
-    axes = figure.add_subplot(xticks=[], yticks=[], title="near: alike for the network; axes without a unit")
+    axes = figure.add_subplot(xticks=[], yticks=[], title="t-SNE of the pooled features (axes without a unit)")
     labels = np.asarray(labels)
     for number, name in enumerate(classes):
         mine = points[labels == number]
@@ -279,4 +247,4 @@ def plot_map(points, labels, classes, path):
             axes.text(*np.median(mine, axis=0), name, fontsize=8, ha="center", va="center", bbox=box)
     if len(classes) <= 40:
         axes.legend(bbox_to_anchor=(1, 1), loc="upper left", fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)

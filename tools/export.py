@@ -1,20 +1,20 @@
-"""Take a trained network elsewhere: ONNX, 8-bit ONNX, a PyTorch program, and safetensors for timm.
+"""Export a trained network: ONNX, 8-bit ONNX, a PyTorch program, and safetensors for timm.
 
     python tools/export.py                               the newest checkpoints/*/best.pth
     python tools/export.py --checkpoint some.pth --formats onnx,int8
     python test.py --checkpoint exports/unireplknet_t/model.onnx some_photo.jpg
 
-Leaves in exports/<model>/:
+Outputs in exports/<model>/:
 
-    model.onnx           float32, batches of any size, for onnxruntime and whatever else reads ONNX
-    model.int8.onnx      8-bit weights and activations, calibrated on pictures of data/train
-    model.pt2            torch.export's program, which needs none of this repository's code
-    timm/                model.safetensors and config.json as on the Hugging Face Hub, to train further with timm
+    model.onnx           float32, any batch size, for onnxruntime and other ONNX runtimes
+    model.int8.onnx      8-bit weights and activations, calibrated on images of data/train
+    model.pt2            the program of torch.export, which needs no code of this repository
+    timm/                model.safetensors and config.json as on the Hugging Face Hub, for further training with timm
 
-The first three hold the merged network. All take pictures (N, 3, height, width), resized and normalised as by test.py,
-and give logits; class names, mean, std and size are inside. Each is run on pictures of data/val and compared with the
-network that was trained: one that differs by more than TOLERANCE is not left there. 8 bits do change the logits, so for
-them the accuracy before and after is told instead.
+The first three hold the reparameterized network. All take images (N, 3, height, width), resized and normalised as by
+test.py, and return logits; class names, mean, std and size are stored inside. Each is run on images of data/val and
+compared with the trained network: one that differs by more than TOLERANCE is not written. Quantisation to 8 bits does
+change the logits, so for that file the accuracy before and after is reported instead.
 """
 
 import contextlib
@@ -24,51 +24,115 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import safetensors.torch
 import timm
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts and common/
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
+from common.audio import input_kind
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import eval_transform, height_and_width
-from common.evaluation import accuracy, choose_pictures, compute_logits, read_batches
+from common.evaluation import accuracy, choose_images, compute_logits, read_batches
 from common.extras import require
 from common.onnx_network import METADATA, METADATA_OF_SOUNDS, OnnxNetwork
-from common.options import UserError, run
-from common.sounds import file_kind
+from common.options import Name, NonNegative, NonNegativeInt, NotEmpty, PositiveInt, UserError, run
+
+Format = Literal["onnx", "int8", "program", "timm"]
 
 CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth, else "seedlings"
-FORMATS: list[str] = ["onnx", "int8", "program", "timm"]  # what to write
-DATA: str = "data"  # folder whose val/ is compared on, and whose train/ calibrates the 8-bit network
-PICTURES: int = 200  # pictures of val/ to compare on, as many of each class; 0: all
-TOLERANCE: float = 1e-4  # largest difference of a logit from the trained network's that is accepted, 8 bits aside
-CALIBRATION: int = 120  # pictures of train/ from which the ranges of the 8-bit activations are taken
-OUTPUT: str = "exports"  # folder that holds <model>/ for the files; those of an earlier call are replaced
+FORMATS: Annotated[list[Format], NotEmpty()] = ["onnx", "int8", "program", "timm"]  # what to write
+DATA: Name = "data"  # folder whose val/ holds the images to compare on, and train/ those to calibrate on
+IMAGES: NonNegativeInt = 200  # images of val/ to compare on, equally many of each class; 0: all
+TOLERANCE: NonNegative = 1e-4  # maximum accepted absolute difference of a logit, except for int8
+CALIBRATION: PositiveInt = 120  # images of train/ that determine the ranges of the 8-bit activations
+OUTPUT: Name = "exports"  # folder that holds <model>/; files of an earlier export are replaced
 
 OPSET = 18  # writes GELU with Erf; from 20 on there is an operator of its own, which fewer runtimes know
 
 
-def describe(checkpoint):
-    """The metadata of an exported file."""
-    return {name: checkpoint[name] for name in (*METADATA, *METADATA_OF_SOUNDS) if name in checkpoint}
+def main():
+    path = find_checkpoint(CHECKPOINT)
+    checkpoint = load_checkpoint(path)
+    height, width = height_and_width(checkpoint["img_size"])
+    print(f"{path}: {checkpoint['arch']}, {len(checkpoint['classes'])} classes, {height} x {width} pixels")
+    reference = Reference(checkpoint, Path(DATA, "val"), IMAGES)
+
+    folder = Path(OUTPUT, checkpoint["arch"])
+    folder.mkdir(parents=True, exist_ok=True)
+    merged = build_network(checkpoint)
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
+        scratch = Path(scratch)
+        if {"onnx", "int8"} & set(FORMATS):
+            write_onnx(merged, checkpoint, scratch / "model.onnx")
+        if "int8" in FORMATS:
+            paths, _ = choose_images(Path(DATA, "train"), checkpoint["classes"], CALIBRATION)
+            images = read_batches(paths, reference.transform, 8, "calibration", reference.load)
+            write_int8(scratch / "model.onnx", images, scratch / "model.int8.onnx")
+            reference.compare("model.int8.onnx", OnnxNetwork(scratch / "model.int8.onnx"), np.inf)
+            move(scratch / "model.int8.onnx", folder)
+        if "onnx" in FORMATS:
+            reference.compare("model.onnx", OnnxNetwork(scratch / "model.onnx"), TOLERANCE)
+            move(scratch / "model.onnx", folder)
+        if "program" in FORMATS:
+            write_program(merged, checkpoint, scratch / "model.pt2")
+            reference.compare("model.pt2", torch.export.load(scratch / "model.pt2").module(), TOLERANCE)
+            move(scratch / "model.pt2", folder)
+        if "timm" in FORMATS:
+            write_timm(checkpoint, scratch / "timm")
+            reference.compare("timm", read_timm(scratch / "timm"), TOLERANCE)
+            move(scratch / "timm", folder)
+    print(f"files in {folder}")
 
 
-def example(checkpoint):
-    """Images to trace the network with; two, since PyTorch takes a single one for a batch of always one."""
-    return (torch.zeros(2, 3, *height_and_width(checkpoint["img_size"])),)
+class Reference:
+    """The trained network's logits on validation images, which those of each exported file are compared with.
+
+    Args:
+        checkpoint: what `load_checkpoint` returned.
+        folder: such as data/val.
+        count: number of images; 0: all.
+    """
+
+    def __init__(self, checkpoint, folder, count):
+        kind = input_kind(checkpoint.get("sound"))
+        self.load = kind.load
+        self.transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
+        self.paths, self.labels = choose_images(folder, checkpoint["classes"], count)
+        self.logits = self.compute("PyTorch", build_network(checkpoint, merge=False))
+        acc1 = accuracy(self.logits, self.labels)
+        print(f"{'PyTorch, as trained':24} acc1 {acc1:.2f} % on {len(self.paths)} {kind.name}s of {folder}")
+
+    def compute(self, name, network):
+        return compute_logits(network, self.paths, self.transform, description=name, load=self.load)
+
+    def compare(self, name, network, tolerance):
+        """Print how an exported network compares; UserError if a logit differs by more than `tolerance`."""
+        logits = self.compute(name, network)
+        difference = float(abs(logits - self.logits).max())
+        same = 100 * float((logits.argmax(1) == self.logits.argmax(1)).mean())
+        print(
+            f"{name:24} acc1 {accuracy(logits, self.labels):.2f} %, {same:.1f} % identical predictions, "
+            f"maximum difference of a logit {difference:.1e}"
+        )
+        if not difference <= tolerance:  # NaN is refused, too
+            raise UserError(
+                f"{name} differs from the trained network by {difference:.1e}, more than TOLERANCE {tolerance:.1e}, "
+                "so it is not written; export with another version of PyTorch, or raise TOLERANCE"
+            )
 
 
 def write_onnx(network, checkpoint, path):
-    """Write the merged `network` to the ONNX file `path`."""
+    """Write the reparameterized `network` to the ONNX file `path`."""
     onnx = require("onnx")
     require("onnxscript")  # torch.onnx writes with it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's about itself
         torch.onnx.export(
             network,
-            example(checkpoint),
+            example_inputs(checkpoint),
             path,
             dynamo=True,
             opset_version=OPSET,
@@ -80,15 +144,85 @@ def write_onnx(network, checkpoint, path):
         )
     model = onnx.load(path)
     foreign = {f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")}
-    assert not foreign, f"operators that only PyTorch has are left in the graph: {foreign}"
-    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in describe(checkpoint).items()})
+    assert not foreign, f"the graph contains operators that only PyTorch has: {foreign}"
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in metadata(checkpoint).items()})
     onnx.save(model, path)
 
 
+def example_inputs(checkpoint):
+    """Images to trace the network with; two, since PyTorch would specialise a batch of one to that size."""
+    return (torch.zeros(2, 3, *height_and_width(checkpoint["img_size"])),)
+
+
+def metadata(checkpoint):
+    """The metadata of an exported file."""
+    return {name: checkpoint[name] for name in (*METADATA, *METADATA_OF_SOUNDS) if name in checkpoint}
+
+
+def write_int8(source, images, path):
+    """Quantise an ONNX file to 8 bits: weights per channel, activations by calibration.
+
+    Args:
+        source: .onnx file of `write_onnx`.
+        images: iterator over batches (N, 3, H, W) to calibrate on.
+        path: .onnx file to write.
+    """
+    quantization = require("onnxruntime.quantization")
+    shape_inference = require("onnxruntime.quantization.shape_inference")
+
+    class Batches(quantization.CalibrationDataReader):
+        def get_next(self):
+            batch = next(images, None)
+            return None if batch is None else {"images": batch.numpy()}
+
+    prepared = path.with_name(f"{path.name}.prepared")
+    try:
+        with contextlib.redirect_stdout(None), muted("root"):
+            shape_inference.quant_pre_process(source, prepared, skip_symbolic_shape=True)
+            quantization.quantize_static(
+                prepared,
+                path,
+                Batches(),
+                quant_format=quantization.QuantFormat.QDQ,
+                op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+                per_channel=True,  # the channels of the merged kernels differ in scale by orders of magnitude
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+                # The other methods keep every activation of every image in memory until the end.
+                calibrate_method=quantization.CalibrationMethod.MinMax,
+            )
+    finally:
+        prepared.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def muted(name):
+    """Within this context the logger `name` reports errors only."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def move(new, folder):
+    """Move a file, or the files in a folder of its own, into `folder`, over earlier ones; other files there stay."""
+    path = folder / new.name
+    if not new.is_dir():
+        new.replace(path)
+        return
+    path.mkdir(exist_ok=True)
+    for file in new.iterdir():
+        file.replace(path / file.name)
+
+
 def write_program(network, checkpoint, path):
-    """Write the merged `network` as torch.export's program, with the metadata as `metadata.json` inside."""
-    program = torch.export.export(network, example(checkpoint), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(describe(checkpoint))})
+    """Write the reparameterized `network` as a torch.export program, with the metadata as `metadata.json` inside."""
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(network, example_inputs(checkpoint), dynamic_shapes=shapes)
+    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata(checkpoint))})
 
 
 def write_timm(checkpoint, folder):
@@ -101,7 +235,7 @@ def write_timm(checkpoint, folder):
         input_size=(3, *height_and_width(checkpoint["img_size"])),
         mean=checkpoint["mean"],
         std=checkpoint["std"],
-        crop_mode="squash",  # resized to a square as in test.py, nothing cut off
+        crop_mode="squash",  # resized to a square as in test.py, without cropping
         crop_pct=1.0,
         interpolation="bilinear",
         num_classes=len(checkpoint["classes"]),
@@ -112,133 +246,12 @@ def write_timm(checkpoint, folder):
 
 
 def read_timm(folder):
-    """The network in `folder`, in eval mode."""
+    """Build the network of a folder that `write_timm` wrote, in eval mode."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     arguments = dict(num_classes=config["num_classes"]) | config.get("model_args", {})
     network = timm.create_model(config["architecture"], **arguments)
     network.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
     return network.eval()
-
-
-def write_int8(source, paths, transform, path, sound=None):
-    """Quantise the ONNX file `source` to 8 bits: weights for each channel, activations by calibration.
-
-    Args:
-        source: .onnx of `write_onnx`.
-        paths: pictures to calibrate on.
-        transform: function on PIL RGB pictures.
-        path: .onnx file to write.
-        sound: None for pictures; for recordings see common/sounds.py.
-    """
-    quantization = require("onnxruntime.quantization")
-    shape_inference = require("onnxruntime.quantization.shape_inference")
-
-    class Pictures(quantization.CalibrationDataReader):
-        def __init__(self):
-            self.batches = read_batches(paths, transform, 8, "calibration", sound)
-
-        def get_next(self):
-            batch = next(self.batches, None)
-            return None if batch is None else {"images": batch.numpy()}
-
-    prepared = path.with_name(f"{path.name}.prepared")
-    try:
-        with contextlib.redirect_stdout(None), muted("root"):
-            shape_inference.quant_pre_process(source, prepared, skip_symbolic_shape=True)
-            quantization.quantize_static(
-                prepared,
-                path,
-                Pictures(),
-                quant_format=quantization.QuantFormat.QDQ,
-                op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-                per_channel=True,  # the merged kernels' channels differ in size by orders of magnitude
-                activation_type=quantization.QuantType.QUInt8,
-                weight_type=quantization.QuantType.QInt8,
-                # The other methods keep every activation of every picture in memory until the end.
-                calibrate_method=quantization.CalibrationMethod.MinMax,
-            )
-    finally:
-        prepared.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def muted(name):
-    """Within this context the logger `name` tells errors only."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def replace(new, path):
-    """Put the file `new`, or the files in the folder `new`, where earlier ones may be; other files there stay."""
-    if not new.is_dir():
-        new.replace(path)
-        return
-    path.mkdir(exist_ok=True)
-    for file in new.iterdir():
-        file.replace(path / file.name)
-
-
-def main():
-    unknown = set(FORMATS) - {"onnx", "int8", "program", "timm"}
-    if unknown or not FORMATS:
-        raise UserError(f"FORMATS must name some of onnx, int8, program and timm, got {FORMATS}")
-    if min(PICTURES, CALIBRATION - 1) < 0:
-        raise UserError(f"PICTURES must be 0 or more and CALIBRATION 1 or more, got {PICTURES} and {CALIBRATION}")
-    path = find_checkpoint(CHECKPOINT)
-    checkpoint = load_checkpoint(path)
-    classes, sound = checkpoint["classes"], checkpoint.get("sound")
-    height, width = height_and_width(checkpoint["img_size"])
-    transform = eval_transform((height, width), checkpoint["mean"], checkpoint["std"])
-    paths, labels = choose_pictures(Path(DATA, "val"), classes, PICTURES, sound=sound)
-    network = build_network(checkpoint, merge=False)
-    trained = compute_logits(network, paths, transform, description="PyTorch", sound=sound)
-    before = accuracy(trained, labels)
-    print(f"{path}: {checkpoint['arch']}, {len(classes)} classes, {height} x {width} pixels")
-    files = f"{len(paths)} {file_kind(sound).name}s of {Path(DATA, 'val')}"
-    print(f"{'PyTorch, as trained':24} acc1 {before:.2f} % on {files}")
-
-    folder = Path(OUTPUT, checkpoint["arch"])
-    folder.mkdir(parents=True, exist_ok=True)
-    merged = build_network(checkpoint)
-    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
-        scratch = Path(scratch)
-
-        def check(name, network, accept):
-            """Compare with the trained network; move the file into place if `accept` allows the difference."""
-            logits = compute_logits(network, paths, transform, description=name, sound=sound)
-            difference = float(abs(logits - trained).max())
-            same = 100 * float((logits.argmax(1) == trained.argmax(1)).mean())
-            print(
-                f"{name:24} acc1 {accuracy(logits, labels):.2f} %, {same:.1f} % the same answers, "
-                f"largest difference of a logit {difference:.1e}"
-            )
-            if not difference <= accept:  # NaN is refused, too
-                raise UserError(
-                    f"{name} differs from the trained network by {difference:.1e}, more than TOLERANCE {accept:.1e}, "
-                    "so it is not written; export with another version of PyTorch, or raise TOLERANCE"
-                )
-            replace(scratch / name, folder / name)
-
-        if {"onnx", "int8"} & set(FORMATS):
-            write_onnx(merged, checkpoint, scratch / "model.onnx")
-        if "int8" in FORMATS:
-            calibration, _ = choose_pictures(Path(DATA, "train"), classes, CALIBRATION, sound=sound)
-            write_int8(scratch / "model.onnx", calibration, transform, scratch / "model.int8.onnx", sound)
-            check("model.int8.onnx", OnnxNetwork(scratch / "model.int8.onnx"), np.inf)
-        if "onnx" in FORMATS:
-            check("model.onnx", OnnxNetwork(scratch / "model.onnx"), TOLERANCE)
-        if "program" in FORMATS:
-            write_program(merged, checkpoint, scratch / "model.pt2")
-            check("model.pt2", torch.export.load(scratch / "model.pt2").module(), TOLERANCE)
-        if "timm" in FORMATS:
-            write_timm(checkpoint, scratch / "timm")
-            check("timm", read_timm(scratch / "timm"), TOLERANCE)
-    print(f"files in {folder}")
 
 
 if __name__ == "__main__":

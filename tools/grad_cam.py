@@ -1,4 +1,4 @@
-"""Grad-CAM (Selvaraju et al., ICCV 2017, arXiv:1610.02391): which part of a picture speaks for an answer."""
+"""Grad-CAM (Selvaraju et al., ICCV 2017, arXiv:1610.02391): which part of an image supports a prediction."""
 
 import numpy as np
 import torch
@@ -9,18 +9,18 @@ from common.options import UserError
 
 
 def grad_cam(network, images, classes=None):
-    """Where in each picture the last stage's maps speak for a class.
+    """Compute where in each image the last stage's feature maps support a class.
 
     Args:
-        network: a classifier of timm in eval mode, with feature maps (N, C, H, W).
+        network: a timm classifier in eval mode, with feature maps (N, C, H, W).
         images: (N, 3, H, W), normalised.
-        classes: (N,), the class of each picture that is asked for; None: the likeliest one.
+        classes: (N,), the class to explain for each image; None: the predicted one.
 
     Returns:
         (logits (N, classes), float tensor (N, H, W) from 0 to 1).
 
     Raises:
-        UserError: if the network has no such maps, as transformers have not.
+        UserError: if the network has no such maps, like most transformers.
     """
     last = network.feature_info[-1]
     kept = []
@@ -30,7 +30,7 @@ def grad_cam(network, images, classes=None):
 
     hook = network.get_submodule(last["module"]).register_forward_hook(keep)
     try:
-        # The maps must have a gradient, whether or not the weights learn.
+        # The maps need a gradient, whether or not the weights are trained.
         with torch.enable_grad():
             logits = network(images.detach().requires_grad_())
     finally:
@@ -46,22 +46,21 @@ def grad_cam(network, images, classes=None):
     return logits.detach(), cam.detach()
 
 
-def overlay(picture, cam):
-    """Draw a map over its picture: what does not matter darker, a line around what matters at least half as much as the
-    most important place.
+def overlay(image, cam):
+    """Draw a map over its image: unimportant regions darkened, with a contour at half of the map's maximum.
 
     Args:
-        picture: PIL RGB.
-        cam: array (H, W) from 0 to 1; it is resized to the picture.
+        image: PIL RGB.
+        cam: array (H, W) from 0 to 1; it is resized to the image.
 
     Returns:
-        PIL RGB of the picture's size.
+        PIL RGB image of the same size.
     """
-    values = Image.fromarray(np.asarray(cam, dtype=np.float32)).resize(picture.size, Image.Resampling.BILINEAR)
+    values = Image.fromarray(np.asarray(cam, dtype=np.float32)).resize(image.size, Image.Resampling.BILINEAR)
     values = np.asarray(values)
-    pixels = np.asarray(picture) * (0.25 + 0.75 * values[..., None])
+    pixels = np.asarray(image) * (0.25 + 0.75 * values[..., None])
     inside = Image.fromarray(np.uint8(255 * (values >= 0.5)))
-    width = max(picture.size) // 100 * 2 + 1
-    edge = np.asarray(inside) != np.asarray(inside.filter(ImageFilter.MaxFilter(width + 2)))
-    pixels[edge] = 255
+    width = max(image.size) // 100 * 2 + 1
+    contour = np.asarray(inside) != np.asarray(inside.filter(ImageFilter.MaxFilter(width + 2)))
+    pixels[contour] = 255
     return Image.fromarray(np.uint8(pixels))

@@ -1,26 +1,28 @@
-"""Look at the pictures, or spectrograms of sounds, that a network is trained on, and at what it has learned.
+"""Look at the images, or spectrograms of recordings, that a network is trained on, and at what it has learned.
 
-    python tools/visualize.py augmentation                         before training: what train.py's constants do
     python tools/visualize.py                                      all five, for the newest checkpoints/*/best.pth
     python tools/visualize.py gradcam --checkpoint some.pth        one of them
+    python tools/visualize.py augmentation --checkpoint train.py   before training: what train.py's constants do
 
-Leaves in results/:
+Outputs in results/:
 
-    augmentation.png         pictures as they are, augmented, and mixed as train.py does it
-    gradcam/<class>.png      the surest right and wrong answers of each class, and which part of the picture spoke for
-                             them: bright, with a line around what counts at least half as much as the best place;
-                             as coarse as the last stage's map, whose pixels are 32 of the picture's
-    receptive_field.png      effective receptive field: how much each pixel of the input moves the middle of the last
+    augmentation.png         training images as they are, augmented, and mixed as in the checkpoint's run
+    gradcam/<class>.png      the most confident correct and misclassified predictions of each class, and the regions
+                             that support them: bright, with a contour at half of the maximum; the resolution is that
+                             of the last stage's map, 1/32 of the image's
+    receptive_field.png      effective receptive field: how strongly each input pixel influences the centre of the last
                              stage's map, beside other networks; receptive_field.csv holds the numbers
     kernels.png              the merged large kernels of each stage
-    features.png             pictures of data/val as points: near each other if the network finds them alike (t-SNE)
+    features.png             images of data/val as points, close to each other if their features are similar (t-SNE)
 
-Exit status: 0; 1 an error; 2 a wrong option.
+Exit status: 0; 1 an error; 2 an invalid option.
 """
 
+import ast
 import csv
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import timm
@@ -28,100 +30,214 @@ import torch
 from sklearn.manifold import TSNE
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts and common/
-import train
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
+from common.audio import input_kind, spectrogram_size
+from common.augment import augmentation_from_config
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import eval_transform, open_image_folder, seed_everything
 from common.device import choose_device
-from common.evaluation import choose_pictures, read_batches
-from common.gradcam import grad_cam, overlay
+from common.evaluation import choose_images, read_batches
 from common.manifest import read_sound
-from common.options import UserError, run
+from common.options import ConstantError, ImageSize, Limits, Name, NonNegativeInt, PositiveInt, UserError, run
 from common.plots import plot_augmentation, plot_kernels, plot_map, plot_receptive_fields, plot_sheet
-from common.sounds import file_kind
+from tools.grad_cam import grad_cam, overlay
 
-WHAT: list[str] = []  # augmentation, gradcam, receptive_field, kernels, features; []: all
+Plot = Literal["augmentation", "gradcam", "receptive_field", "kernels", "features"]
+
+WHAT: list[Plot] = []  # plots to draw: augmentation, gradcam, receptive_field, kernels, features; []: all
 CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth, else "seedlings"
-DATA: str = "data"  # folder with val/, for augmentation train/
-PICTURES: int = 600  # pictures of val/ that gradcam and features look at, as many of each class; 0: all
-SHOWN: int = 5  # right and wrong answers of each class in gradcam, and pictures in augmentation
-COMPARE: list[str] = ["resnet50.a1_in1k", "convnext_tiny.fb_in1k"]  # beside it: checkpoints, or timm's pretrained names
-FIELD_SIZE: int = 512  # edge in pixels to which pictures are resized for receptive_field
-FIELD_PICTURES: int = 20  # pictures of val/ over which receptive_field averages
-DEVICE: str = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
-SEED: int = 42  # choice of the pictures, their augmentation, and the start of t-SNE
-OUTPUT: str = "results"  # folder for the files; those of an earlier call are replaced
+DATA: Name = "data"  # folder with val/, and train/ for augmentation
+IMAGES: NonNegativeInt = 600  # images of val/ for gradcam and features, equally many of each class; 0: all
+SHOWN: PositiveInt = 5  # correct and misclassified predictions per class in gradcam; augmentation shows one image more
+COMPARE: list[Name] = ["resnet50.a1_in1k", "convnext_tiny.fb_in1k"]  # checkpoints or timm's pretrained names; []: none
+FIELD_SIZE: ImageSize = 512  # image size in pixels for receptive_field
+FIELD_IMAGES: PositiveInt = 20  # images of val/ over which receptive_field averages
+DEVICE: Name = "auto"  # "auto": cuda, else mps, else cpu; or a device such as "cuda:1"
+SEED: Annotated[int, Limits(0, 2**32 - 1)] = 42  # choice of the images, their augmentation, and the start of t-SNE
+OUTPUT: Name = "results"  # folder for the files; those of an earlier call are replaced
 
-SHARES = (50, 90, 99)  # percent of the gradient in the squares of receptive_field
+PERCENTAGES = (50, 90, 99)  # of the gradient, in the squares of receptive_field
+TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 
 
-def show_augmentation(folder):
-    """Draw augmentation.png by train.py's own functions and constants."""
-    sound = read_sound(DATA)
-    pictures = open_image_folder(Path(DATA, "train"), sound=sound)
-    paths, labels = choose_pictures(Path(DATA, "train"), pictures.classes, SHOWN + 1, SEED, sound)
-    seed_everything(SEED)
-    transform = train.train_transform([0.0, 0.0, 0.0], [1.0, 1.0, 1.0], sound)
-    mixup = train.create_mixup(len(pictures.classes), sound)
+def main():
+    what = WHAT or ["augmentation", "gradcam", "receptive_field", "kernels", "features"]
+    if "receptive_field" in what:
+        for name in COMPARE:
+            if not Path(name).is_file() and name not in timm.list_pretrained():
+                raise ConstantError(
+                    f"COMPARE must hold files of checkpoints or names of timm's pretrained networks, got {name!r}"
+                )
+    folder = Path(OUTPUT)
+    folder.mkdir(parents=True, exist_ok=True)
+    if what == ["augmentation"] and uses_train_script(CHECKPOINT):
+        config, sound = read_values(TRAIN_SCRIPT), read_sound(DATA)
+        show_augmentation(config, "train.py's constants", sound, Path(DATA, "train"), SHOWN + 1, SEED, folder)
+        return
+
+    path = find_checkpoint(CHECKPOINT)
+    checkpoint = load_checkpoint(path)
+    sound = checkpoint.get("sound")
+    if "augmentation" in what:
+        show_augmentation(checkpoint.get("config"), path, sound, Path(DATA, "train"), SHOWN + 1, SEED, folder)
+    if what == ["augmentation"]:
+        return
+    device = choose_device(DEVICE)
+    network = build_network(checkpoint).to(device)
+    print(f"network         {path}: {checkpoint['arch']}, {len(checkpoint['classes'])} classes, {device}")
+    count = IMAGES and max(IMAGES, FIELD_IMAGES)
+    paths, labels = choose_images(Path(DATA, "val"), checkpoint["classes"], count, SEED)
+    chosen = slice(IMAGES or None)
+    if "gradcam" in what:
+        show_grad_cam(checkpoint, network, paths[chosen], labels[chosen], SHOWN, device, folder)
+    if "receptive_field" in what:
+        show_receptive_field(checkpoint, network, paths[:FIELD_IMAGES], FIELD_SIZE, COMPARE, device, folder)
+    if "kernels" in what:
+        show_kernels(network, folder)
+    if "features" in what:
+        show_features(checkpoint, network, paths[chosen], labels[chosen], SEED, device, folder)
+
+
+def uses_train_script(checkpoint):
+    """Whether CHECKPOINT asks for train.py's constants: by name, or "" where there is no checkpoint of the user's."""
+    return checkpoint == "train.py" or not checkpoint and not any(Path("checkpoints").glob("*/best.pth"))
+
+
+def read_values(path):
+    """Read the values of a script's constants without running it.
+
+    Returns:
+        {name: value}.
+
+    Raises:
+        UserError: if one is computed, or the script is no Python.
+    """
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}; fix this line") from error
+    values = {}
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and node.target.id.isupper():
+            try:
+                values[node.target.id] = ast.literal_eval(node.value)
+            except ValueError as error:
+                raise UserError(
+                    f"{path}, line {node.lineno}: {node.target.id} is computed; write its value instead"
+                ) from error
+    return values
+
+
+def show_augmentation(config, source, sound, root, count, seed, folder):
+    """Draw augmentation.png.
+
+    Args:
+        config: {name of a constant of train.py: value}; None for a checkpoint that has none.
+        source: where `config` comes from, in words.
+        sound: the sound settings of `common.audio`; None for images.
+        root: such as data/train.
+        count: number of images.
+        seed: of their choice and their augmentation.
+        folder: to write to.
+    """
+    if config is None:
+        print(f"skipped         augmentation: {source} does not say how it was trained")
+        return
+    print(f"                augmentation of {source}")
+    classes = open_image_folder(root).classes
+    paths, labels = choose_images(root, classes, count, seed)
+    size = spectrogram_size(sound) if sound else (config["IMG_SIZE"], config["IMG_SIZE"])
+    seed_everything(seed)
+    transform, mixup = augmentation_from_config(config, len(classes), size, [0.0] * 3, [1.0] * 3, sound)
+    images = [input_kind(sound).load(path) for path in paths]
     path = folder / "augmentation.png"
-    plot_augmentation(
-        [pictures.loader(file) for file in paths], labels, pictures.classes, transform, mixup, train.mix, path
-    )
-    return path
+    plot_augmentation(images, labels, classes, transform, mixup, path)
+    print(f"augmentation    {path}")
 
 
-def show_grad_cam(checkpoint, network, paths, labels, device, folder):
-    """Draw gradcam/<class>.png."""
-    classes, sound = checkpoint["classes"], checkpoint.get("sound")
+def show_grad_cam(checkpoint, network, paths, labels, shown, device, folder):
+    """Draw gradcam/<class>.png with `shown` correct and as many misclassified predictions."""
+    classes, load = checkpoint["classes"], input_kind(checkpoint.get("sound")).load
     transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
     probabilities, cams = [], []
-    for images in read_batches(paths, transform, 16, "gradcam", sound):
+    for images in read_batches(paths, transform, 16, "gradcam", load):
         logits, cam = grad_cam(network, images.to(device))
         probabilities.append(logits.softmax(1).cpu().numpy())
         cams.append(cam.half().cpu().numpy())
     probabilities, cams = np.concatenate(probabilities), np.concatenate(cams)
-    answers, sureness, labels = probabilities.argmax(1), probabilities.max(1), np.array(labels)
+    predictions, confidence, labels = probabilities.argmax(1), probabilities.max(1), np.array(labels)
     folder = folder / "gradcam"
     folder.mkdir(exist_ok=True)
     for number, name in enumerate(classes):
         cells, captions = [], []
-        for chosen in (answers == number, answers != number):
-            found = sorted(np.flatnonzero(chosen & (labels == number)), key=lambda i: -sureness[i])[:SHOWN]
-            photos = [file_kind(sound).load(paths[i]) for i in found]
-            empty = [None] * (SHOWN - len(found))
-            cells += photos + empty + [overlay(photo, cams[i]) for photo, i in zip(photos, found)] + empty
+        for chosen in (predictions == number, predictions != number):
+            found = sorted(np.flatnonzero(chosen & (labels == number)), key=lambda i: -confidence[i])[:shown]
+            images = [load(paths[i]) for i in found]
+            empty = [None] * (shown - len(found))
+            cells += images + empty + [overlay(image, cams[i]) for image, i in zip(images, found)] + empty
             captions += [f"{paths[i].name[:24]}" for i in found] + [""] * len(empty)
-            captions += [f"{classes[answers[i]]} {sureness[i]:.2f}" for i in found] + [""] * len(empty)
-        rows = [f"{name}: right", "what counts", f"{name}: wrong", "what counts"]
-        plot_sheet(cells, captions, folder / f"{name}.png", SHOWN, rows)
-    return folder
+            captions += [f"{classes[predictions[i]]} {confidence[i]:.2f}" for i in found] + [""] * len(empty)
+        rows = [f"{name}: correct", "Grad-CAM", f"{name}: misclassified", "Grad-CAM"]
+        plot_sheet(cells, captions, folder / f"{name}.png", shown, rows)
+    print(f"gradcam         {folder}, {len(paths)} images")
+
+
+def show_receptive_field(checkpoint, network, paths, size, compare, device, folder):
+    """Draw receptive_field.png and write receptive_field.csv for the network and those named in `compare`."""
+    networks = {checkpoint["arch"]: network}
+    for name in compare:
+        other = open_network(name, device)
+        if other is not None:
+            short = Path(name).resolve().parent.name if Path(name).is_file() else name
+            networks[name if short in networks else short] = other
+    fields = {}
+    transform = eval_transform(size, checkpoint["mean"], checkpoint["std"])
+    for name, network in networks.items():
+        batches = read_batches(paths, transform, 1, name, input_kind(checkpoint.get("sound")).load)
+        field = receptive_field(network, batches, device)
+        fields[name] = field, {percent: central_square(field, percent) for percent in PERCENTAGES}
+    path = folder / "receptive_field.png"
+    plot_receptive_fields(fields, path)
+    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["network", *(f"side of the square with {percent} % / pixels" for percent in PERCENTAGES)])
+        writer.writerows([name, *sides.values()] for name, (_, sides) in fields.items())
+    for name, (_, sides) in fields.items():
+        print(f"                {name}: " + ", ".join(f"{percent} % within {sides[percent]} px" for percent in sides))
+    print(f"receptive_field {path}, {len(paths)} images")
 
 
 def open_network(name, device):
-    """{name: network in eval mode} of a checkpoint or of timm's pretrained weights; {} if these cannot be downloaded.
+    """Open a checkpoint or one of timm's pretrained networks, in eval mode; None if the latter cannot be downloaded.
 
-    Untrained networks are not compared: many begin with residual branches that are scaled to nothing.
+    Untrained networks are not compared: the residual branches of many are scaled to nothing at first.
     """
     if Path(name).is_file():
-        return {Path(name).resolve().parent.name: build_network(load_checkpoint(name)).to(device)}
-    if name not in timm.list_pretrained():
-        raise UserError(f"COMPARE names {name}, which is neither a checkpoint nor one of timm's pretrained networks")
+        return build_network(load_checkpoint(name)).to(device)
     try:
         network = timm.create_model(name, pretrained=True).eval()
     except Exception as error:  # no network, a proxy, a hub that is down: many kinds
-        print(f"left out    {name}: its weights cannot be downloaded ({type(error).__name__})")
-        return {}
-    return {name: timm.utils.reparameterize_model(network).to(device)}
+        print(f"skipped         {name}: its weights cannot be downloaded ({type(error).__name__})")
+        return None
+    return timm.utils.reparameterize_model(network).to(device)
 
 
 def receptive_field(network, batches, device):
     """Effective receptive field (Luo et al., arXiv:1701.04128) as for RepLKNet (Ding et al., arXiv:2203.06717).
 
-    The gradient of the middle of the last stage's map, positive parts summed over its channels, with respect to each
-    pixel; positive parts summed over the colours and averaged over the pictures.
+    The gradient of the centre of the last stage's map, positive parts summed over its channels, with respect to each
+    pixel; positive parts summed over the colours and averaged over the images.
+
+    Args:
+        network: has `forward_features`, which returns (N, C, H, W).
+        batches: tensors (N, 3, size, size).
+        device: of the network.
 
     Returns:
         float64 array (size, size) of sum 1.
+
+    Raises:
+        UserError: if the network has no feature maps, or no positive gradient.
     """
     total = 0.0
     for images in batches:
@@ -129,107 +245,51 @@ def receptive_field(network, batches, device):
         maps = network.forward_features(images)
         if maps.ndim != 4:
             raise UserError(f"receptive_field needs feature maps (N, C, H, W), not {tuple(maps.shape)}")
-        middle = maps[:, :, maps.shape[2] // 2, maps.shape[3] // 2].relu().sum()
-        total = total + torch.autograd.grad(middle, images)[0].relu().sum((0, 1)).double().cpu().numpy()
+        centre = maps[:, :, maps.shape[2] // 2, maps.shape[3] // 2].relu().sum()
+        total = total + torch.autograd.grad(centre, images)[0].relu().sum((0, 1)).double().cpu().numpy()
+    if not total.sum() > 0:
+        raise UserError("receptive_field needs a trained network, but no gradient of this one is positive")
     return total / total.sum()
 
 
-def middle_square(field, share):
-    """Edge in pixels of the smallest square around the middle of `field` that holds `share` percent of it."""
+def central_square(field, percent):
+    """Side in pixels of the smallest square around the centre of `field` that holds `percent` % of its sum."""
     offset = np.abs(np.arange(len(field)) - len(field) // 2)
-    ring = np.maximum(offset[:, None], offset)  # number of each pixel's ring around the middle
+    ring = np.maximum(offset[:, None], offset)  # number of each pixel's ring around the centre
     inside = np.bincount(ring.ravel(), field.ravel()).cumsum()
-    return 2 * int(np.searchsorted(inside, share / 100)) + 1
-
-
-def show_receptive_field(checkpoint, network, paths, device, folder):
-    """Draw receptive_field.png and write receptive_field.csv."""
-    networks = {checkpoint["arch"]: network}
-    for name in COMPARE:
-        networks |= open_network(name, device)
-    fields = {}
-    transform = eval_transform(FIELD_SIZE, checkpoint["mean"], checkpoint["std"])
-    for name, network in networks.items():
-        batches = read_batches(paths[:FIELD_PICTURES], transform, 1, name, checkpoint.get("sound"))
-        field = receptive_field(network, batches, device)
-        fields[name] = field, {share: middle_square(field, share) for share in SHARES}
-    path = folder / "receptive_field.png"
-    plot_receptive_fields(fields, path)
-    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["network", *(f"edge of the square with {share} % / pixels" for share in SHARES)])
-        writer.writerows([name, *edges.values()] for name, (_, edges) in fields.items())
-    for name, (_, edges) in fields.items():
-        print(f"            {name}: " + ", ".join(f"{share} % within {edge} px" for share, edge in edges.items()))
-    return path
+    return 2 * int(np.searchsorted(inside, percent / 100)) + 1
 
 
 def show_kernels(network, folder):
-    """Draw kernels.png from a merged network; returns its path, or None if there is no large kernel."""
+    """Draw kernels.png of a reparameterized network, if it has large kernels."""
     kernels = {}
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d) and module.groups > 1 and module.kernel_size[0] >= 7:
             stage = ".".join(name.split(".")[:2])  # of stages.1.0.dwconv.lk_origin
             kernels.setdefault(stage, []).append(module.weight.detach().squeeze(1).cpu().numpy())
     if not kernels:
-        print("left out    kernels: the network has no depthwise kernel of 7 x 7 or more")
-        return None
+        print("skipped         kernels: the network has no depthwise kernel of 7 x 7 or larger")
+        return
     path = folder / "kernels.png"
     plot_kernels({stage: np.concatenate(weights) for stage, weights in kernels.items()}, path)
-    return path
+    print(f"kernels         {path}")
 
 
 @torch.inference_mode()
-def show_features(checkpoint, network, paths, labels, device, folder):
+def show_features(checkpoint, network, paths, labels, seed, device, folder):
     """Draw features.png from the pooled features."""
+    if len(paths) < 4:
+        raise UserError(f"features needs 4 images or more, got {len(paths)}; raise IMAGES, or remove it from WHAT")
     transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
     features = []
-    for images in read_batches(paths, transform, 32, "features", checkpoint.get("sound")):
+    for images in read_batches(paths, transform, 32, "features", input_kind(checkpoint.get("sound")).load):
         maps = network.forward_features(images.to(device))
         features.append(network.forward_head(maps, pre_logits=True).float().cpu().numpy())
-    if len(paths) < 4:
-        raise UserError(f"features needs 4 pictures or more, got {len(paths)}; raise PICTURES, or leave it out of WHAT")
-    # The usual perplexity is 30; it must be smaller than the number of pictures.
-    points = TSNE(perplexity=min(30, (len(paths) - 1) / 3), init="pca", random_state=SEED)
+    # The usual perplexity is 30; it must be smaller than the number of images.
+    points = TSNE(perplexity=min(30, (len(paths) - 1) / 3), init="pca", random_state=seed)
     path = folder / "features.png"
     plot_map(points.fit_transform(np.concatenate(features)), labels, checkpoint["classes"], path)
-    return path
-
-
-def main():
-    choices = ["augmentation", "gradcam", "receptive_field", "kernels", "features"]
-    unknown = set(WHAT) - set(choices)
-    if unknown:
-        raise UserError(f"{', '.join(sorted(unknown))} cannot be drawn; choose from {', '.join(choices)}")
-    if min(SHOWN, FIELD_PICTURES) < 1 or PICTURES < 0 or FIELD_SIZE < 32:
-        raise UserError("SHOWN and FIELD_PICTURES must be at least 1, PICTURES at least 0, FIELD_SIZE at least 32")
-    what = WHAT or choices
-    folder = Path(OUTPUT)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def tell(name, path):
-        if path is not None:
-            print(f"{name:11} {path}")
-
-    if "augmentation" in what:
-        tell("augmentation", show_augmentation(folder))
-    if what == ["augmentation"]:
-        return
-    path = find_checkpoint(CHECKPOINT)
-    checkpoint = load_checkpoint(path)
-    device = choose_device(DEVICE)
-    network = build_network(checkpoint).to(device)
-    print(f"network     {path}: {checkpoint['arch']}, {len(checkpoint['classes'])} classes, {device}")
-    sound = checkpoint.get("sound")
-    paths, labels = choose_pictures(Path(DATA, "val"), checkpoint["classes"], PICTURES, SEED, sound)
-    if "gradcam" in what:
-        tell("gradcam", show_grad_cam(checkpoint, network, paths, labels, device, folder))
-    if "receptive_field" in what:
-        tell("field", show_receptive_field(checkpoint, network, paths, device, folder))
-    if "kernels" in what:
-        tell("kernels", show_kernels(network, folder))
-    if "features" in what:
-        tell("features", show_features(checkpoint, network, paths, labels, device, folder))
+    print(f"features        {path}, {len(paths)} images")
 
 
 if __name__ == "__main__":

@@ -1,98 +1,111 @@
-"""A web page to try a trained network: drop a photograph, see the likeliest classes and what they rest on (Grad-CAM).
+"""A web page to try a trained network: upload an image or a recording, see the top-k classes and a Grad-CAM map.
 
-    python tools/demo.py                                           the newest checkpoints/*/best.pth
-    python tools/demo.py --checkpoint some.pth --port 8000
+    python tools/web_demo.py                                           the newest checkpoints/*/best.pth
+    python tools/web_demo.py --checkpoint some.pth --port 8000
 
-The page runs on this machine and is seen by it alone, unless SHARE is set. Ctrl-C ends it.
+The page is served by this machine and visible to it alone, unless SHARE is set. Ctrl-C stops it.
 """
 
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts and common/
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
+from common.audio import input_kind
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import eval_transform, height_and_width
 from common.device import choose_device
 from common.extras import require
-from common.gradcam import grad_cam, overlay
-from common.options import UserError, run
-from common.sounds import file_kind
+from common.options import Limits, Name, PositiveInt, UserError, run
+from tools.grad_cam import grad_cam, overlay
 
 CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth, else "seedlings"
-TOP_K: int = 5  # how many of the likeliest classes to show
-DEVICE: str = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
-PORT: int = 7860  # of http://127.0.0.1:PORT
-SHARE: bool = False  # let everybody see the page under an address of gradio.live, as long as it runs
+TOP_K: PositiveInt = 5  # number of most likely classes to show
+DEVICE: Name = "auto"  # "auto": cuda, else mps, else cpu; or a device such as "cuda:1"
+PORT: Annotated[int, Limits(1, 65535)] = 7860  # TCP port, the page is http://127.0.0.1:PORT
+SHARE: bool = False  # make the page public at a gradio.live address while it runs
 
-EXPLANATION = (
-    "Bright in the picture: what speaks for the first class; the line surrounds what counts at least half as much as "
-    "the best place."
-)
+EXPLANATION = "Bright regions support the top class; the contour is at half of the maximum."
 
 
-class Answers:
-    """Function on the path of a photograph -> ({class: probability} of the TOP_K likeliest, PIL picture of Grad-CAM).
+def main():
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    require("gradio")
+    checkpoint = load_checkpoint(find_checkpoint(CHECKPOINT))
+    device = choose_device(DEVICE)
+    (height, width), classes = height_and_width(checkpoint["img_size"]), checkpoint["classes"]
+    if TOP_K > len(classes):
+        print(f"TOP_K {TOP_K}: the network has {len(classes)} classes, and all are shown")
+    title = f"{checkpoint['arch']}, {height} x {width} pixels, {len(classes)} classes: {', '.join(classes)}"
+    predictor = Predictor(checkpoint, device, TOP_K)
+    page = build_page(predictor, title, TOP_K, predictor.kind.name)
+    page.launch(server_port=PORT, share=SHARE)
+
+
+class Predictor:
+    """Function on the path of a file -> ({class: probability} of the top-k classes, PIL image of the Grad-CAM map).
 
     Args:
         checkpoint: what `load_checkpoint` returned.
         device: the `torch.device` to compute on.
+        top_k: number of classes.
     """
 
-    def __init__(self, checkpoint, device):
+    def __init__(self, checkpoint, device, top_k):
         self.classes = checkpoint["classes"]
         self.network = build_network(checkpoint).to(device)
         self.transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
         self.device = device
-        self.kind = file_kind(checkpoint.get("sound"))
+        self.top_k = min(top_k, len(self.classes))
+        self.kind = input_kind(checkpoint.get("sound"))
 
     def __call__(self, path):
-        photo = self.kind.load(path)
-        logits, cam = grad_cam(self.network, self.transform(photo)[None].to(self.device))
-        top = logits[0].softmax(0).topk(min(TOP_K, len(self.classes)))
+        image = self.kind.load(path)
+        logits, cam = grad_cam(self.network, self.transform(image)[None].to(self.device))
+        top = logits[0].softmax(0).topk(self.top_k)
         probabilities = {self.classes[i]: p for p, i in zip(top.values.tolist(), top.indices.tolist())}
-        return probabilities, overlay(photo, cam[0].cpu())
+        return probabilities, overlay(image, cam[0].cpu())
 
 
-def build_page(answers, title, sound=None):
-    """The gradio page around `answers`, for photographs or, where `sound` is not None, recordings."""
+def build_page(predict, title, top_k, kind="image"):
+    """Build the gradio page.
+
+    Args:
+        predict: a `Predictor`, or a function like it.
+        title: text below the heading.
+        top_k: number of classes to show.
+        kind: name of the kind of files that the network takes: "image" or "recording".
+
+    Returns:
+        `gradio.Blocks`.
+    """
     gradio = require("gradio")
 
-    def answer(path):
-        if path is None:  # the picture was taken away
+    def predict_file(path):
+        if path is None:  # the file was removed from the page
             return None, None
         try:
-            return answers(path)
+            return predict(path)
         except UserError as error:
             raise gradio.Error(f"{Path(path).name}: {error}") from error
 
     with gradio.Blocks(title="UniRepLKNet", analytics_enabled=False) as page:
         gradio.Markdown(f"# UniRepLKNet\n{title}")
         with gradio.Row():
-            if sound is None:
-                photo = gradio.Image(type="filepath", sources=["upload", "clipboard"], label="photograph")
-            else:
-                photo = gradio.Audio(type="filepath", sources=["upload", "microphone"], label="recording")
             with gradio.Column():
-                label = gradio.Label(num_top_classes=TOP_K, label="likeliest classes")
+                inputs = []
+                if kind == "recording":
+                    inputs.append(gradio.Audio(type="filepath", sources=["upload", "microphone"], label="recording"))
+                label = "image" if kind == "image" else "or a spectrogram that makedata.py wrote"
+                inputs.append(gradio.Image(type="filepath", sources=["upload", "clipboard"], label=label))
+            with gradio.Column():
+                top = gradio.Label(num_top_classes=top_k, label="most likely classes")
                 cam = gradio.Image(label="Grad-CAM", interactive=False)
                 gradio.Markdown(EXPLANATION)
-        photo.change(answer, photo, [label, cam])
+        for file in inputs:
+            file.change(predict_file, file, [top, cam])
     return page
-
-
-def main():
-    if TOP_K < 1:
-        raise UserError(f"TOP_K must be at least 1, got {TOP_K}")
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    require("gradio")
-    path = find_checkpoint(CHECKPOINT)
-    checkpoint = load_checkpoint(path)
-    device = choose_device(DEVICE)
-    (height, width), classes = height_and_width(checkpoint["img_size"]), checkpoint["classes"]
-    title = f"{checkpoint['arch']}, {height} x {width} pixels, {len(classes)} classes: {', '.join(classes)}"
-    page = build_page(Answers(checkpoint, device), title, checkpoint.get("sound"))
-    page.launch(server_port=PORT, share=SHARE)
 
 
 if __name__ == "__main__":
