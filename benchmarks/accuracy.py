@@ -1,43 +1,46 @@
-"""Accuracy of train.py's recipe, and of changes to it, on the pictures in data1, over several random splits.
+"""Accuracy of train.py's recipe, and of changes to it, on the images in data1, over several random splits.
 
-    python -m benchmarks.accuracy --jobs 2                          the recipe on three splits, two runs at once
-    python -m benchmarks.accuracy --what ablations --splits 0       one change at a time
-    python -m benchmarks.accuracy --what fine_tuning                from the weights of other classes, and from scratch
-    python -m benchmarks.accuracy --what weights                    train on every picture, and write weights to ship
+    python benchmarks/accuracy.py --jobs 2                          the recipe on three splits, two runs at once
+    python benchmarks/accuracy.py --what ablations --splits 0       one change at a time
+    python benchmarks/accuracy.py --what fine_tuning                from weights of other classes, and from scratch
+    python benchmarks/accuracy.py --what weights                    train on all images, and write weights to ship
 
 Each run is `makedata.py`, `mean_std.py`, `train.py` and `test.py`, with one seed for the split and for the weights.
-Measured are the last epoch's EMA weights, so that nothing is chosen by the pictures that it is measured on. Runs that
-are finished are not repeated, and one that was interrupted is continued. Prints tables in Markdown, and leaves
-confusion_matrix.png of all splits together.
+The last epoch's EMA weights are measured, so that nothing is selected on the images that it is measured on. Finished
+runs are not repeated, and interrupted ones are resumed. Prints tables in Markdown, and writes confusion_matrix.png over
+all splits.
 """
 
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.options import UserError, run
+from common.options import Name, NonNegativeInt, NotEmpty, PositiveInt, UserError, run
 from common.plots import plot_confusion_matrix
-from makedata import place
 
-WHAT: str = "recipe"  # recipe, ablations, fine_tuning or weights
-SPLITS: list[int] = [0, 1, 2]  # seeds of the splits, which are those of the weights and the augmentation, too
-# Options of train.py for every run: the smallest network, on pictures that suit a CPU.
-OPTIONS: str = "--model unireplknet_a --img-size 160 --start-size 64 --epochs 60 --drop-path 0"
-JOBS: int = 1  # runs at once, each with its share of the cores
-SOURCE: str = "data1"  # folder that holds <class>/<picture>
-OUTPUT: str = "accuracy"  # folder for splits and runs
+WHAT: Literal["recipe", "ablations", "fine_tuning", "weights"] = "recipe"  # experiment to run
+SPLITS: Annotated[list[NonNegativeInt], NotEmpty()] = [0, 1, 2]  # seeds of split and training; weights: only the first
+# Options of train.py for every run: the smallest network, at image sizes that suit a CPU.
+OPTIONS: str = "--model unireplknet_a --img-size 160 --start-size 64 --epochs 60 --drop-path 0"  # of train.py; "": none
+JOBS: PositiveInt = 1  # concurrent runs, each with its part of the cores
+SOURCE: Name = "data1"  # folder that holds <class>/<image>
+OUTPUT: Name = "accuracy"  # folder for splits and runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Name of a run -> options of train.py beside the recipe, which is its constants and OPTIONS.
+# Name of a run -> options of train.py in addition to the recipe, which is its constants and OPTIONS.
 ABLATIONS = {
     "recipe": [],
     "AdamW, learning rate 1e-3": ["--optimizer", "adamw", "--learning-rate", "1e-3"],
@@ -46,17 +49,35 @@ ABLATIONS = {
     "no Cutout": ["--cutout", "0"],
     "no label smoothing": ["--smoothing", "0"],
     "layer scale from 1e-6": ["--layer-scale", "1e-6"],
-    "full size from the start": ["--start-size", "0"],
+    "full size from the start": ["--start-size", "none"],
 }
 
 
-def python(*words, threads=None):
-    """Run a script of the repository with `words`; UserError with its message if it fails."""
-    environment = os.environ | {"TQDM_DISABLE": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    command = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", errors="replace")
-    if done.returncode not in (0, 3):
-        raise UserError(f"{' '.join(map(str, words))} failed: {done.stderr.strip() or done.stdout.strip()}")
+def main():
+    plan = Plan(Path(SOURCE), Path(OUTPUT), SPLITS, OPTIONS.split(), JOBS)
+    if WHAT == "fine_tuning":
+        print_runs(compare_fine_tuning(plan))
+    elif WHAT == "weights":
+        train_weights(plan)
+    else:
+        results = run_all(plan, {"recipe": []} if WHAT == "recipe" else ABLATIONS, plan.prepare)
+        print_runs(results)
+        print_classes(results["recipe"], plan.output / "confusion_matrix.png")
+
+
+@dataclass
+class Plan:
+    """What all runs have in common: folders, seeds of the splits, options of train.py, and concurrent runs."""
+
+    source: Path
+    output: Path
+    splits: list
+    options: list
+    jobs: int
+
+    def prepare(self, split):
+        """Split `source`; returns the folder."""
+        return prepare_split(self.source, self.output / f"data.{split}", split)
 
 
 def prepare_split(source, target, split, *options):
@@ -67,10 +88,84 @@ def prepare_split(source, target, split, *options):
     return target
 
 
+def python(*words, threads=None):
+    """Run a script of the repository with `words`; UserError with its message if it fails."""
+    environment = os.environ | {"TQDM_DISABLE": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    command = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", errors="replace")
+    if done.returncode not in (0, 3):  # 3: some images cannot be read
+        raise UserError(f"{' '.join(map(str, words))} failed: {done.stderr.strip() or done.stdout.strip()}")
+
+
+def run_all(plan, experiments, data):
+    """Run every experiment on every split.
+
+    Args:
+        plan: a `Plan`.
+        experiments: {name: options of train.py, or function on a split that returns them}.
+        data: function on a split that returns its folder.
+
+    Returns:
+        {name: [what `run_once` returned, ...]}.
+    """
+    folders = {split: data(split) for split in plan.splits}
+    threads = max((os.cpu_count() or 1) // plan.jobs, 1) if plan.jobs > 1 else None
+    runs = [(name, options, split) for split in plan.splits for name, options in experiments.items()]
+    with ThreadPoolExecutor(plan.jobs) as pool:  # each thread waits for a process of its own
+        jobs = [
+            pool.submit(
+                run_once, plan, name, options(split) if callable(options) else options, split, folders[split], threads
+            )
+            for name, options, split in runs
+        ]
+        done = [job.result() for job in tqdm(jobs, desc="runs", unit="run", leave=False)]
+    return {name: [result for run, result in zip(runs, done) if run[0] == name] for name in experiments}
+
+
+def run_once(plan, name, options, split, data, threads):
+    """Train and test once, unless that was done before.
+
+    Returns:
+        dict of plain types: classes, epochs, minutes, images/s, accuracy of the raw weights, confusion matrices of the
+        EMA weights without (plain) and with test-time augmentation (tta), ...
+
+    Raises:
+        UserError: if it was done before with other options.
+    """
+    folder = plan.output / name.replace(" ", "_") / str(split)
+    options = [*plan.options, *map(str, options)]
+    result = folder / "accuracy.json"
+    if result.is_file():
+        metrics = json.loads(result.read_text(encoding="utf-8"))
+        if metrics.get("options", options) != options:
+            raise UserError(
+                f"{result} was measured with the options {' '.join(metrics['options'])} of train.py; set OUTPUT to "
+                "another folder, or delete it"
+            )
+        return metrics
+    checkpoint = train(data, folder, options, split, threads)
+    with open(checkpoint.with_name("log.csv"), newline="", encoding="utf-8") as file:
+        log = [{name: float(cell or "nan") for name, cell in row.items()} for row in csv.DictReader(file)]
+    minutes = np.cumsum([row["seconds"] for row in log]) / 60
+    metrics = dict(
+        options=options,
+        classes=load_checkpoint(checkpoint)["classes"],
+        epochs=len(log),
+        minutes=minutes[-1],
+        minutes_to_95=next((m for m, row in zip(minutes, log) if row["ema_acc1"] >= 95), None),
+        images_a_second=float(np.median([row["img_per_s"] for row in log])),
+        raw=log[-1]["val_acc1"],
+        plain=measure(checkpoint, data, folder / "plain", tta=False),
+        tta=measure(checkpoint, data, folder / "tta", tta=True),
+    )
+    result.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return metrics
+
+
 def train(data, folder, options, split, threads):
-    """Train on `data`, or go on with it; returns last.pth."""
+    """Train on `data`, or resume; returns last.pth."""
     common = ["--data", data, "--seed", split, "--output", folder, "--resume", "auto"]
-    python("train.py", *common, *OPTIONS.split(), *options, threads=threads)
+    python("train.py", *common, *options, threads=threads)
     (checkpoint,) = folder.glob("*/last.pth")
     return checkpoint
 
@@ -83,68 +178,8 @@ def measure(checkpoint, data, folder, tta):
         return [[int(cell) for cell in row[1:]] for row in list(csv.reader(file))[1:]]
 
 
-def run_once(name, options, split, data, threads):
-    """Train and test once.
-
-    Returns:
-        dict of plain types: classes, epochs, minutes, images a second, accuracy of the raw weights, confusion matrices
-        of the EMA weights without (plain) and with test-time augmentation (tta), ...
-    """
-    folder = Path(OUTPUT, name.replace(" ", "_"), str(split))
-    result = folder / "accuracy.json"
-    if result.is_file():
-        return json.loads(result.read_text(encoding="utf-8"))
-    checkpoint = train(data, folder, options, split, threads)
-    with open(checkpoint.with_name("log.csv"), newline="", encoding="utf-8") as file:
-        log = [{name: float(cell or "nan") for name, cell in row.items()} for row in csv.DictReader(file)]
-    minutes = np.cumsum([row["seconds"] for row in log]) / 60
-    figures = dict(
-        classes=load_checkpoint(checkpoint)["classes"],
-        epochs=len(log),
-        minutes=minutes[-1],
-        minutes_to_95=next((m for m, row in zip(minutes, log) if row["ema_acc1"] >= 95), None),
-        images_a_second=float(np.median([row["img_per_s"] for row in log])),
-        raw=log[-1]["val_acc1"],
-        plain=measure(checkpoint, data, folder / "plain", tta=False),
-        tta=measure(checkpoint, data, folder / "tta", tta=True),
-    )
-    result.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return figures
-
-
-def run_all(experiments, data):
-    """Every experiment on every split: {name: [what `run_once` returned, ...]}.
-
-    Args:
-        experiments: {name: options of train.py, or function on a split that returns them}.
-        data: function on a split that returns its folder.
-    """
-    folders = {split: data(split) for split in SPLITS}
-    threads = max((os.cpu_count() or 1) // JOBS, 1) if JOBS > 1 else None
-    runs = [(name, options, split) for split in SPLITS for name, options in experiments.items()]
-    with ThreadPoolExecutor(JOBS) as pool:  # each thread waits for a process of its own
-        jobs = [
-            pool.submit(
-                run_once, name, options(split) if callable(options) else options, split, folders[split], threads
-            )
-            for name, options, split in runs
-        ]
-        done = [job.result() for job in tqdm(jobs, desc="runs", unit="run", leave=False)]
-    return {name: [result for run, result in zip(runs, done) if run[0] == name] for name in experiments}
-
-
-def accuracy(matrix):
-    """Share of the diagonal of a confusion matrix, in percent."""
-    return 100 * np.trace(matrix) / np.sum(matrix)
-
-
-def mean_and_spread(values):
-    """Mean and standard deviation in words."""
-    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
-
-
 def print_runs(results):
-    """One row for each experiment."""
+    """Print one row per experiment."""
     print("| run | splits | EMA weights | with --tta | raw weights | minutes | to 95 % | images/s |")
     print("|---|---|---|---|---|---|---|---|")
     for name, own in results.items():
@@ -157,49 +192,69 @@ def print_runs(results):
         print(f"| {' | '.join(map(str, cells))} |")
 
 
-def print_classes(results):
-    """One row for each class, over all splits, with test-time augmentation; and the confusion matrix as a picture."""
+def accuracy(matrix):
+    """Top-1 accuracy in percent from a confusion matrix."""
+    return 100 * np.trace(matrix) / np.sum(matrix)
+
+
+def mean_and_spread(values):
+    """Mean and standard deviation in words."""
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+
+
+def print_classes(results, path):
+    """Print one row per class, over all splits, with test-time augmentation; plot the confusion matrix to `path`."""
     matrix, classes = np.sum([result["tta"] for result in results], 0), results[0]["classes"]
-    print("\n| class | pictures | precision | recall | F1 |\n|---|---|---|---|---|")
+    print("\n| class | images | precision | recall | F1 |\n|---|---|---|---|---|")
     for index, name in enumerate(classes):
-        right, said, true = matrix[index, index], matrix[:, index].sum(), matrix[index].sum()
-        shares = (right / max(said, 1), right / true, 2 * right / (said + true))
-        print(f"| {name} | {true} | {' | '.join(f'{100 * share:.1f}' for share in shares)} |")
-    plot_confusion_matrix(matrix, classes, Path(OUTPUT, "confusion_matrix.png"))
+        correct, predicted, true = matrix[index, index], matrix[:, index].sum(), matrix[index].sum()
+        scores = (correct / max(predicted, 1), correct / true, 2 * correct / (predicted + true))
+        print(f"| {name} | {true} | {' | '.join(f'{100 * score:.1f}' for score in scores)} |")
+    plot_confusion_matrix(matrix, classes, path)
 
 
-def compare_fine_tuning():
-    """Train on one half of the classes, then on the other half: from these weights, and from scratch for longer."""
-    classes = sorted(folder for folder in Path(SOURCE).iterdir() if folder.is_dir())
+def compare_fine_tuning(plan):
+    """Train on one half of the classes, then on the other half: from these weights, and from scratch for longer.
+
+    Returns:
+        {name: [what `run_once` returned, ...]}.
+    """
+    classes = sorted(folder for folder in plan.source.iterdir() if folder.is_dir())
     for half, own in (("known", classes[::2]), ("new", classes[1::2])):
-        for picture in (picture for folder in own for picture in folder.iterdir()):
-            target = Path(OUTPUT, f"data1.{half}", picture.parent.name, picture.name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
-                place(picture, target, link=True)
+        for path in (path for folder in own for path in folder.iterdir()):
+            link_or_copy(path, plan.output / f"data1.{half}" / path.parent.name / path.name)
 
     def data(half):
-        return lambda split: prepare_split(Path(OUTPUT, f"data1.{half}"), Path(OUTPUT, f"data.{half}.{split}"), split)
+        return lambda split: prepare_split(plan.output / f"data1.{half}", plan.output / f"data.{half}.{split}", split)
 
-    known = run_all({"known classes": []}, data("known"))
+    known = run_all(plan, {"known classes": []}, data("known"))
 
     def fine_tune(split):
-        (checkpoint,) = Path(OUTPUT, "known_classes", str(split)).glob("*/last.pth")
-        # A network that knows pictures of full size would have to learn small ones anew; fewer epochs make up for it.
-        return ["--pretrained", checkpoint, "--epochs", 8, "--start-size", 0]
+        (checkpoint,) = (plan.output / "known_classes" / str(split)).glob("*/last.pth")
+        # A network trained at full size would have to adapt to small images; fewer epochs make up for the time.
+        return ["--pretrained", checkpoint, "--epochs", 8, "--start-size", "none"]
 
-    new = run_all({"new classes from scratch": ["--epochs", 12], "fine-tuned": fine_tune}, data("new"))
-    print_runs(known | new)
+    new = run_all(plan, {"new classes from scratch": ["--epochs", 12], "fine-tuned": fine_tune}, data("new"))
+    return known | new
 
 
-def train_weights():
-    """Train on every picture of SOURCE and write the EMA weights in half precision, with all that test.py needs."""
-    data = prepare_split(Path(SOURCE), Path(OUTPUT, "data.all"), SPLITS[0], "--val-ratio", 0.001)
-    for picture in (data / "val").glob("*/*"):  # makedata.py keeps one of each class, which are learned from, too
-        target = data / "train" / picture.relative_to(data / "val")
-        if not target.exists():
-            place(picture, target, link=True)
-    checkpoint = load_checkpoint(train(data, Path(OUTPUT, "weights"), [], SPLITS[0], None))
+def link_or_copy(source, target):
+    """Put the file `source` at `target`, unless one is there: as a hard link where that is possible, else as a copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        try:
+            os.link(source.resolve(), target)
+        except OSError:  # another drive, a file system without links, or no permission
+            shutil.copy2(source, target)
+
+
+def train_weights(plan):
+    """Train on all images of the source and write the EMA weights in half precision, with all that test.py needs."""
+    seed = plan.splits[0]
+    data = prepare_split(plan.source, plan.output / "data.all", seed, "--val-ratio", 0.001)
+    for path in (data / "val").glob("*/*"):  # makedata.py keeps one of each class, which are to be learned from, too
+        link_or_copy(path, data / "train" / path.relative_to(data / "val"))
+    checkpoint = load_checkpoint(train(data, plan.output / "weights", plan.options, seed, None))
     state_dict = {
         name: tensor.half() if tensor.is_floating_point() and "running" not in name else tensor
         for name, tensor in checkpoint["state_dict_ema"].items()
@@ -207,25 +262,10 @@ def train_weights():
     for name in ("DATA", "OUTPUT", "RESUME"):  # where this run lay is nobody's concern
         del checkpoint["config"][name]
     keep = ("arch", "model_args", "classes", "mean", "std", "img_size", "epoch", "pictures_train", "config", "versions")
-    path = Path(OUTPUT, f"seedlings_{checkpoint['arch']}.pth")
+    path = plan.output / f"seedlings_{checkpoint['arch']}.pth"
     save_checkpoint(dict(state_dict=state_dict) | {name: checkpoint[name] for name in keep}, path)
-    print(f"{path}, {path.stat().st_size / 1e6:.1f} MB, trained on {checkpoint['pictures_train']} pictures")
-
-
-def main():
-    if not SPLITS or JOBS < 1:
-        raise UserError("SPLITS must hold a seed or more, and JOBS be at least 1")
-    if WHAT in ("recipe", "ablations"):
-        experiments = {"recipe": []} if WHAT == "recipe" else ABLATIONS
-        results = run_all(experiments, lambda split: prepare_split(SOURCE, Path(OUTPUT, f"data.{split}"), split))
-        print_runs(results)
-        print_classes(results["recipe"])
-    elif WHAT == "fine_tuning":
-        compare_fine_tuning()
-    elif WHAT == "weights":
-        train_weights()
-    else:
-        raise UserError(f"WHAT must be recipe, ablations, fine_tuning or weights, got {WHAT!r}")
+    size = path.stat().st_size / 1e6
+    print(f"{path}, {size:.1f} MB, trained on {checkpoint['pictures_train']} images with seed {seed}")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,28 @@
-"""Time what reads pictures: the cache, mean_std.py and makedata.py beside the plain way, in one run.
+"""Time what reads images: the cache, mean_std.py and makedata.py beside the plain way, in one run.
 
-    python -m benchmarks.data                       about 2 minutes on two cores
-    python -m benchmarks.data --source photos       pictures in photos/<class>/; those of data1 if there are, else drawn
+    python benchmarks/data.py                       about 2 minutes on two cores
+    python benchmarks/data.py --source photos       images in photos/<class>/; else those of data1, else drawn
 
-The pictures are resized to several sizes and saved as PNG and JPEG into a temporary folder. Compared, in turns:
+The images are resized to several sizes and saved as PNG and JPEG in a temporary folder. Compared, in turns:
 
-- an epoch: torchvision's ImageFolder, which decodes every picture, and ours, from the cache of the epoch before. Both
+- an epoch: torchvision's ImageFolder, which decodes every image, and ours, from the cache of the epoch before. Both
   resize to IMG_SIZE and normalise.
 - statistics: the loop with batch size 1 over ToTensor that tutorials show, and mean_std.py's `get_mean_and_std`; beside
-  them, decoding alone on all cores; then the same pictures when makedata.py has read them.
-- makedata.py: decoding alone on all cores, and its check of every picture, with hash and sums.
+  them, decoding alone on all cores; then the same images after makedata.py has read them.
+- makedata.py: decoding alone on all cores, and its check of every image, with hash and sums.
 
 Prints Markdown tables.
 """
 
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from PIL import Image
@@ -28,43 +31,133 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from common.cache import open_cache
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, prepare/
+from common.cache import cache_images
 from common.dataset import eval_transform, open_image_folder
-from common.demo import draw_data_set
 from common.images import is_image, load_image, scan_class_folders
-from common.options import UserError, run
-from makedata import check_pictures
-from mean_std import get_mean_and_std, measure
+from common.options import Limits, Name, NotEmpty, PositiveInt, UserError, run
+from prepare.drawn_data import draw_data_set
 
-SOURCE: str = "data1"  # folder that holds <class>/<picture>; drawn pictures where there is none
-PICTURES: int = 200  # pictures of each size and format
-SIZES: list[int] = [150, 512, 1024]  # edge of the pictures in pixels
-IMG_SIZE: int = 224  # edge to which they are resized for the network
-REPEATS: int = 3  # timings of which the median is taken
+SOURCE: Name = "data1"  # folder that holds <class>/<image>; images are drawn if it holds no class
+IMAGES: Annotated[int, Limits(2)] = 200  # images of each size and format
+SIZES: Annotated[list[PositiveInt], NotEmpty()] = [150, 512, 1024]  # image sizes in pixels
+IMG_SIZE: PositiveInt = 224  # image size for the network in pixels
+REPEATS: PositiveInt = 3  # timings of which the median is taken
 
+ROOT = Path(__file__).resolve().parent.parent
 FORMATS = {"png": {}, "jpg": dict(quality=90)}
 MEAN, STD = [0.5] * 3, [0.2] * 3
 
+# What a process runs that calls functions of makedata.py and mean_std.py: "<name> <folder>" a line, one line back.
+SCRIPTS = """
+import sys
+from functools import cache
+from pathlib import Path
+import numpy as np
+from common.audio import input_kind
+from common.dataset import open_image_folder
+from common.images import load_image
+from makedata import check_files
+from mean_std import get_mean_and_std, measure
 
-def save_pictures(source, folder):
-    """Save PICTURES pictures of `source` in each size and format as folder/<size>-<format>/<class>/<n>."""
+@cache
+def prepare(root):
+    dataset = open_image_folder(root)
+    paths = [Path(path) for path, _ in dataset.samples]
+    records = [file.record for file in check_files(paths, input_kind(None), 0)]
+    known = {record["sha256"]: np.array(record["sums"]) for record in records}
+    return {
+        "statistics": lambda: get_mean_and_std(dataset),
+        "known": lambda: measure(paths, load_image, None, known),
+        "check": lambda: check_files(paths, input_kind(None), None),
+        "prepare": lambda: None,
+    }
+
+for line in sys.stdin:
+    name, root = line.rstrip().split(" ", 1)
+    prepare(root)[name]()
+    print("done", flush=True)
+"""
+
+
+def main():
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, source = Path(temporary), Path(SOURCE)
+        drawn = not source.is_dir() or not any(path.is_dir() for path in source.iterdir())
+        if drawn:
+            source = folder / "drawn"
+            drawing = draw_data_set(source, max(2, IMAGES // 12 + 1), seed=0)
+            list(tqdm(drawing, desc="drawing", unit="img", leave=False))
+        count = save_images(source, folder / "images", IMAGES, SIZES)
+        epochs, reading = [], []
+        with Scripts() as scripts:
+            for root in tqdm(sorted((folder / "images").iterdir()), unit="set", leave=False):
+                size, suffix = root.name.split("-")
+                epochs.append((int(size), suffix, *compare_epochs(root, folder / "cache", IMG_SIZE, REPEATS)))
+                reading.append((int(size), suffix, *compare_reading(root, scripts, REPEATS)))
+    origin = "drawn" if drawn else f"from {SOURCE}"
+    print(f"{count} images {origin}, median of {REPEATS}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print_tables(epochs, reading, IMG_SIZE, count)
+
+
+def save_images(source, folder, count, sizes):
+    """Save up to `count` images of `source` in each size and format as folder/<size>-<format>/<class>/<n>.
+
+    Returns:
+        Their number.
+    """
     classes, _ = scan_class_folders(source)
     paths = [path for files in classes.values() for path in files if is_image(path)]
-    paths = paths[:: max(1, len(paths) // PICTURES)][:PICTURES]
+    if len(paths) < 2:
+        raise UserError(f"{source} holds {len(paths)} images, and the benchmark needs 2 or more; set SOURCE")
+    paths = paths[:: max(1, len(paths) // count)][:count]
     for number, path in enumerate(tqdm(paths, desc="saving", unit="img", leave=False)):
         image = load_image(path)
-        for size in SIZES:
+        for size in sizes:
             resized = image.resize((size, size), Image.Resampling.BICUBIC)
             for suffix, options in FORMATS.items():
                 target = folder / f"{size}-{suffix}" / "ab"[number % 2] / f"{number}.{suffix}"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 resized.save(target, **options)
+    return len(paths)
 
 
-def seconds(*functions):
+class Scripts:
+    """A process that calls functions of makedata.py and mean_std.py."""
+
+    def __enter__(self):
+        command = [sys.executable, "-c", SCRIPTS]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+        )
+        return self
+
+    def __call__(self, name, root):
+        """Call a function on the images in `root`; returns when it has ended."""
+        print(name, root, file=self.process.stdin, flush=True)
+        if self.process.stdout.readline().strip() != "done":
+            raise UserError(f"{name} failed; see the message above")
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def compare_epochs(root, cache_folder, img_size, repeats):
+    """Seconds of an epoch: (decoding each image, from the cache)."""
+    plain = ImageFolder(root, eval_transform(img_size, MEAN, STD))
+    ours = open_image_folder(root, eval_transform(img_size, MEAN, STD))
+    result = cache_images(cache_folder, 1000, (ours, (img_size, img_size)))
+    if ours.cache is None:
+        raise UserError(f"no cache: {result}")
+    return seconds(repeats, lambda: read_epoch(plain), lambda: read_epoch(ours))
+
+
+def seconds(repeats, *functions):
     """Median seconds of each function, timed in turns."""
     times = [[] for _ in functions]
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for function, results in zip(functions, times):
             started = time.perf_counter()
             function()
@@ -72,13 +165,28 @@ def seconds(*functions):
     return [statistics.median(results) for results in times]
 
 
-def epoch(pictures):
-    for _ in DataLoader(pictures, batch_size=32):
+def read_epoch(dataset):
+    for _ in DataLoader(dataset, batch_size=32):
         pass
 
 
+def compare_reading(root, scripts, repeats):
+    """Seconds of (the plain loop, mean_std.py, mean_std.py after makedata.py, makedata.py's check, decoding alone)."""
+    paths = [Path(path) for path, _ in open_image_folder(root).samples]
+    workers = os.cpu_count() or 1
+    scripts("prepare", root)
+    return seconds(
+        repeats,
+        lambda: plain_statistics(root),
+        lambda: scripts("statistics", root),
+        lambda: scripts("known", root),
+        lambda: scripts("check", root),
+        lambda: decode_all(paths, workers),
+    )
+
+
 def plain_statistics(root):
-    """The usual loop: mean over pictures of each channel's mean and standard deviation."""
+    """The usual loop: mean over images of each channel's mean and standard deviation."""
     mean, std = torch.zeros(3), torch.zeros(3)
     loader = DataLoader(ImageFolder(root, transforms.ToTensor()), batch_size=1)
     for image, _ in loader:
@@ -86,11 +194,6 @@ def plain_statistics(root):
             mean[channel] += image[:, channel].mean()
             std[channel] += image[:, channel].std()
     return mean / len(loader), std / len(loader)
-
-
-def decode(path):
-    """Decode a picture, as `load_image` does, and forget it."""
-    load_image(path)
 
 
 def decode_all(paths, workers):
@@ -101,63 +204,27 @@ def decode_all(paths, workers):
         return list(pool.map(decode, paths, chunksize=8))
 
 
-def compare_epochs(root, cache_folder):
-    """Seconds of an epoch: (decoding each picture, from the cache)."""
-    plain = ImageFolder(root, eval_transform(IMG_SIZE, MEAN, STD))
-    ours = open_image_folder(root, eval_transform(IMG_SIZE, MEAN, STD))
-    ours.cache, result = open_cache([path for path, _ in ours.samples], IMG_SIZE, cache_folder, 1e12)
-    if ours.cache is None:
-        raise UserError(f"no cache: {result}")
-    return seconds(lambda: epoch(plain), lambda: epoch(ours))
+def decode(path):
+    """Decode an image with `load_image`, and discard it."""
+    load_image(path)
 
 
-def compare_reading(root):
-    """Seconds of (the plain loop, mean_std.py, mean_std.py after makedata.py, makedata.py's check, decoding alone)."""
-    pictures = open_image_folder(root)
-    paths = [Path(path) for path, _ in pictures.samples]
-    checked = [content for content, _ in check_pictures(paths, 0)]
-    known = {content["sha256"]: content["sums"] for content in checked}
-    workers = os.cpu_count() or 1
-    return seconds(
-        lambda: plain_statistics(root),
-        lambda: get_mean_and_std(pictures),
-        lambda: measure(pictures, -1, known),
-        lambda: check_pictures(paths, workers),
-        lambda: decode_all(paths, workers),
-    )
+def print_tables(epochs, reading, img_size, count):
+    """Print the tables from rows of (size, format, *seconds for `count` images)."""
 
+    def cells(plain, ours):
+        return f"{1e3 * plain / count:.2f} | {1e3 * ours / count:.2f} | {plain / ours:.1f}"
 
-def main():
-    if min(PICTURES, REPEATS, IMG_SIZE, *SIZES) < 1 or PICTURES < 2:
-        raise UserError("PICTURES must be at least 2; REPEATS, IMG_SIZE and SIZES at least 1")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder, source = Path(temporary), Path(SOURCE)
-        if not source.is_dir() or not any(path.is_dir() for path in source.iterdir()):
-            source = folder / "drawn"
-            drawing = draw_data_set(source, max(2, PICTURES // 12 + 1), seed=0)
-            list(tqdm(drawing, desc="drawing", unit="img", leave=False))
-        save_pictures(source, folder / "pictures")
-        epochs, reading = [], []
-        for root in tqdm(sorted((folder / "pictures").iterdir()), unit="set", leave=False):
-            size, suffix = root.name.split("-")
-            epochs.append((int(size), suffix, *compare_epochs(root, folder / "cache")))
-            reading.append((int(size), suffix, *compare_reading(root)))
-    drawn = "drawn" if source.name == "drawn" else "from " + SOURCE
-    print(f"{PICTURES} pictures {drawn}, median of {REPEATS}, {os.cpu_count()} cores, torch {torch.__version__}")
-    print(f"\n| an epoch, resized to {IMG_SIZE} | decoding, ms a picture | from the cache | ratio |\n|---|---|---|---|")
+    print(f"\n| an epoch, resized to {img_size} | decoding, ms/image | from the cache | ratio |\n|---|---|---|---|")
     for size, suffix, plain, ours in sorted(epochs):
-        print(f"| {size} {suffix} | {row(plain, ours)} |")
-    print("\n| statistics | plain loop, ms a picture | mean_std.py | ratio | mean_std.py / decoding alone | after makedata.py |")
-    print("|---|---|---|---|---|---|")
+        print(f"| {size} {suffix} | {cells(plain, ours)} |")
+    columns = ("plain loop, ms/image", "mean_std.py", "ratio", "mean_std.py / decoding alone", "after makedata.py")
+    print(f"\n| statistics | {' | '.join(columns)} |\n|---|---|---|---|---|---|")
     for size, suffix, plain, ours, known, _, decoding in sorted(reading):
-        print(f"| {size} {suffix} | {row(plain, ours)} | {ours / decoding:.2f} | {1e3 * known / PICTURES:.2f} |")
-    print("\n| makedata.py | its check, ms a picture | check / decoding alone, on all cores |\n|---|---|---|")
+        print(f"| {size} {suffix} | {cells(plain, ours)} | {ours / decoding:.2f} | {1e3 * known / count:.2f} |")
+    print("\n| makedata.py | its check, ms/image | check / decoding alone, on all cores |\n|---|---|---|")
     for size, suffix, _, _, _, check, decoding in sorted(reading):
-        print(f"| {size} {suffix} | {1e3 * check / PICTURES:.2f} | {check / decoding:.2f} |")
-
-
-def row(plain, ours):
-    return f"{1e3 * plain / PICTURES:.2f} | {1e3 * ours / PICTURES:.2f} | {plain / ours:.1f}"
+        print(f"| {size} {suffix} | {1e3 * check / count:.2f} | {check / decoding:.2f} |")
 
 
 if __name__ == "__main__":

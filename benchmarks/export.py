@@ -1,76 +1,98 @@
-"""Accuracy and speed of one trained network in every form that it can be run in, as a table.
+"""Accuracy and speed of one trained network in each of its exported formats, as a table.
 
-    python tools/export.py && python -m benchmarks.export
-    python -m benchmarks.export --checkpoint some.pth --exports exports/unireplknet_a
+    python tools/export.py && python benchmarks/export.py
+    python benchmarks/export.py --checkpoint some.pth --exports exports/unireplknet_a
 
-Pictures are read once; what is timed is the network alone, on the CPU: for each form and each batch size the fastest of
-REPEATS calls, since other programs can only slow them down, in an order that takes turns.
+Images are read once; the network alone is timed, on the CPU: for each format and batch size the fastest of REPEATS
+calls, since other programs can only slow them down, in turns.
 """
 
-import argparse
 import platform
+import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
-import onnxruntime
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
+from common.audio import input_kind
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
-from common.dataset import eval_transform
-from common.evaluation import accuracy, choose_pictures, read_batches
+from common.dataset import eval_transform, height_and_width
+from common.evaluation import accuracy, choose_images, read_batches
+from common.extras import require
 from common.onnx_network import OnnxNetwork
+from common.options import Name, NonNegativeInt, NotEmpty, PositiveInt, UserError, run
 
-BATCHES = (1, 32)
-REPEATS = 8
+CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth, else "seedlings"
+EXPORTS: str = ""  # folder that tools/export.py wrote; "": exports/<model>
+DATA: Name = "data/val"  # folder that holds <class>/<image>
+IMAGES: NonNegativeInt = 200  # images, equally many of each class; 0: all
+BATCH_SIZES: Annotated[list[PositiveInt], NotEmpty()] = [1, 32]  # images per timed batch
+REPEATS: PositiveInt = 8  # calls of which the fastest counts
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="", help="default: the newest checkpoints/*/best.pth")
-    parser.add_argument("--exports", help="folder of tools/export.py; default: exports/<model>")
-    parser.add_argument("--data", default="data/val")
-    parser.add_argument("--pictures", type=int, default=200, help="as many of each class; 0: all")
-    options = parser.parse_args()
-    path = find_checkpoint(options.checkpoint)
-    checkpoint = load_checkpoint(path)
-    folder = Path(options.exports or Path("exports", checkpoint["arch"]))
-    forms = {
+    onnxruntime = require("onnxruntime")
+    checkpoint = load_checkpoint(find_checkpoint(CHECKPOINT))
+    folder = Path(EXPORTS or Path("exports", checkpoint["arch"]))
+    networks = open_networks(checkpoint, folder)
+    paths, labels = choose_images(DATA, checkpoint["classes"], IMAGES)
+    transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
+    load = input_kind(checkpoint.get("sound")).load
+    images = torch.cat(list(read_batches(paths, transform, 32, "reading", load)))
+    logits, seconds = measure(networks, images, BATCH_SIZES, REPEATS)
+
+    versions = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
+    (height, width), threads = height_and_width(checkpoint["img_size"]), torch.get_num_threads()
+    print(f"{checkpoint['arch']}, {height} x {width}, {len(paths)} images; {threads} threads, fastest of {REPEATS}")
+    print(f"{versions}, Python {platform.python_version()}, {platform.system()}\n")
+    speeds = " | ".join(f"images/s, batch {batch}" for batch in BATCH_SIZES)
+    print(f"| format | acc1 / % | maximum difference of a logit | file / MB | {speeds} |")
+    print("|---|---|---|---|" + "---|" * len(BATCH_SIZES))
+    reference = logits["PyTorch, as trained"]
+    for name in networks:
+        file = folder / name.strip("`")
+        megabytes = f"{file.stat().st_size / 1e6:.1f}" if file.is_file() else "-"
+        speeds = " | ".join(f"{min(batch, len(images)) / seconds[name, batch]:.0f}" for batch in BATCH_SIZES)
+        difference = abs(logits[name] - reference).max()
+        print(f"| {name} | {accuracy(logits[name], labels):.1f} | {difference:.0e} | {megabytes} | {speeds} |")
+
+
+def open_networks(checkpoint, folder):
+    """{name of a format: function on images (N, 3, H, W) that returns logits}."""
+    for name in ("model.pt2", "model.onnx", "model.int8.onnx"):
+        if not (folder / name).is_file():
+            raise UserError(f"there is no {folder / name}; run tools/export.py first")
+    return {
         "PyTorch, as trained": build_network(checkpoint, merge=False),
         "PyTorch, merged": build_network(checkpoint),
         "`model.pt2`": torch.export.load(folder / "model.pt2").module(),
         "`model.onnx`": OnnxNetwork(folder / "model.onnx"),
         "`model.int8.onnx`": OnnxNetwork(folder / "model.int8.onnx"),
     }
-    sizes = {"`model.pt2`": "model.pt2", "`model.onnx`": "model.onnx", "`model.int8.onnx`": "model.int8.onnx"}
-    paths, labels = choose_pictures(options.data, checkpoint["classes"], options.pictures)
-    transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
-    images = torch.cat(list(read_batches(paths, transform, 32, "reading")))
 
-    with torch.inference_mode():
-        logits = {name: torch.cat([form(part) for part in images.split(32)]).numpy() for name, form in forms.items()}
-        seconds = {(name, batch): [] for name in forms for batch in BATCHES}
-        for _ in tqdm(range(REPEATS), desc="timing", leave=False):
-            for (name, batch), times in seconds.items():
-                part = images[:batch].contiguous()
-                started = time.perf_counter()
-                forms[name](part)
-                times.append(time.perf_counter() - started)
 
-    reference = logits["PyTorch, as trained"]
-    versions = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
-    size, threads = checkpoint["img_size"], torch.get_num_threads()
-    print(f"{checkpoint['arch']}, {size} x {size}, {len(paths)} pictures; {threads} threads, fastest of {REPEATS}")
-    print(f"{versions}, Python {platform.python_version()}, {platform.system()}\n")
-    speeds = " | ".join(f"pictures a second, batch {batch}" for batch in BATCHES)
-    print(f"| form | acc1 / % | largest difference of a logit | file / MB | {speeds} |")
-    print("|---|---|---|---|" + "---|" * len(BATCHES))
-    for name in forms:
-        megabytes = f"{(folder / sizes[name]).stat().st_size / 1e6:.1f}" if name in sizes else "-"
-        speeds = " | ".join(f"{batch / min(seconds[name, batch]):.0f}" for batch in BATCHES)
-        difference = abs(logits[name] - reference).max()
-        print(f"| {name} | {accuracy(logits[name], labels):.1f} | {difference:.0e} | {megabytes} | {speeds} |")
+@torch.inference_mode()
+def measure(networks, images, batch_sizes, repeats):
+    """Run and time every network.
+
+    Returns:
+        ({name: logits, array (images, classes)}, {(name, batch size): seconds of the fastest call}).
+    """
+    logits = {
+        name: torch.cat([network(part) for part in images.split(32)]).numpy() for name, network in networks.items()
+    }
+    seconds = {(name, batch): [] for name in networks for batch in batch_sizes}
+    for _ in tqdm(range(repeats), desc="timing", leave=False):
+        for (name, batch), times in seconds.items():
+            part = images[:batch].contiguous()
+            started = time.perf_counter()
+            networks[name](part)
+            times.append(time.perf_counter() - started)
+    return logits, {key: min(times) for key, times in seconds.items()}
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

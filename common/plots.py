@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+from torchvision.transforms import Normalize
 
 # Fonts that have Chinese, Japanese and Korean characters, on Windows, macOS and Linux.
 CJK_FONTS = (
@@ -65,7 +66,7 @@ def plot_curves(history, folder):
     """Draw loss.png and acc.png into `folder`.
 
     Args:
-        history: one dict per epoch, with `epoch` and `<train|val|ema>_<loss|acc1>`; None or absent values are skipped.
+        history: one dict per epoch, with `epoch` and `<train|val|ema>_<loss|acc1>`; None or absent: skipped.
     """
     for figure_name, key, label in (("loss", "loss", "cross-entropy"), ("acc", "acc1", "top-1 accuracy / %")):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -135,13 +136,13 @@ def plot_augmentation(images, labels, classes, transform, mixup, path):
         images: PIL RGB images.
         labels: class number of each image.
         classes: class names.
-        transform: the run's augmentation without normalisation: PIL RGB -> tensor (3, H, W) from 0 to 1.
+        transform: the run's augmentation: PIL RGB -> tensor (3, H, W); the normalisation in it is undone here.
         mixup: the run's `BatchMixup`. It mixes every batch here; the rows say how many it mixes in training.
         path: PNG file to write.
     """
     names = [classes[label] for label in labels]
     batch, labels = torch.stack([transform(image) for image in images]), torch.tensor(labels)
-    cells, captions, rows = [*images, *to_pixels(batch)], 2 * names, ["file", "augmented"]
+    cells, captions, rows = [*images, *to_pixels(batch, transform)], 2 * names, ["file", "augmented"]
     for name, alpha, other, switch in (
         ("Mixup", mixup.mixup_alpha, mixup.cutmix_alpha, 0.0),
         ("CutMix", mixup.cutmix_alpha, mixup.mixup_alpha, 1.0),
@@ -151,20 +152,24 @@ def plot_augmentation(images, labels, classes, transform, mixup, path):
             always = copy.copy(mixup)
             always.mix_prob, always.switch_prob = 1.0, switch
             mixed, targets = always(batch.clone(), labels)
-            cells.extend(to_pixels(mixed))
+            cells.extend(to_pixels(mixed, transform))
             for weights, indices in zip(*targets.topk(min(2, len(classes)))):
                 captions.append("\n".join(f"{weight:.2f} {classes[i]}" for weight, i in zip(weights, indices)))
             rows.append(f"{name}: {100 * frequency:.0f} % of batches")
     plot_sheet(cells, captions, path, len(images), rows)
 
 
-def to_pixels(images):
-    """Tensor (N, 3, H, W) of values from 0 to 1 -> uint8 array (N, H, W, 3)."""
+def to_pixels(images, transform):
+    """Undo a transform's normalisation: tensor (N, 3, H, W) -> uint8 array (N, H, W, 3)."""
+    for step in reversed(getattr(transform, "transforms", [])):
+        if isinstance(step, Normalize):
+            mean, std = (torch.tensor(values)[:, None, None] for values in (step.mean, step.std))
+            images = images * std + mean
     return (255 * images.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def plot_kernels(kernels, path, channels=6):
-    """Draw the large kernels of each stage: mean magnitude, its decay with the distance, and single channels.
+    """Draw the large kernels of each stage: mean absolute value, its decay with the distance, and single channels.
 
     Args:
         kernels: {name of the stage: array (channels of all its blocks, k, k)}.
@@ -181,7 +186,7 @@ def plot_kernels(kernels, path, channels=6):
         largest = np.abs(weights).max((1, 2), keepdims=True)
         mean = (np.abs(weights) / np.maximum(largest, 1e-12)).mean(0)  # (k, k)
 
-        axes = figure.add_subplot(grid[line, 0], title=f"{stage}, {len(weights)} channels\nmean magnitude", ylabel="taps")
+        axes = figure.add_subplot(grid[line, 0], title=f"{stage}, {len(weights)} channels\nmean", ylabel="taps")
         axes.imshow(mean, cmap="gray", vmin=0, extent=extent)
         offset = np.abs(np.arange(size) - half)
         distance = np.maximum(offset[:, None], offset)

@@ -1,30 +1,49 @@
-"""Drawn fields for the examples: crops and weeds on soil, with their masks and boxes."""
+"""What the examples share: drawn fields, crops and weeds on soil with their masks and boxes, and the check of MODEL."""
 
 import random
 import sys
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/
-from common.demo import MIN_SIZE, SPECIES, draw_seedling
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, prepare/
+from common.options import ConstantError
+from prepare.drawn_data import MIN_SIZE, SPECIES, draw_seedling
 
 CLASSES = ("soil", "crop", "weed")
 CROPS = ("Common wheat", "Maize", "Sugar beet")
+STRIDES = [4, 8, 16, 32]
+
+
+def check_backbone(name, pretrained):
+    """Raise ConstantError unless timm has a model `name` with maps of `STRIDES`, and its weights if asked for."""
+    try:
+        with torch.device("meta"):
+            strides = timm.create_model(name, features_only=True).feature_info.reduction()
+    except Exception:  # unknown, or no backbone: timm refuses in many ways
+        strides = []
+    if strides != STRIDES:
+        raise ConstantError(
+            f"MODEL must be a timm model with feature maps of strides 4, 8, 16 and 32, such as 'unireplknet_a', "
+            f"got {name!r}"
+        )
+    if pretrained and not timm.models.is_model_pretrained(name):
+        raise ConstantError(f"PRETRAINED must be False for MODEL {name!r}, of which timm has no weights, got True")
 
 
 def draw_scene(key, width, height):
-    """Draw two to five plants on soil; the same key gives the same picture.
+    """Draw two to five plants on soil; the same key gives the same image.
 
     Args:
         key: any text.
         width, height: in pixels.
 
     Returns:
-        (float tensor (3, height, width) from 0 to 1; int64 tensor (height, width), numbers of `CLASSES`;
+        (float tensor (3, height, width) from 0 to 1; int64 tensor (height, width), indices into `CLASSES`;
         float tensor (plants, 4), boxes x1, y1, x2, y2; int64 tensor (plants,), their classes).
     """
     rng = random.Random(key)
@@ -43,10 +62,10 @@ def draw_scene(key, width, height):
         if len(rows) < 20:
             continue
         top, left = rng.randint(0, height - size), rng.randint(0, width - size)
-        place = np.s_[top : top + size, left : left + size]
+        window = np.s_[top : top + size, left : left + size]
         label = 1 if species in CROPS else 2
-        pixels[place][leaves] = plant[leaves]
-        mask[place][leaves] = label
+        pixels[window][leaves] = plant[leaves]
+        mask[window][leaves] = label
         boxes.append([left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1])
         labels.append(label)
     boxes = torch.tensor(np.array(boxes, dtype=np.float32).reshape(-1, 4))

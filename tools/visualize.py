@@ -28,6 +28,7 @@ import numpy as np
 import timm
 import torch
 from sklearn.manifold import TSNE
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
@@ -37,7 +38,7 @@ from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import eval_transform, open_image_folder, seed_everything
 from common.device import choose_device
 from common.evaluation import choose_images, read_batches
-from common.manifest import read_sound
+from common.manifest import STATISTICS, read_json, read_sound
 from common.options import ConstantError, ImageSize, Limits, Name, NonNegativeInt, PositiveInt, UserError, run
 from common.plots import plot_augmentation, plot_kernels, plot_map, plot_receptive_fields, plot_sheet
 from tools.grad_cam import grad_cam, overlay
@@ -72,14 +73,20 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     if what == ["augmentation"] and uses_train_script(CHECKPOINT):
         config, sound = read_values(TRAIN_SCRIPT), read_sound(DATA)
-        show_augmentation(config, "train.py's constants", sound, Path(DATA, "train"), SHOWN + 1, SEED, folder)
+        mean, std = choose_mean_and_std(config, Path(DATA, STATISTICS))
+        print("                augmentation of train.py's constants")
+        show_augmentation(config, mean, std, sound, Path(DATA, "train"), SHOWN + 1, SEED, folder)
         return
 
     path = find_checkpoint(CHECKPOINT)
     checkpoint = load_checkpoint(path)
     sound = checkpoint.get("sound")
-    if "augmentation" in what:
-        show_augmentation(checkpoint.get("config"), path, sound, Path(DATA, "train"), SHOWN + 1, SEED, folder)
+    if "augmentation" in what and "config" not in checkpoint:
+        print(f"skipped         augmentation: {path} does not say how it was trained")
+    elif "augmentation" in what:
+        config, mean, std = (checkpoint[key] for key in ("config", "mean", "std"))
+        print(f"                augmentation of {path}")
+        show_augmentation(config, mean, std, sound, Path(DATA, "train"), SHOWN + 1, SEED, folder)
     if what == ["augmentation"]:
         return
     device = choose_device(DEVICE)
@@ -128,28 +135,34 @@ def read_values(path):
     return values
 
 
-def show_augmentation(config, source, sound, root, count, seed, folder):
+def choose_mean_and_std(config, statistics):
+    """Mean and std of train.py's constants, else of the file of mean_std.py, else ImageNet's."""
+    if config.get("MEAN") and config.get("STD"):
+        return config["MEAN"], config["STD"]
+    if statistics.is_file():
+        measured = read_json(statistics)
+        return measured["mean"], measured["std"]
+    return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+
+
+def show_augmentation(config, mean, std, sound, root, count, seed, folder):
     """Draw augmentation.png.
 
     Args:
-        config: {name of a constant of train.py: value}; None for a checkpoint that has none.
-        source: where `config` comes from, in words.
-        sound: the sound settings of `common.audio`; None for images.
+        config: {name of a constant of train.py: value}.
+        mean, std: three values each, for pixels from 0 to 1.
+        sound: how spectrograms are made, see common/audio.py; None for images.
         root: such as data/train.
         count: number of images.
         seed: of their choice and their augmentation.
         folder: to write to.
     """
-    if config is None:
-        print(f"skipped         augmentation: {source} does not say how it was trained")
-        return
-    print(f"                augmentation of {source}")
     classes = open_image_folder(root).classes
     paths, labels = choose_images(root, classes, count, seed)
     size = spectrogram_size(sound) if sound else (config["IMG_SIZE"], config["IMG_SIZE"])
-    seed_everything(seed)
-    transform, mixup = augmentation_from_config(config, len(classes), size, [0.0] * 3, [1.0] * 3, sound)
+    transform, mixup = augmentation_from_config(config, len(classes), size, mean, std, sound)
     images = [input_kind(sound).load(path) for path in paths]
+    seed_everything(seed)
     path = folder / "augmentation.png"
     plot_augmentation(images, labels, classes, transform, mixup, path)
     print(f"augmentation    {path}")
