@@ -1,24 +1,35 @@
-"""benchmarks/accuracy.py in small: what it tells is what test.py finds, and nothing is run twice."""
+"""benchmarks/accuracy.py in small: it reports what test.py finds, and nothing is run twice."""
 
 import csv
+import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CLASSES
+from conftest import CLASSES, ROOT
 
 from benchmarks import accuracy
 from common.checkpoint import load_checkpoint
-from common.options import UserError
+from common.options import ConstantError, UserError, set_constants
+
+OPTIONS = "--model unireplknet_a --img-size 32 --batch-size 8 --epochs 1 --optimizer adamw --amp off --device cpu"
+
+
+def run_here(*words, threads=None):
+    """What `accuracy.python` does in a process, in this one, where all modules are imported."""
+    spec = importlib.util.spec_from_file_location(f"script_{Path(words[0]).stem}", ROOT / words[0])
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    set_constants(vars(script), [str(word) for word in words[1:]], "IMAGES" if words[0] == "test.py" else None)
+    assert not script.main()
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch, make_data1):
     monkeypatch.chdir(tmp_path)
     make_data1("data1", CLASSES)
-    options = "--model unireplknet_a --img-size 32 --batch-size 4 --epochs 1 --optimizer adamw --amp off"
-    for name, value in dict(SPLITS=[3], OPTIONS=options).items():
+    for name, value in dict(SPLITS=[3], OPTIONS=OPTIONS, python=run_here).items():
         monkeypatch.setattr(accuracy, name, value)
     return monkeypatch
 
@@ -29,19 +40,23 @@ def test_the_recipe_is_measured_by_test_py(small, capsys):
     folder = Path("accuracy/recipe/3")
     with open(folder / "tta" / "predictions.csv", newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
-    right = [Path(row["image"]).parent.name == row["class_1"] for row in rows]
-    figures = json.loads((folder / "accuracy.json").read_text(encoding="utf-8"))
-    assert np.sum(figures["tta"]) == len(rows) == 9
-    assert accuracy.accuracy(figures["tta"]) == pytest.approx(100 * np.mean(right))
-    assert f"| recipe | 1 | {accuracy.accuracy(figures['plain']):.2f} | {100 * np.mean(right):.2f} |" in table
+    correct = [Path(row["image"]).parent.name == row["class_1"] for row in rows]
+    metrics = json.loads((folder / "accuracy.json").read_text(encoding="utf-8"))
+    assert np.sum(metrics["tta"]) == len(rows) == 9
+    assert accuracy.accuracy(metrics["tta"]) == pytest.approx(100 * np.mean(correct))
+    expected = f"| recipe | 1 | {accuracy.accuracy(metrics['plain']):.2f} | {100 * np.mean(correct):.2f} |"
+    assert expected in table
     assert all(f"| {name} | 3 |" in table for name in CLASSES) and Path("accuracy/confusion_matrix.png").is_file()
 
     small.setattr(accuracy, "python", None)  # what is finished is not run again
     accuracy.main()
-    assert capsys.readouterr().out == table
+    assert expected in capsys.readouterr().out
+    small.setattr(accuracy, "OPTIONS", OPTIONS.replace("--epochs 1", "--epochs 2"))
+    with pytest.raises(UserError, match="accuracy.json was measured with the options .*--epochs 1.*; set OUTPUT"):
+        accuracy.main()
 
 
-def test_weights_to_ship_are_small_and_know_every_picture(small):
+def test_weights_to_ship_are_small_and_know_every_image(small):
     small.setattr(accuracy, "WHAT", "weights")
     accuracy.main()
     shipped = load_checkpoint("accuracy/seedlings_unireplknet_a.pth")
@@ -52,15 +67,15 @@ def test_weights_to_ship_are_small_and_know_every_picture(small):
     assert Path("accuracy/seedlings_unireplknet_a.pth").stat().st_size < 10e6
 
 
-def test_fine_tuning_starts_from_a_network_that_knows_other_classes(small, capsys):
-    """Which networks are trained, on which classes, and from which weights; the training itself is left out."""
+def test_fine_tuning_starts_from_a_network_that_knows_other_classes(small):
+    """Which networks are trained, on which classes, and from which weights; without the training itself."""
     small.setattr(accuracy, "WHAT", "fine_tuning")
     checkpoint = Path("accuracy/known_classes/3/unireplknet_a/last.pth")
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
     calls = []
 
-    def run_all(experiments, data):
+    def run_all(plan, experiments, data):
         options = {name: value(3) if callable(value) else value for name, value in experiments.items()}
         classes = {path.parent.name for path in data(3).glob("*/*/*") if path.suffix == ".png"}
         calls.append((options, classes))
@@ -75,11 +90,23 @@ def test_fine_tuning_starts_from_a_network_that_knows_other_classes(small, capsy
     assert new["fine-tuned"][:4] == ["--pretrained", checkpoint, "--epochs", 8]
 
 
-def test_bad_constants(small):
-    for name, value in dict(WHAT="everything", SPLITS=[], JOBS=0).items():
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=name):
-            patch.setattr(accuracy, name, value)
-            accuracy.main()
+def test_a_script_that_fails_says_why():
+    with pytest.raises(UserError, match="mean_std.py --source nowhere failed: error: there is no folder nowhere"):
+        accuracy.python("mean_std.py", "--source", "nowhere")
+
+
+@pytest.mark.parametrize("words", [["--what", "everything"], ["--splits", ""], ["--jobs", "0"]])
+def test_bad_constants(words):
+    with pytest.raises(ConstantError, match=words[0].removeprefix("--").upper()):
+        set_constants(vars(accuracy).copy(), words)
+
+
+def test_the_options_are_those_of_train_py():
+    options = accuracy.OPTIONS.split() + sum(accuracy.ABLATIONS.values(), [])
+    spec = importlib.util.spec_from_file_location("script_train", ROOT / "train.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert set_constants(vars(script), options)
 
 
 def test_mean_and_spread():

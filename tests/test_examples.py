@@ -1,26 +1,37 @@
-"""The examples: the network as a backbone, with any size of picture."""
+"""The examples: the network as a backbone, with any image size."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
-from examples import detection, segmentation
-from examples.scene import CLASSES, draw_scene
+from common.options import ConstantError
+from examples import detection, scene, segmentation
+
+TINY = dict(depths=(1, 1, 1, 1), dims=(16, 32, 64, 128), kernel_sizes=((3,), (13,), (13,), (13,)))
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    """Both examples on small pictures, in `tmp_path`; returns a function that sets constants."""
+def tiny(monkeypatch):
+    """Backbones with few blocks and channels."""
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, **TINY))
+
+
+@pytest.fixture
+def small(tiny, tmp_path, monkeypatch):
+    """Run an example with a tiny network on small images in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
 
-    def configure(script, **constants):
+    def run(script, **constants):
         for name, value in (dict(WIDTH=75, HEIGHT=50, BATCH_SIZE=2, DEVICE="cpu") | constants).items():
             monkeypatch.setattr(script, name, value)
+        script.main()
 
-    return configure
+    return run
 
 
 def losses(out):
@@ -28,40 +39,45 @@ def losses(out):
 
 
 def test_segmentation_learns(small, tmp_path, capsys):
-    small(segmentation, STEPS=30)
-    segmentation.main()
+    small(segmentation, STEPS=20, LEARNING_RATE=3e-3)
     start, end = losses(capsys.readouterr().out)
     assert end < 0.9 * start
     assert Image.open(tmp_path / "results" / "segmentation.png").width > 500
 
 
 def test_detection_learns(small, tmp_path, capsys):
-    small(detection, WIDTH=100, HEIGHT=70, STEPS=40)
-    detection.main()
+    small(detection, STEPS=20, LEARNING_RATE=2e-3)
     start, end = losses(capsys.readouterr().out)
     assert end < 0.9 * start
     assert Image.open(tmp_path / "results" / "detection.png").width > 500
 
 
 @pytest.mark.parametrize("size", [(384, 384), (640, 640), (333, 250), (97, 61)])
-def test_maps_of_any_size_of_picture(size):
-    backbone = detection.Backbone().eval()
+def test_maps_of_any_image_size(size, tiny):
+    backbone = detection.Backbone("unireplknet_a").eval()
     with torch.no_grad():
         maps = backbone.body(torch.zeros(1, 3, *size))
         pyramid = backbone(torch.zeros(1, 3, *size))
     for stride, features in zip((4, 8, 16, 32), maps):
-        assert features.shape[-2:] == tuple(-(-edge // stride) for edge in size)
+        assert features.shape[-2:] == tuple(-(-side // stride) for side in size)
     assert [tuple(level.shape[-2:]) for level in pyramid.values()][:4] == [tuple(m.shape[-2:]) for m in maps]
 
 
+def test_a_backbone_that_does_not_fit_is_refused():
+    scene.check_backbone("unireplknet_a", True)
+    for name in ("resnet18", "vit_tiny_patch16_224", "unireplknet"):
+        with pytest.raises(ConstantError, match="MODEL must be a timm model .* 'unireplknet_a', got '" + name):
+            scene.check_backbone(name, False)
+
+
 def test_a_scene_has_boxes_around_its_masks():
-    image, mask, boxes, labels = draw_scene("a key", 160, 120)
+    image, mask, boxes, labels = scene.draw_scene("a key", 160, 120)
     assert image.shape == (3, 120, 160) and mask.shape == (120, 160) and len(boxes) == len(labels) > 0
-    assert set(mask.unique().tolist()) <= set(range(len(CLASSES)))
+    assert set(mask.unique().tolist()) <= set(range(len(scene.CLASSES)))
     rows, columns = np.nonzero(mask.numpy())
     outer = [boxes[:, 0].min(), boxes[:, 1].min(), boxes[:, 2].max(), boxes[:, 3].max()]
-    assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == [int(edge) for edge in outer]
-    assert torch.equal(draw_scene("a key", 160, 120)[0], image)
+    assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == [int(side) for side in outer]
+    assert torch.equal(scene.draw_scene("a key", 160, 120)[0], image)
 
 
 def test_mean_iou():
