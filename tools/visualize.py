@@ -28,7 +28,6 @@ import numpy as np
 import timm
 import torch
 from sklearn.manifold import TSNE
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
@@ -38,7 +37,7 @@ from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import eval_transform, open_image_folder, seed_everything
 from common.device import choose_device
 from common.evaluation import choose_images, read_batches
-from common.manifest import STATISTICS, read_json, read_sound
+from common.manifest import choose_mean_and_std, read_sound
 from common.options import ConstantError, ImageSize, Limits, Name, NonNegativeInt, PositiveInt, UserError, run
 from common.plots import plot_augmentation, plot_kernels, plot_map, plot_receptive_fields, plot_sheet
 from tools.grad_cam import grad_cam, overlay
@@ -73,7 +72,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     if what == ["augmentation"] and uses_train_script(CHECKPOINT):
         config, sound = read_values(TRAIN_SCRIPT), read_sound(DATA)
-        mean, std = choose_mean_and_std(config, Path(DATA, STATISTICS))
+        mean, std, _ = choose_mean_and_std(DATA, config.get("MEAN"), config.get("STD"), sound)
         print("                augmentation of train.py's constants")
         show_augmentation(config, mean, std, sound, Path(DATA, "train"), SHOWN + 1, SEED, folder)
         return
@@ -133,16 +132,6 @@ def read_values(path):
                     f"{path}, line {node.lineno}: {node.target.id} is computed; write its value instead"
                 ) from error
     return values
-
-
-def choose_mean_and_std(config, statistics):
-    """Mean and std of train.py's constants, else of the file of mean_std.py, else ImageNet's."""
-    if config.get("MEAN") and config.get("STD"):
-        return config["MEAN"], config["STD"]
-    if statistics.is_file():
-        measured = read_json(statistics)
-        return measured["mean"], measured["std"]
-    return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
 
 
 def show_augmentation(config, mean, std, sound, root, count, seed, folder):
