@@ -119,7 +119,7 @@ TENSORBOARD: bool = False  # also log curves, augmentation and confusion matrice
 
 # What EPOCHS, WARMUP_EPOCHS and LAYER_DECAY are where they are None.
 FROM_SCRATCH = dict(EPOCHS=100, WARMUP_EPOCHS=5, LAYER_DECAY=1.0)
-FINE_TUNING = dict(EPOCHS=20, WARMUP_EPOCHS=1, LAYER_DECAY=0.9)
+FOR_FINE_TUNING = dict(EPOCHS=20, WARMUP_EPOCHS=1, LAYER_DECAY=0.9)
 
 
 def main():
@@ -133,7 +133,7 @@ def main():
         distributed.processes(DEVICE, DETERMINISTIC) as (device, rank, world_size),
         RunFolder(OUTPUT, MODEL, RESUME, SAVE_MINUTES) as folder,
     ):
-        config = fill_in(current_values(globals()), FINE_TUNING if PRETRAINED else FROM_SCRATCH)
+        config = fill_in(current_values(globals()), FOR_FINE_TUNING if PRETRAINED else FROM_SCRATCH)
         epochs = config["EPOCHS"]
         checkpoint = folder.load(MODEL, OPTIMIZER)
         weights = read_weights(MODEL, PRETRAINED) if PRETRAINED and checkpoint is None else None

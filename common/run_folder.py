@@ -333,13 +333,13 @@ class RunFolder(contextlib.ExitStack):
         plot_curves(state.history, self.path)
 
     def print_history(self, state):
-        """Print the header of the table and the epochs before this start."""
+        """Print the header of the table and the epochs before this start, whose log.csv may be older."""
+        self.write_history(state)
         for row in [None, *state.history]:
             print(format_row(row, state.ema is not None))
 
     def finish(self, state, val_images):
         """Print the report of the best epoch."""
-        self.write_history(state)
         report = self.path / "classification_report.txt"
         if self.writes and report.is_file():
             print(f"\n{report.read_text(encoding='utf-8')}")

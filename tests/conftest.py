@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import makedata  # noqa: E402
 import tiny  # noqa: E402, F401  registers unireplknet_test
 import train  # noqa: E402
+from common import run_folder  # noqa: E402
 from common.options import current_values  # noqa: E402
 
 DEFAULTS = current_values(vars(train))
@@ -107,6 +108,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         makedata.main()
+        patch.setattr(run_folder, "plot_curves", touch_curves)
         for name, value in (DEFAULTS | SMALL | dict(BATCH_SIZE=8, EPOCHS=3, WARMUP_EPOCHS=5)).items():
             patch.setattr(train, name, value)
         train.main()
@@ -114,8 +116,21 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def run_train(place, monkeypatch):
+def learning_curves():
+    """A test that asks for this gets runs that draw their learning curves."""
+
+
+def touch_curves(history, folder):
+    for name in ("loss.png", "acc.png"):
+        (folder / name).touch()
+
+
+@pytest.fixture
+def run_train(place, monkeypatch, request):
     """Call train.main() with some constants changed; returns the run's folder."""
+
+    if "learning_curves" not in request.fixturenames:  # they take longer than the epochs they show
+        monkeypatch.setattr(run_folder, "plot_curves", touch_curves)
 
     def run(status=0, **constants):
         unknown = set(constants) - set(DEFAULTS)

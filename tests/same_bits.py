@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMON = "--model unireplknet_a --batch-size 8 --epochs 3 --mix-prob 0.7 --cutout 0 --drop-path 0.3 --device cpu"
+COMMON = "--model unireplknet_a --batch-size 16 --epochs 3 --mix-prob 0.7 --cutout 0 --drop-path 0.3 --device cpu"
 IMAGES = f"train.py {COMMON} --workers 0 --img-size 64 --start-size 32 --optimizer muon --save-minutes 1e-9"
 SOUNDS = f"train.py {COMMON} --workers 0 --optimizer adamw --save-minutes 1e-9"
 SERIES = (
@@ -97,11 +97,12 @@ def train(folder, command, codes):
     content = {}
     for path in sorted(folder.glob("checkpoints/**/last.pth")):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        content |= flatten({part: checkpoint[part] for part in PARTS if part in checkpoint}, path.parent.name)
+        parts = {part: checkpoint[part] for part in PARTS if part in checkpoint}
+        content |= flatten(parts, path.relative_to(folder).as_posix())
     for path in sorted(folder.glob("checkpoints/**/log.csv")):
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
-        content |= flatten(rows, f"{path.parent.name}/log.csv")
+        content |= flatten(rows, path.relative_to(folder).as_posix())
     assert content, f"no checkpoint in {folder}"
     return content
 

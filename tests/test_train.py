@@ -39,7 +39,7 @@ FILES = {
 }
 
 
-def test_a_run_learns_and_leaves_its_files(run_train, place, capsys):
+def test_a_run_learns_and_leaves_its_files(run_train, place, capsys, learning_curves):
     folder = run_train(EPOCHS=8, LEARNING_RATE=5e-3, LAYER_SCALE=1.0, SMOOTHING=0.0)
     assert {file.name for file in folder.iterdir()} == FILES | {"last.1.pth"}
     with open(folder / "log.csv", encoding="utf-8") as file:
@@ -72,10 +72,10 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(run_train, monkeypatch
 
     original = train.train_one_epoch
 
-    def stop_in_epoch_3(*arguments):
-        if arguments[0].epoch == constants["EPOCHS"] - 2:
+    def stop_in_epoch_3(state, *arguments, **options):
+        if state.epoch == constants["EPOCHS"] - 2:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(state, *arguments, **options)
 
     monkeypatch.setattr(train, "train_one_epoch", stop_in_epoch_3)
     with pytest.raises(KeyboardInterrupt):
@@ -325,7 +325,7 @@ def test_timm_s_muon_is_as_it_was_after_a_step(monkeypatch, failing):
 
 
 def test_muon_takes_matrices_and_dense_kernels_and_leaves_the_rest_to_adamw():
-    model = train.timm.create_model("unireplknet_test", num_classes=12)
+    model = train.timm.create_model("unireplknet_a", num_classes=12)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     muons = optimizer.create_optimizer(model, "muon", 1e-3, 0.05, 1.0, torch.device("cpu"))
