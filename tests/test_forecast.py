@@ -1,10 +1,12 @@
-"""tools/forecast.py and common/series.py: the protocol, the models, bad files, and a small run from end to end."""
+"""tools/forecast.py and tools/series.py: the protocol, the models, invalid files and constants, and small runs."""
 
 import csv
 import json
 import math
+import re
 import shutil
 import signal
+import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -13,19 +15,21 @@ import pytest
 import torch
 from PIL import Image
 
-from common.checkpoint import load_checkpoint, load_newest
-from common.options import UserError, read_constants
+from common.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from common.options import UserError, read_constants, run
 from common.schedule import warmup_cosine
-from common.series import choose_period, read_series, split_rows, split_windows
 from tools import forecast
+from tools.series import choose_period, column_statistics, read_series, split_rows, split_windows
 
 DEFAULTS = {name: getattr(forecast, name) for name in read_constants(forecast.__file__)}
-SMALL = dict(CSV="sine.csv", SPLIT=[0.6, 0.2, 0.2], LOOKBACK=4, HORIZONS=[12], DIMS=[4, 4, 8, 8], EPOCHS=2)
-SMALL |= dict(EPOCH_STEPS=15, BATCH_SIZE=16, WARMUP_STEPS=5, DLINEAR_LOOKBACK=48, DEVICE="cpu")
+SMALL = dict(CSV="sine.csv", SPLIT=[0.6, 0.2, 0.2], LOOKBACK=4, HORIZONS=[12], DIMS=[4, 4, 8, 8], KERNELS=[3, 3, 3, 3])
+SMALL |= dict(EPOCHS=2, EPOCH_STEPS=5, BATCH_SIZE=8, WARMUP_STEPS=2, DLINEAR_LOOKBACK=48, DEVICE="cpu")
+ROWS = 480  # of sine.csv; validation begins at row 288, test at row 384
+RUN = Path("checkpoints", "forecast", "sine")
 HOUR = timedelta(hours=1)
 
 
-def write_sine(path, rows=960, first=datetime(2020, 1, 1), interval=HOUR, columns=("north", "south")):
+def write_sine(path, rows=ROWS, first=datetime(2020, 1, 1), interval=HOUR, columns=("north", "south")):
     """Write a CSV file of daily waves with noise."""
     noise = np.random.default_rng(0).normal(0, 0.3, (rows, len(columns)))
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -33,29 +37,35 @@ def write_sine(path, rows=960, first=datetime(2020, 1, 1), interval=HOUR, column
         writer.writerow(["date", *columns])
         for row in range(rows):
             wave = math.sin(2 * math.pi * row / 24)
-            values = [(place + 1) * wave + 10 * place + noise[row, place] for place in range(len(columns))]
+            values = [(number + 1) * wave + 10 * number + noise[row, number] for number in range(len(columns))]
             writer.writerow([first + row * interval, *(f"{value:.4f}" for value in values)])
 
 
 @pytest.fixture
 def run_forecast(tmp_path, monkeypatch):
-    """Call forecast.main() beside sine.csv with some constants changed; returns the run's folder."""
+    """Call forecast.main() beside sine.csv with some constants changed; returns the folder of the run."""
     monkeypatch.chdir(tmp_path)
     write_sine("sine.csv")
 
-    def run(status=None, **constants):
+    def run_main(status=None, **constants):
         constants = DEFAULTS | SMALL | constants
         for name, value in constants.items():
             monkeypatch.setattr(forecast, name, value)
         assert forecast.main() == status
         return Path(constants["OUTPUT"], Path(constants["CSV"]).stem)
 
-    return run
+    return run_main
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Skip the plots, which take longer than the small networks."""
+    monkeypatch.setattr(forecast, "plot_forecasts", lambda *arguments: None)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with sine.csv and a run on it."""
+    """A folder with sine.csv and a finished run on it."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -83,37 +93,31 @@ def test_borders_and_windows_are_those_of_the_published_tables():
     assert split_rows(1001, HOUR, [0.7, 0.1, 0.2]) == (700, 801, 1001)
 
 
-def test_nothing_leaks_from_validation_and_test(run_forecast, monkeypatch):
-    run_forecast(status=None, EPOCHS=1, EPOCH_STEPS=1, CSV="sine.csv")  # sets the constants
-    series, values, about = forecast.open_series()
-    train = series.values[: about["ends"][0]]
-    np.testing.assert_allclose(about["mean"], train.mean(0))
-    np.testing.assert_allclose(about["std"], train.std(0))
-    lines = Path("sine.csv").read_text().splitlines()
-    lines[about["ends"][0] + 1 :] = [line.split(",")[0] + ",500,-7" for line in lines[about["ends"][0] + 1 :]]
-    Path("other.csv").write_text("\n".join(lines))
-    monkeypatch.setattr(forecast, "CSV", "other.csv")
-    _, others, about_others = forecast.open_series()
-    assert about_others["mean"] == about["mean"] and about_others["std"] == about["std"]
-    windows = [split_windows(these, about["ends"], 96, 12)[0] for these in (values, others)]
-    assert torch.equal(*windows)
+def test_statistics_use_the_training_part_only(tmp_path):
+    path = tmp_path / "sine.csv"
+    write_sine(path)
+    series = read_series(path, "date")
+    mean, std = column_statistics(series, 288, path)
+    np.testing.assert_allclose([mean, std], [series.values[:288].mean(0), series.values[:288].std(0)])
+    series.values[288:] = 500
+    np.testing.assert_array_equal(column_statistics(series, 288, path), [mean, std])
 
 
-def test_errors_are_those_of_a_plain_loop():
+def test_errors_equal_those_of_a_plain_loop():
     torch.manual_seed(0)
     values = torch.randn(150, 3)
     model = forecast.DLinear(30, 7)
     windows = values.unfold(0, 37, 1)
     squares, absolutes = [], []
     for start in range(150 - 37 + 1):
-        answer = model(values[None, start : start + 30].transpose(1, 2))[0].detach()
+        prediction = model(values[None, start : start + 30].transpose(1, 2))[0].detach()
         for column in (2, 0):
             for step in range(7):
-                error = float(answer[column, step] - values[start + 30 + step, column])
+                error = float(prediction[column, step] - values[start + 30 + step, column])
                 squares.append(error**2)
                 absolutes.append(abs(error))
-    figures = forecast.evaluate(model, windows, 30, [2, 0])
-    assert figures == pytest.approx(dict(mse=np.mean(squares), mae=np.mean(absolutes)), rel=1e-5)
+    expected = dict(mse=np.mean(squares), mae=np.mean(absolutes))
+    assert forecast.evaluate(model, windows, 30, [2, 0]) == pytest.approx(expected, rel=1e-5)
 
 
 # --- the models
@@ -123,48 +127,49 @@ def test_dlinear_is_its_formula():
     torch.manual_seed(0)
     model, x = forecast.DLinear(40, 5), torch.randn(2, 3, 40)
     weights = {name: tensor.detach().double().numpy() for name, tensor in model.named_parameters()}
-    for answer, series in zip(model(x).flatten(0, 1), x.flatten(0, 1).double().numpy()):
+    for prediction, series in zip(model(x).flatten(0, 1), x.flatten(0, 1).double().numpy()):
         padded = np.concatenate([np.repeat(series[0], 12), series, np.repeat(series[-1], 12)])
-        trend = np.array([padded[place : place + 25].mean() for place in range(40)])
+        trend = np.array([padded[row : row + 25].mean() for row in range(40)])
         expected = weights["trend.weight"] @ trend + weights["trend.bias"]
         expected += weights["rest.weight"] @ (series - trend) + weights["rest.bias"]
-        np.testing.assert_allclose(answer.detach(), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(prediction.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_instance_normalisation_is_undone():
+def test_restore_inverts_instance_normalisation():
     torch.manual_seed(0)
     x = 5 + 3 * torch.randn(2, 3, 48)
     z, day, std = forecast.normalise(x, 12)
     assert z.shape == (2, 3, 4, 12) and z.mean(2).abs().max() < 1e-5
     torch.testing.assert_close(forecast.restore(z.flatten(-2), day, std), x)
-    # Level and size of a window do not reach the network.
+    # Level and scale of a window do not reach the network.
     other, *_ = forecast.normalise(100 * x - 7, 12)
     torch.testing.assert_close(other, z, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("period", "channels"), [(24, 1), (7, 1), (32, 1), (96, 3), (144, 6), (288, 9), (37, 37)])
-def test_a_picture_is_a_calendar(period, channels):
+def test_an_image_is_a_calendar(period, channels):
     assert forecast.count_channels(period) == channels
     z = torch.arange(5.0 * period).view(1, 5, period)
-    picture = forecast.fold(z, channels)
-    assert picture.shape == (1, channels, 5, period // channels) and picture.shape[3] <= 32
-    assert picture[0, 0, 1, 0] == period  # a row down: a period later
-    assert picture[0, -1, 0, 0] == channels - 1  # a channel on: the next row of the series
+    image = forecast.fold(z, channels)
+    assert image.shape == (1, channels, 5, period // channels) and image.shape[3] <= 32
+    assert image[0, 0, 1, 0] == period  # next image row: one period later
+    assert image[0, -1, 0, 0] == channels - 1  # next channel: next row of the series
 
 
-def test_repeating_and_a_silent_network():
+def test_repeat_and_a_network_that_predicts_zero():
+    torch.manual_seed(0)
     x = torch.randn(2, 3, 72)
     torch.testing.assert_close(forecast.Repeat(24, 1, 60)(x), x[..., -24:].repeat(1, 1, 3)[..., :60])
     mean = x.unflatten(-1, (3, 24)).mean(-2).repeat(1, 1, 3)[..., :60]
     torch.testing.assert_close(forecast.Repeat(24, 3, 60)(x), mean)
-    silent = forecast.Forecaster(lambda picture: torch.zeros(len(picture), 60), 1, 24)
-    torch.testing.assert_close(silent(x), mean)
+    zero = forecast.Forecaster(lambda image: torch.zeros(len(image), 60), 1, 24)
+    torch.testing.assert_close(zero(x), mean)
 
 
-def test_any_variant_and_columns_that_do_not_mix(monkeypatch):
-    for name in ("DEPTHS", "DIMS", "KERNELS"):
-        monkeypatch.setattr(forecast, name, None)
-    model = forecast.create_model("unireplknet_a", forecast.network_arguments(6, 24), 24).eval()
+def test_published_variants_and_independent_columns():
+    assert forecast.network_structure(None, None, None) == {}
+    torch.manual_seed(0)
+    model = forecast.create_model("unireplknet_a", dict(in_chans=1, num_classes=6), 24).eval()
     assert [len(stage) for stage in model.network.stages] == [2, 2, 6, 2]
     x = torch.randn(1, 2, 72)
     changed = x.clone()
@@ -181,7 +186,7 @@ def test_the_period_follows_from_the_interval(interval, period):
     assert choose_period(interval) == period
 
 
-def test_the_period_of_odd_intervals_must_be_told():
+def test_unusual_intervals_need_a_period():
     with pytest.raises(UserError, match="set PERIOD"):
         choose_period(timedelta(days=45))
 
@@ -190,9 +195,9 @@ def test_mixup_and_flips_keep_past_and_future_together():
     torch.manual_seed(0)
     line = torch.arange(60.0)[:, None] * torch.tensor([1.0, -2.0])
     windows = line.unfold(0, 20, 1)
-    batch = forecast.draw_batch(windows, 1.0, 0.5)
-    assert batch.shape == (forecast.BATCH_SIZE, 1, 20)
-    slopes = batch.diff(dim=-1)  # of a sum of straight lines: constant
+    batch = forecast.draw_batch(windows, 256, 1.0, 0.5)
+    assert batch.shape == (256, 1, 20)
+    slopes = batch.diff(dim=-1)  # the sum of straight lines is one
     torch.testing.assert_close(slopes, slopes[..., :1].expand_as(slopes), rtol=1e-3, atol=1e-3)
     assert (slopes[..., 0] > 0).any() and (slopes[..., 0] < 0).any() and slopes.unique().numel() > 100
 
@@ -206,7 +211,7 @@ def test_the_learning_rate_is_a_function_of_the_step():
 
 
 def change(line, text):
-    """A function that replaces a line of sine.csv (2 is the first after the header)."""
+    """A function that replaces a line of sine.csv (2 is the first below the header)."""
 
     def edit(lines):
         lines[line - 1] = text
@@ -216,21 +221,21 @@ def change(line, text):
 
 
 BAD = {
-    "empty": (lambda lines: [], "no column 'date'"),
-    "only a header": (lambda lines: lines[:1], "holds 0 rows"),
-    "no date column": (lambda lines: ["when,north,south", *lines[1:]], "no column 'date' .* when, north, south"),
+    "empty": (lambda lines: [], "no date column 'date', only an empty first line"),
+    "only a header": (lambda lines: lines[:1], "sine.csv has 0 rows of numbers"),
+    "no date column": (lambda lines: ["when,north,south", *lines[1:]], "no date column 'date', only when, north"),
     "no numbers": (lambda lines: [line.split(",")[0] for line in lines], "no column besides date"),
-    "two names alike": (lambda lines: ["date,north,north", *lines[1:]], "several columns 'north'"),
+    "duplicate name": (lambda lines: ["date,north,north", *lines[1:]], "several columns named 'north'"),
     "empty cell": (change(5, "2020-01-01 03:00:00,1.0,"), "line 5, column south: the cell is empty"),
     "NaN": (change(5, "2020-01-01 03:00:00,nan,1.0"), "line 5, column north: nan is not finite"),
     "infinite": (change(5, "2020-01-01 03:00:00,1,-inf"), "line 5, column south: -inf is not finite"),
-    "text": (change(7, "2020-01-01 05:00:00,1.0,off"), "line 7, column south: 'off' is no number"),
-    "no date": (change(7, "yesterday,1.0,1.0"), "line 7, column date: 'yesterday' is no date"),
-    "a cell too few": (change(7, "2020-01-01 05:00:00,1.0"), "line 7 has 2 cells, but the header 3"),
-    "gap": (lambda lines: lines[:9] + lines[11:], "line 10: 2020-01-01 10:00:00 follows on 2020-01-01 07:00:00"),
-    "doubled": (lambda lines: lines[:9] + lines[8:], "line 10: the date 2020-01-01 07:00:00 stands twice"),
-    "unsorted": (lambda lines: [lines[0], *lines[:0:-1]], "line 3: the date .* comes after .*; sort the rows"),
-    "a zone": (change(7, "2020-01-01 05:00:00+00:00,1.0,1.0"), "some dates have a time zone"),
+    "text": (change(7, "2020-01-01 05:00:00,1.0,off"), "line 7, column south: 'off' is not a number"),
+    "no date": (change(7, "yesterday,1.0,1.0"), "line 7, column date: 'yesterday' is not a date"),
+    "missing field": (change(7, "2020-01-01 05:00:00,1.0"), "line 7: expected 3 fields, got 2; fix this line"),
+    "gap": (lambda lines: lines[:9] + lines[11:], "line 10: 2020-01-01 10:00:00 follows 2020-01-01 07:00:00"),
+    "duplicate date": (lambda lines: lines[:9] + lines[8:], "line 10: the date 2020-01-01 07:00:00 is a duplicate"),
+    "unsorted": (lambda lines: [lines[0], *lines[:0:-1]], "line 3: .* follows the later date .*; sort the rows"),
+    "time zone": (change(7, "2020-01-01 05:00:00+00:00,1.0,1.0"), "some dates have a time zone"),
     "short": (lambda lines: lines[:150], "the training part of the series is too short"),
     "constant": (
         lambda lines: [lines[0], *(f"{line.rsplit(',', 1)[0]},3.5" for line in lines[1:])],
@@ -240,7 +245,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_files_get_one_sentence(case, run_forecast):
+def test_invalid_files_get_one_sentence(case, run_forecast):
     edit, words = BAD[case]
     lines = edit(Path("sine.csv").read_text().splitlines())
     Path("sine.csv").write_text("".join(f"{line}\n" for line in lines))
@@ -249,29 +254,92 @@ def test_bad_files_get_one_sentence(case, run_forecast):
     assert "sine.csv" in str(error.value) or case == "short"
 
 
-def test_other_bad_input(run_forecast):
+def test_constants_that_do_not_fit_the_file(run_forecast):
     for constants, words in (
         (dict(CSV="absent.csv"), "there is no file absent.csv"),
         (dict(COLUMNS=["west"]), "no number column 'west'"),
-        (dict(TARGETS=["west"]), "TARGETS names 'west'"),
-        (dict(SPLIT=[12, 4, 4]), "asks for 20 months of 30 days, and the series has 1.3"),
-        (dict(SPLIT=[0.5, 0.5]), "three sizes"),
+        (dict(TARGETS=["west"]), "TARGETS names 'west', which is not among the columns north, south"),
+        (dict(SPLIT=[12, 4, 4]), "asks for 20 months of 30 days, but the series has 0.7"),
+        (dict(SPLIT=[1e308, 1e308, 1e308]), "asks for inf months"),
+        (dict(SPLIT=[0.0001, 0.4999, 0.5]), "the training part of the series is too short"),
         (dict(LOOKBACK=40), "the training part of the series is too short"),
-        (dict(HORIZONS=[300]), "the validation part"),
-        (dict(LOSS="mean"), "LOSS must be one of mae, mse, huber"),
-        (dict(MODEL="resnet18"), "choose one of unireplknet_a"),
-        (dict(KERNELS=[4, 3, 3, 3]), "kernel_size must be one of"),
-        (dict(KERNELS=[3]), "KERNELS needs four values"),
-        (dict(ENCODING="klingon"), "ENCODING 'klingon' is unknown"),
-        (dict(RESUME="always"), 'RESUME must be "" or "auto"'),
-        (dict(EPOCHS=0), "EPOCHS must be at least 1"),
+        (dict(HORIZONS=[12, 150]), "the validation part of the series is too short"),
+        (dict(DEVICE="abacus"), "DEVICE 'abacus' is not available"),
     ):
         with pytest.raises(UserError, match=words):
             run_forecast(**constants)
     Path("sine.csv").write_bytes(Path("sine.csv").read_text().replace("north", "höhe").encode("latin-1"))
-    with pytest.raises(UserError, match="is not written in utf-8-sig .* save it as UTF-8, or set ENCODING"):
-        run_forecast()
+    for encoding in ("utf-8-sig", "utf-16"):
+        with pytest.raises(UserError, match=f"is not encoded in {encoding} .* save it as UTF-8, or set ENCODING"):
+            run_forecast(ENCODING=encoding)
     assert read_series("sine.csv", "date", encoding="latin-1").columns == ["höhe", "south"]
+
+
+REFUSED = (
+    ("--csv=", "CSV must be text that is not empty"),
+    ("--date=", "DATE must be text that is not empty or None"),
+    ("--columns=a,a", "COLUMNS must not hold the same value twice"),
+    ("--columns=a,date --date=date", "COLUMNS must be number columns without DATE"),
+    ("--targets=a,a", "TARGETS must not hold the same value twice"),
+    ("--columns=a --targets=b", "TARGETS must be columns among COLUMNS"),
+    ("--encoding=klingon", "ENCODING must be a text encoding"),
+    ("--encoding=hex", "ENCODING must be a text encoding"),
+    ("--encoding=undefined", "ENCODING must be a text encoding"),
+    ("--split=0.5,0.5", "SPLIT must be a list of 3 numbers above 0"),
+    ("--split=1,0,1", "SPLIT must be"),
+    ("--period=0", "PERIOD must be a whole number of at least 1 or None"),
+    ("--lookback=1", "LOOKBACK must be a whole number of at least 2"),
+    ("--horizons=", "HORIZONS must be a list of whole numbers"),
+    ("--horizons=0", "HORIZONS must be"),
+    ("--horizons=12,12", "HORIZONS must not hold the same value twice"),
+    ("--model=resnet18", "MODEL must be one of unireplknet_a, "),
+    ("--depths=1,1,1", "DEPTHS must be"),
+    ("--depths=1,2,3,4 --kernels=none", "DEPTHS, DIMS and KERNELS must fit together"),
+    ("--depths=none", "KERNELS must be None if DEPTHS is None"),
+    ("--dims=2,4,8,16", "DIMS must be"),
+    ("--kernels=4,3,3,3", "DEPTHS, DIMS and KERNELS must fit together .kernel_size must be one of"),
+    ("--kernels=3", "KERNELS must be a list of 4 whole numbers"),
+    ("--layer-scale=-1", "LAYER_SCALE must be"),
+    ("--dropout=1", "DROPOUT must be"),
+    ("--drop-path=1", "DROP_PATH must be"),
+    ("--loss=mean", 'LOSS must be "mae", "mse" or "huber"'),
+    ("--mixup=-1", "MIXUP must be"),
+    ("--mixup=1e-300", "MIXUP must be 0 or at least 0.01"),
+    ("--flip=1.5", "FLIP must be"),
+    ("--epochs=0", "EPOCHS must be"),
+    ("--epoch-steps=0", "EPOCH_STEPS must be"),
+    ("--batch-size=1", "BATCH_SIZE must be"),
+    ("--learning-rate=0", "LEARNING_RATE must be"),
+    ("--learning-rate=nan", "LEARNING_RATE must be"),
+    ("--min-learning-rate=0.003", "MIN_LEARNING_RATE must be at most LEARNING_RATE"),
+    ("--warmup-steps=-1", "WARMUP_STEPS must be"),
+    ("--weight-decay=-1", "WEIGHT_DECAY must be"),
+    ("--clip-grad=-1", "CLIP_GRAD must be"),
+    ("--ema-decay=1", "EMA_DECAY must be"),
+    ("--patience=-1", "PATIENCE must be"),
+    ("--max-skipped=0", "MAX_SKIPPED must be"),
+    ("--dlinear-lookback=0", "DLINEAR_LOOKBACK must be"),
+    ("--dlinear-learning-rate=0", "DLINEAR_LEARNING_RATE must be"),
+    ("--device=", "DEVICE must be"),
+    ("--seeds=", "SEEDS must be"),
+    ("--seeds=1,1", "SEEDS must not hold the same value twice"),
+    ("--resume=always", 'RESUME must be "auto" or "off"'),
+    ("--output=", "OUTPUT must be"),
+    ("--results=", "RESULTS must be"),
+)
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED)
+def test_invalid_constants_are_refused_before_the_file_is_read(options, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, value in (DEFAULTS | dict(CSV="absent.csv")).items():
+        monkeypatch.setattr(forecast, name, value)
+    monkeypatch.setattr(sys, "argv", ["forecast.py", *options.split()])
+    with pytest.raises(SystemExit) as status:
+        run(forecast.main)
+    output = capsys.readouterr()
+    assert status.value.code == 2 and not list(tmp_path.iterdir())
+    assert re.match(f"error: {words}.*, got .*", output.err) and output.err.count("\n") == 1
 
 
 def test_semicolons_a_byte_order_mark_and_blank_lines(tmp_path):
@@ -281,36 +349,38 @@ def test_semicolons_a_byte_order_mark_and_blank_lines(tmp_path):
     series = read_series(path, "日期", ["温度"])
     assert series.values.tolist() == [[1.5], [2.5], [3.0]] and series.interval == timedelta(days=1)
     path.write_text(text.replace("2.5", "2,5"), encoding="utf-8-sig")
-    with pytest.raises(UserError, match="line 4, column 温度: '2,5' is no number"):
+    with pytest.raises(UserError, match="line 4, column 温度: '2,5' is not a number"):
         read_series(path, "日期", ["温度"])
 
 
 # --- a run
 
 
-def test_a_run_beats_repeating_the_last_day(finished, capsys):
-    folder = finished / "checkpoints" / "forecast" / "sine"
+def test_a_run_beats_the_last_day_and_writes_its_forecasts(finished):
+    folder = finished / RUN
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))["results"]
     mse = {row["method"]: row["mse"] for row in results}
     assert mse["unireplknet"] < 0.8 * mse["last period"]
-    assert {row["windows"] for row in results} == {960 * 0.2 - 12 + 1}
+    assert {row["windows"] for row in results} == {96 - 12 + 1}
     assert np.asarray(Image.open(folder / "12.png").convert("L")).std() > 5
     with open(folder / "12.csv", newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     series = read_series(finished / "sine.csv", "date")
-    assert len(rows) == 16 * 12 and rows[0]["date"] == str(series.dates[768])
-    for column, place in (("north", 0), ("south", 1)):
+    assert len(rows) == 96 and rows[0]["date"] == str(series.dates[384])
+    for number, column in enumerate(("north", "south")):
         truth = [float(row[column]) for row in rows]
-        np.testing.assert_allclose(truth, series.values[768:, place], rtol=1e-4)
+        np.testing.assert_allclose(truth, series.values[384:, number], rtol=1e-4)
         assert np.abs(np.array([float(row[f"{column} unireplknet"]) for row in rows]) - truth).mean() < 1
     assert len((folder / "12-seed1" / "unireplknet" / "log.csv").read_text(encoding="utf-8").splitlines()) == 3
 
 
 def test_a_checkpoint_alone_forecasts(finished, run_forecast, capsys):
-    best = finished / "checkpoints" / "forecast" / "sine" / "12-seed1" / "unireplknet" / "best.pth"
+    best = finished / RUN / "12-seed1" / "unireplknet" / "best.pth"
     write_sine("new.csv", rows=150, first=datetime(2021, 6, 1), columns=("south", "extra", "north"))
     run_forecast(CHECKPOINT=str(best), CSV="new.csv")
-    assert "over 43 windows of new.csv" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "over 43 windows of new.csv" in printed and "\nconstants" not in printed
+    assert "\nperiod      24 rows, from the checkpoint\ndates       in column 'date', from the checkpoint\n" in printed
     with open("results/forecast.csv", newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["date", "north", "south"] and len(rows) == 12
@@ -325,50 +395,80 @@ def test_a_checkpoint_alone_forecasts(finished, run_forecast, capsys):
     assert Path("results/forecast.png").is_file()
 
     write_sine("new.csv", rows=100, interval=HOUR / 2)
-    with pytest.raises(UserError, match="are 0:30:00 apart, and those that .* was trained on 1:00:00"):
+    with pytest.raises(UserError, match="are 0:30:00 apart, but .* was trained on rows 1:00:00 apart"):
         run_forecast(CHECKPOINT=str(best), CSV="new.csv")
     write_sine("new.csv", rows=90)
-    with pytest.raises(UserError, match="has 90 rows, and .* looks back on 96"):
+    with pytest.raises(UserError, match="has 90 rows, but .* needs 96 as input"):
         run_forecast(CHECKPOINT=str(best), CSV="new.csv")
     write_sine("new.csv", columns=("north", "west"))
     with pytest.raises(UserError, match="has no number column 'south', only date, north, west"):
         run_forecast(CHECKPOINT=str(best), CSV="new.csv")
 
 
-def test_an_interrupted_run_ends_as_one_left_alone(finished, run_forecast, monkeypatch):
+def test_constants_that_a_checkpoint_overrides_are_reported(finished, run_forecast, no_plots, capsys):
+    best = finished / RUN / "12-seed1" / "unireplknet" / "best.pth"
+    changed = dict(MODEL="unireplknet_f", LOOKBACK=21, HORIZONS=[96], PERIOD=12, COLUMNS=["north"], EPOCHS=9)
+    run_forecast(CHECKPOINT=str(best), **changed, DATE="date")
+    printed = capsys.readouterr().out
+    [line] = [line for line in printed.splitlines() if line.startswith("constants")]
+    for text in ("MODEL unireplknet_a (not unireplknet_f)", "LOOKBACK 4 (not 21)", "HORIZONS 12 (not [96])"):
+        assert text in line
+    assert "PERIOD 24 (not 12)" in line and "COLUMNS ['north', 'south'] (not ['north'])" in line
+    assert "EPOCHS" not in line and "TARGETS" not in line and "in column 'date', set by DATE" in printed
+    run_forecast(CHECKPOINT=str(best.parent.with_name("dlinear") / "best.pth"), LOOKBACK=21, DLINEAR_LOOKBACK=9)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("constants")]
+    assert line.startswith("constants   DLINEAR_LOOKBACK 48 (not 9); ")  # DLinear has no use for LOOKBACK
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished, run_forecast, no_plots, monkeypatch):
     original, calls = forecast.draw_batch, []
 
     def draw_batch(*arguments):
         calls.append(None)
-        if len(calls) == 20:  # in the second epoch
+        if len(calls) == 7:  # in the second epoch
             signal.raise_signal(signal.SIGTERM)
         return original(*arguments)
 
     monkeypatch.setattr(forecast, "draw_batch", draw_batch)
     folder = run_forecast(status=143)
     stopped = load_newest(folder / "12-seed1" / "unireplknet" / "last.pth", forecast.REQUIRED)[0]
-    assert (stopped["epoch"], stopped["step"]) == (1, 5)
-    with pytest.raises(UserError, match="LEARNING_RATE was 0.002, is 0.5; set it back"):
+    assert (stopped["epoch"], stopped["step"]) == (1, 2)
+    with pytest.raises(UserError, match="LEARNING_RATE was 0.002 and is 0.5 now; set it back"):
         run_forecast(RESUME="auto", LEARNING_RATE=0.5)
     run_forecast(RESUME="auto")
     for name in ("unireplknet", "dlinear"):
         file = Path("12-seed1", name, "last.pth")
-        left_alone = load_checkpoint(finished / "checkpoints" / "forecast" / "sine" / file, forecast.REQUIRED)
+        uninterrupted = load_checkpoint(finished / RUN / file, forecast.REQUIRED)
         resumed = load_checkpoint(folder / file, forecast.REQUIRED)
         for part in ("state_dict", "state_dict_ema"):
-            assert all(torch.equal(tensor, resumed[part][key]) for key, tensor in left_alone[part].items())
-        assert resumed["best_mse"] == left_alone["best_mse"] and resumed["epoch"] == 2
-    assert len(calls) == 2 * 2 * 15
+            assert all(torch.equal(tensor, resumed[part][key]) for key, tensor in uninterrupted[part].items())
+        assert resumed["best_mse"] == uninterrupted["best_mse"] and resumed["epoch"] == 2
+    assert len(calls) == 2 * 2 * 5
 
 
-def test_a_new_run_renames_the_old_one(finished, run_forecast):
-    folder = Path("checkpoints", "forecast", "sine")
+def test_runs_of_earlier_versions_resume(finished, run_forecast, no_plots, capsys):
     shutil.copytree(finished / "checkpoints", "checkpoints")
+    for path in (RUN / "12-seed1").rglob("*.pth"):
+        checkpoint = load_checkpoint(path, forecast.REQUIRED)
+        checkpoint["config"] |= dict(PERIOD=0, DATE="")  # as earlier versions wrote what is None today
+        save_checkpoint(checkpoint, path)
+    run_forecast(RESUME="auto")
+    printed = capsys.readouterr().out
+    assert "period      24 rows (1 day, 0:00:00, chosen from the interval" in printed
+    assert "dates       in column 'date', the default of DATE" in printed
+    write_sine("sine.csv", rows=ROWS + 5)
+    with pytest.raises(UserError, match="it was trained on another series than CSV now holds"):
+        run_forecast(RESUME="auto")
+
+
+def test_a_new_run_renames_the_old_one(run_forecast, no_plots):
+    RUN.mkdir(parents=True)
+    (RUN / "results.json").write_text("{}")
     run_forecast(EPOCHS=1, EPOCH_STEPS=1)
-    assert Path(f"{folder}.1", "results.json").is_file() and (folder / "results.json").is_file()
+    assert Path(f"{RUN}.1", "results.json").read_text() == "{}" and (RUN / "results.json").stat().st_size > 2
 
 
-def test_steps_that_are_not_finite_reach_nothing(run_forecast, monkeypatch):
+def test_non_finite_steps_are_skipped(run_forecast, no_plots, monkeypatch):
     bad = {3}
     original, calls = forecast.draw_batch, []
 
@@ -382,13 +482,22 @@ def test_steps_that_are_not_finite_reach_nothing(run_forecast, monkeypatch):
     assert saved["history"][0]["skipped"] == 1 and math.isfinite(saved["history"][0]["train_loss"])
     assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
     bad.update(range(100))
-    with pytest.raises(UserError, match="not finite in 4 steps in a row, .* layer .*; lower LEARNING_RATE"):
+    with pytest.raises(UserError, match="not finite in 4 consecutive steps .* layer .*; lower LEARNING_RATE"):
         calls.clear()
         run_forecast(EPOCHS=1, MAX_SKIPPED=4)
 
 
-def test_15_minutes_and_one_target(run_forecast):
+def test_full_memory_gets_one_sentence(run_forecast, monkeypatch):
+    def draw_batch(*arguments):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:116] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(forecast, "draw_batch", draw_batch)
+    with pytest.raises(UserError, match="cpu is out of memory; lower BATCH_SIZE"):
+        run_forecast()
+
+
+def test_15_minute_data_and_one_target(run_forecast, no_plots):
     write_sine("quarter.csv", rows=1200, interval=HOUR / 4)
     folder = run_forecast(CSV="quarter.csv", TARGETS=["south"], LOOKBACK=2, EPOCHS=1, EPOCH_STEPS=2)
-    about = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert about["period"] == 96 and about["targets"] == ["south"] and about["columns"] == ["north", "south"]
+    metadata = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert metadata["period"] == 96 and metadata["targets"] == ["south"] and metadata["columns"] == ["north", "south"]

@@ -93,12 +93,13 @@ Rows = Annotated[list[PositiveInt], NotEmpty()]
 Blocks = Annotated[list[Annotated[int, Limits(1, 100)]], Length(4)]
 Widths = Annotated[list[Annotated[int, Limits(4, 10**5)]], Length(4)]  # the network divides them by 4
 Sizes = Annotated[list[PositiveInt], Length(4)]
+StepSize = Annotated[float, Limits(above=0, high=10)]
 
 # --- data
 CSV: Name = "ETTh1.csv"  # file with a header, a date column, and number columns sampled at equal intervals
 DATE: Name | None = None  # name of the date column; None: "date", or that of CHECKPOINT
-COLUMNS: list[Name] = []  # number columns to train on; []: all
-TARGETS: list[Name] = []  # columns among COLUMNS to forecast and evaluate; []: all
+COLUMNS: list[str] = []  # number columns to train on; []: all
+TARGETS: list[str] = []  # columns among COLUMNS to forecast and evaluate; []: all
 ENCODING: Name = "utf-8-sig"  # text encoding of the file; utf-8-sig is UTF-8 with or without a byte order mark
 SPLIT: Parts = [12, 4, 4]  # training, validation and test part in months of 30 days, or as fractions that sum to 1
 PERIOD: PositiveInt | None = None  # rows per seasonal period; None: those of a day, or of a week if a day has under 4
@@ -121,7 +122,7 @@ FLIP: Probability = 0.5  # probability of negating a window; 0: off
 EPOCHS: PositiveInt = 6  # maximum number of epochs
 EPOCH_STEPS: PositiveInt = 100  # optimizer steps per epoch; validation follows each epoch
 BATCH_SIZE: Annotated[int, Limits(2, 10**6)] = 256  # windows per step, each of one column, drawn at random
-LEARNING_RATE: Positive = 2e-3  # peak learning rate
+LEARNING_RATE: StepSize = 2e-3  # peak learning rate
 MIN_LEARNING_RATE: NonNegative = 1e-6  # final learning rate
 WARMUP_STEPS: NonNegativeInt = 50  # steps of linear learning-rate warm-up; 0: off
 WEIGHT_DECAY: NonNegative = 0.05  # AdamW's decoupled weight decay, on matrices and kernels only; 0: off
@@ -132,7 +133,7 @@ MAX_SKIPPED: PositiveInt = 10  # consecutive steps with a non-finite loss or gra
 
 # --- DLinear, as published for the ETT data
 DLINEAR_LOOKBACK: PositiveInt = 336  # input window in rows
-DLINEAR_LEARNING_RATE: Positive = 5e-3  # peak learning rate; the loss is the MSE
+DLINEAR_LEARNING_RATE: StepSize = 5e-3  # peak learning rate; the loss is the MSE
 
 # --- run
 CHECKPOINT: str = ""  # "": train; path of a best.pth: forecast the rows that follow the end of CSV
@@ -299,7 +300,8 @@ def count_parameters(arch, model_args):
         with torch.device("meta"):
             network = timm.create_model(arch, **model_args)
     except ValueError as error:
-        raise ConstantError(f"DEPTHS, DIMS and KERNELS must fit together and to {arch}: {error}") from error
+        given = ", ".join(f"{name} {model_args.get(name)}" for name in ("depths", "dims", "kernel_sizes"))
+        raise ConstantError(f"DEPTHS, DIMS and KERNELS must fit together ({error}), got {given}") from error
     return sum(parameter.numel() for parameter in network.parameters())
 
 
