@@ -21,7 +21,8 @@ from common.schedule import warmup_cosine
 from tools import forecast
 from tools.series import choose_period, column_statistics, read_series, split_rows, split_windows
 
-DEFAULTS = {name: getattr(forecast, name) for name in read_constants(forecast.__file__)}
+COMMENTS = read_constants(forecast.__file__)
+DEFAULTS = {name: getattr(forecast, name) for name in COMMENTS}
 SMALL = dict(CSV="sine.csv", SPLIT=[0.6, 0.2, 0.2], LOOKBACK=4, HORIZONS=[12], DIMS=[4, 4, 8, 8], KERNELS=[3, 3, 3, 3])
 SMALL |= dict(EPOCHS=2, EPOCH_STEPS=5, BATCH_SIZE=8, WARMUP_STEPS=2, DLINEAR_LOOKBACK=48, DEVICE="cpu")
 ROWS = 480  # of sine.csv; validation begins at row 288, test at row 384
@@ -335,6 +336,7 @@ def test_invalid_constants_are_refused_before_the_file_is_read(options, words, t
     for name, value in (DEFAULTS | dict(CSV="absent.csv")).items():
         monkeypatch.setattr(forecast, name, value)
     monkeypatch.setattr(sys, "argv", ["forecast.py", *options.split()])
+    monkeypatch.setattr("common.options.read_constants", lambda path: COMMENTS)  # parsing takes most of the time
     with pytest.raises(SystemExit) as status:
         run(forecast.main)
     output = capsys.readouterr()

@@ -152,7 +152,6 @@ REQUIRED += ("interval", "mean", "std", "config")
 
 
 def main():
-    config = {name: globals()[name] for name in read_constants(__file__) if name not in NO_EFFECT}
     if MODEL not in timm.list_models("unireplknet*"):
         raise ConstantError(f"MODEL must be one of {', '.join(timm.list_models('unireplknet*'))}, got {MODEL!r}")
     for name, values in dict(COLUMNS=COLUMNS, TARGETS=TARGETS, HORIZONS=HORIZONS, SEEDS=SEEDS).items():
@@ -176,6 +175,7 @@ def main():
     network |= network_structure(DEPTHS, DIMS, KERNELS)
     count_parameters(MODEL, network)  # refuses values that do not fit together
 
+    config = {name: globals()[name] for name in read_constants(__file__) if name not in NO_EFFECT}
     device = choose_device(DEVICE)
     if CHECKPOINT:
         return forecast(CHECKPOINT, CSV, DATE, ENCODING, config | dict(HORIZONS=HORIZONS), device, Path(RESULTS))
