@@ -85,7 +85,7 @@ from common.plots import save_figure
 from common.run_folder import lock, set_aside
 from common.schedule import warmup_cosine
 from ema import ModelEma
-from tools.series import choose_period, check_parts, column_statistics, read_series, split_rows, split_windows
+from tools.series import check_parts, choose_period, column_statistics, read_series, split_rows, split_windows
 
 # What the constants below accept, besides the kinds of common/options.py.
 Parts = Annotated[list[Positive], Length(3)]
