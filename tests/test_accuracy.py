@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CLASSES, ROOT
+from conftest import CLASSES, ROOT, SMALL
 
 from benchmarks import accuracy
 from common.checkpoint import load_checkpoint
 from common.options import ConstantError, UserError, set_constants
 
-OPTIONS = "--model unireplknet_a --img-size 32 --batch-size 8 --epochs 1 --optimizer adamw --amp off --device cpu"
+MODEL = SMALL["MODEL"]
+OPTIONS = f"--model {MODEL} --img-size 32 --batch-size 8 --epochs 1 --optimizer adamw --amp off --device cpu"
 
 
 def run_here(*words, threads=None):
@@ -59,12 +60,12 @@ def test_the_recipe_is_measured_by_test_py(small, capsys):
 def test_weights_to_ship_are_small_and_know_every_image(small):
     small.setattr(accuracy, "WHAT", "weights")
     accuracy.main()
-    shipped = load_checkpoint("accuracy/seedlings_unireplknet_a.pth")
+    shipped = load_checkpoint(f"accuracy/seedlings_{MODEL}.pth")
     assert shipped["pictures_train"] == sum(CLASSES.values()) and shipped["classes"] == list(CLASSES)
-    whole = load_checkpoint("accuracy/weights/unireplknet_a/last.pth")["state_dict_ema"]
+    whole = load_checkpoint(f"accuracy/weights/{MODEL}/last.pth")["state_dict_ema"]
     for name, tensor in whole.items():
         assert np.allclose(shipped["state_dict"][name], tensor, rtol=1e-3, atol=1e-6), name
-    assert Path("accuracy/seedlings_unireplknet_a.pth").stat().st_size < 10e6
+    assert Path(f"accuracy/seedlings_{MODEL}.pth").stat().st_size < 10e6
 
 
 def test_fine_tuning_starts_from_a_network_that_knows_other_classes(small):
@@ -91,8 +92,8 @@ def test_fine_tuning_starts_from_a_network_that_knows_other_classes(small):
 
 
 def test_a_script_that_fails_says_why():
-    with pytest.raises(UserError, match="mean_std.py --source nowhere failed: error: there is no folder nowhere"):
-        accuracy.python("mean_std.py", "--source", "nowhere")
+    with pytest.raises(UserError, match="makedata.py --source nowhere failed: error: there is no folder nowhere"):
+        accuracy.python("makedata.py", "--source", "nowhere")
 
 
 @pytest.mark.parametrize("words", [["--what", "everything"], ["--splits", ""], ["--jobs", "0"]])
