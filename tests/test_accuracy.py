@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,23 @@ def run_here(*words, threads=None):
     assert not script.main()
 
 
+class HereExecutor(Executor):
+    """Calls at once, in this thread, as signal handlers need it."""
+
+    def __init__(self, workers):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch, make_data1):
     monkeypatch.chdir(tmp_path)
     make_data1("data1", CLASSES)
-    for name, value in dict(SPLITS=[3], OPTIONS=OPTIONS, python=run_here).items():
+    for name, value in dict(SPLITS=[3], OPTIONS=OPTIONS, python=run_here, ThreadPoolExecutor=HereExecutor).items():
         monkeypatch.setattr(accuracy, name, value)
     return monkeypatch
 
