@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import logging
 import warnings
 
 import numpy as np
@@ -51,12 +52,27 @@ def save_figure(figure, path):
     # The list of families itself: of a generic one such as sans-serif, matplotlib takes the first font for all
     # characters.
     families = ["DejaVu Sans", *find_cjk_fonts()]
-    with rc_context({"font.family": families, "axes.unicode_minus": False}), warnings.catch_warnings():
-        # Without such a font Chinese names are drawn as boxes; a warning for each character would bury the results.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with rc_context({"font.family": families, "axes.unicode_minus": False}), silent_fonts():
         for text in figure.findobj(Text):  # which took their fonts when they were made
             text.set_fontfamily(families)
         figure.savefig(path, dpi=120)
+
+
+@contextlib.contextmanager
+def silent_fonts():
+    """Within this context matplotlib does not report that a font lacks a character or a weight.
+
+    Without a font that has them, Chinese names are drawn as boxes; a warning for each character would bury the results.
+    """
+    logger = logging.getLogger("matplotlib.font_manager")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 CURVES = (("train", "o", "-", "training"), ("val", "s", "--", "validation"), ("ema", "^", ":", "validation, EMA"))
@@ -241,7 +257,7 @@ def plot_map(points, labels, classes, path):
         path: PNG file to write.
     """
     figure = Figure(figsize=(8.5, 6.5), layout="constrained")
-    axes = figure.add_subplot(xticks=[], yticks=[], title="t-SNE of the pooled features (axes without a unit)")
+    axes = figure.add_subplot(xticks=[], yticks=[], title="t-SNE of the pooled features: nearby images are similar")
     labels = np.asarray(labels)
     for number, name in enumerate(classes):
         mine = points[labels == number]

@@ -39,7 +39,7 @@ def losses(out):
 
 
 def test_segmentation_learns(small, tmp_path, capsys):
-    small(segmentation, STEPS=20, LEARNING_RATE=3e-3)
+    small(segmentation, STEPS=10, BATCH_SIZE=1, LEARNING_RATE=5e-3)
     start, end = losses(capsys.readouterr().out)
     assert end < 0.9 * start
     assert Image.open(tmp_path / "results" / "segmentation.png").width > 500

@@ -33,7 +33,7 @@ def place(trained, tmp_path, monkeypatch):
     """A copy of `trained`, in which visualize.main() does little."""
     shutil.copytree(trained, tmp_path / "place", copy_function=os.link)
     monkeypatch.chdir(tmp_path / "place")
-    constants = dict(IMAGES=6, SHOWN=2, COMPARE=[], FIELD_SIZE=64, FIELD_IMAGES=2, DEVICE="cpu")
+    constants = dict(IMAGES=6, SHOWN=1, COMPARE=[], FIELD_SIZE=64, FIELD_IMAGES=2, DEVICE="cpu")
     for name, value in constants.items():
         monkeypatch.setattr(visualize, name, value)
     return tmp_path / "place"
@@ -61,7 +61,7 @@ def test_all_plots_of_a_checkpoint(place, monkeypatch, capsys):
     names = ["augmentation", "receptive_field", "kernels", "features", *(f"gradcam/{name}" for name in CLASSES)]
     for name in names:
         pixels = np.asarray(Image.open(place / "results" / f"{name}.png").convert("L"))
-        assert pixels.shape[1] > 400 and pixels.std() > 5, name
+        assert pixels.shape[1] > 250 and pixels.std() > 5, name
     with open(place / "results" / "receptive_field.csv", newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     assert rows[0][1:] == rows[1][1:] == rows[2][1:] and "pixels" in header[1]
@@ -78,7 +78,7 @@ def test_augmentation_is_that_of_the_checkpoint_s_run(place, draw_augmentation, 
     save_checkpoint(checkpoint, CHECKPOINT)
     images, labels, classes, transform, mixup, _ = draw_augmentation()
     assert f"augmentation of {CHECKPOINT}" in capsys.readouterr().out
-    assert classes == list(CLASSES) and sorted(labels) == [0, 1, 2]
+    assert classes == list(CLASSES) and labels == [0, 1]
     assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.mix_prob) == (0.3, 0.0, 0.7)
     expected = eval_transform(32, checkpoint["mean"], checkpoint["std"])(images[0])
     torch.testing.assert_close(transform(images[0]), expected)
