@@ -14,52 +14,52 @@ from torch.nn.grad import conv2d_weight
 
 pytest.importorskip("triton")
 
-from models import depthwise, depthwise_triton, doctor  # noqa: E402
-from models.unireplknet import UniRepLKNetBlock  # noqa: E402
+from models import UniRepLKNetBlock, depthwise, depthwise_triton  # noqa: E402
+from tools import conv_report  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_pytest(*args, **variables):
-    """Run pytest in a process of its own, in which Triton interprets its kernels."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **variables}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return int(re.search(r"(\d+) passed", result.stdout)[1])
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 def test_the_kernels_in_the_interpreter():
-    assert run_pytest("--noconftest", "tests/triton_interpreter.py") > 40
+    """In a process of its own, in which Triton interprets its kernels, blocks against the golden vectors among them.
 
-
-def test_the_golden_blocks_and_merged_network_are_the_same_with_the_kernels():
-    """The golden training step passes, too, but takes minutes in the interpreter:
+    The golden training step passes, too, but takes minutes in the interpreter:
 
     UNIREPLKNET_DEPTHWISE=triton TRITON_INTERPRET=1 python -m pytest tests/test_unireplknet.py -k golden
     """
-    tests = "merged_form[13] or merged_form[17] or golden_merged_network[reparameterize_model]"
-    assert run_pytest("tests/test_unireplknet.py", "-k", tests, UNIREPLKNET_DEPTHWISE="triton") == 3
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, "tests/triton_interpreter.py"],
+        cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 25
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_kernels_on_a_gpu(dtype):
-    """All shapes of unireplknet_t, edges, and a compiled block; factors are rounded alike, so only the sums differ."""
+    """All shapes of unireplknet_t, extreme maps, and a compiled block; inputs are rounded alike, only sums differ."""
     if depthwise.why_not_triton(13, "cuda", dtype):
         pytest.skip(depthwise.why_not_triton(13, "cuda", dtype))
     with torch.device("meta"):
-        shapes = doctor.find_shapes(timm.create_model("unireplknet_t"), 224)
+        shapes = conv_report.find_shapes(timm.create_model("unireplknet_t"), 224)
     shapes += [(3, height, width, 13, 1) for height, width in ((1, 1), (5, 33), (2, 128), (96, 96))]
     for shape in shapes:
-        with doctor.forced("triton"):
-            assert doctor.largest_error(shape, torch.device("cuda"), dtype) < 0.01, shape
+        with conv_report.forced("triton"):
+            assert conv_report.largest_error(shape, torch.device("cuda"), dtype) < 0.01, shape
     block = UniRepLKNetBlock(32, 13).cuda().train()
     x = torch.randn(4, 32, 14, 14, device="cuda")
     for network in (block, torch.compile(block, fullgraph=True)):
         results = []
         for name in ("triton", "pytorch"):
-            with doctor.forced(name), torch.autocast("cuda", dtype):
+            with conv_report.forced(name), torch.autocast("cuda", dtype):
                 torch.compiler.reset()
                 results.append(network(x).float())
         assert (results[0] - results[1]).abs().max() < 0.05 * results[1].abs().max()
@@ -87,23 +87,27 @@ def test_the_formulas_of_all_gradients_in_float64(monkeypatch, height, width, di
     bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
     for flip in (False, True):
         operator = lambda x, w, b, flip=flip: depthwise_triton.depthwise_conv2d(x, w, b, dilation, flip)  # noqa: E731
-        assert torch.autograd.gradcheck(operator, (x, weight, bias))
-        assert torch.autograd.gradgradcheck(operator, (x, weight, bias))
-    assert torch.autograd.gradcheck(lambda x, g: depthwise_triton.depthwise_weight(x, g, 5, dilation), (x, grad))
+        assert torch.autograd.gradcheck(operator, (x, weight, bias), fast_mode=True)
+        assert torch.autograd.gradgradcheck(operator, (x, weight, bias), fast_mode=True)
+    operator = lambda x, grad: depthwise_triton.depthwise_weight(x, grad, 5, dilation)  # noqa: E731
+    assert torch.autograd.gradcheck(operator, (x, grad), fast_mode=True)
 
 
 def test_kernels_compiled_ahead_of_time_spill_nothing(tmp_path, monkeypatch):
-    """Three shapes of unireplknet_t at 224 pixels; compile_ahead.py takes all of them."""
+    """Three shapes of unireplknet_t at 224 pixels; compile_ahead.py compiles all of them."""
     compile_ahead = pytest.importorskip("tests.compile_ahead")
     if not compile_ahead.ASSEMBLER.is_file():
         pytest.skip("this Triton comes without NVIDIA's assembler")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    shapes = [(160, 28, 28, 13, 1), (640, 7, 7, 13, 1)]
-    assert compile_ahead.check(shapes, 128, torch.bfloat16, capabilities=(80, 90)) == []
-    assert compile_ahead.check([(160, 28, 28, 3, 5)], 128, torch.float16, capabilities=(120,)) == []
+    for shape, dtype, capability in (
+        ((160, 28, 28, 13, 1), torch.bfloat16, 80),
+        ((640, 7, 7, 13, 1), torch.bfloat16, 90),
+        ((160, 28, 28, 3, 5), torch.float16, 120),
+    ):
+        assert compile_ahead.check([shape], 128, dtype, capabilities=(capability,)) == []
 
 
-def test_a_kernel_that_spills_is_told(tmp_path, monkeypatch):
+def test_a_kernel_that_spills_is_reported(tmp_path, monkeypatch):
     compile_ahead = pytest.importorskip("tests.compile_ahead")
     if not compile_ahead.ASSEMBLER.is_file():
         pytest.skip("this Triton comes without NVIDIA's assembler")
