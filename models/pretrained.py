@@ -89,8 +89,10 @@ def describe(value: Any) -> str:
     """What stands where a state dict should, in a few words."""
     if not isinstance(value, Mapping):
         return type(value).__name__
+    if not value:
+        return "an empty dictionary"
     keys = [repr(key) for key in value]
-    return f"a dictionary with the keys {', '.join(keys[:3])}{', ...' * (len(keys) > 3)}" if keys else "an empty one"
+    return f"a dictionary with the keys {', '.join(keys[:3])}{', ...' * (len(keys) > 3)}"
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
