@@ -20,7 +20,8 @@ from models.unireplknet import DILATED_BRANCHES, KERNEL_SIZES, VARIANTS, UniRepL
 KERNELS = (3, 5, 7, 9, 11, 13, 15, 17)
 TINY = dict(depths=(2, 2, 6, 2), dims=(8, 16, 24, 32), num_classes=12)
 # One variant for each row of KERNEL_SIZES in the merged structure, too; the others differ in width only.
-LAYOUTS = [*VARIANTS, *(f"unireplknet_{variant}_deploy" for variant in "ants")]
+PUBLISHED = [f"unireplknet_{variant}" for variant in ("a", "f", "p", "n", "t", "s", "b", "l", "xl")]
+LAYOUTS = [*PUBLISHED, *(f"unireplknet_{variant}_deploy" for variant in "ants")]
 FLOAT64_ROUNDING = 512 * torch.finfo(torch.float64).eps  # sums of a few hundred products, merged and not
 
 
@@ -341,6 +342,7 @@ def test_float16_computes_as_published():
 
 
 def test_all_variants_are_registered_with_the_published_files():
+    assert set(PUBLISHED) <= set(VARIANTS)
     assert timm.list_models("unireplknet*") == sorted(VARIANTS)
     files = {}
     for name in timm.list_pretrained("unireplknet*"):
