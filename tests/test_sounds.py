@@ -87,7 +87,7 @@ def run_train(place, monkeypatch):
         for name, value in (DEFAULTS | SMALL | constants).items():
             monkeypatch.setattr(train, name, value)
         assert train.main() == 0
-        return load_checkpoint("checkpoints/unireplknet_a/best.pth")
+        return load_checkpoint(Path("checkpoints", SMALL["MODEL"], "best.pth"))
 
     return run
 
@@ -650,7 +650,7 @@ def test_the_four_scripts_on_tones(run_train, run_test, tmp_path, capsys, monkey
         torch.testing.assert_close(build_network(checkpoint)(image), build_network(checkpoint, merge=False)(image))
 
     # Predictions of the spectrograms in data/val and of the recordings themselves are the same.
-    best = Path("checkpoints/unireplknet_a/best.pth")
+    best = Path("checkpoints", SMALL["MODEL"], "best.pth")
     sources = {Path(file["path"]).name: file["source"] for file in read_json("data/manifest.json")["files"]}
     status, of_spectrograms = run_test(best, "data/val")
     assert status == 0 and len(of_spectrograms) == 12 and "on 12 recordings" in capsys.readouterr().out
@@ -674,7 +674,7 @@ def test_the_four_scripts_on_tones(run_train, run_test, tmp_path, capsys, monkey
     (new / "empty.wav").touch()
     Image.new("RGB", (48, 48)).save(new / "a.png")
     probabilities = []
-    for path in (elsewhere / best, elsewhere / "exports/unireplknet_a/model.onnx"):
+    for path in (elsewhere / best, elsewhere / "exports" / SMALL["MODEL"] / "model.onnx"):
         status, rows = run_test(path, new)
         out = capsys.readouterr().out
         assert status == 3 and [Path(row["image"]).name for row in rows] == ["new.flac"] and rows[0]["class_1"] == "low"
@@ -692,6 +692,6 @@ def test_a_run_is_continued_only_with_the_same_spectrograms(run_train, monkeypat
     run_train(EPOCHS=1, BATCH_SIZE=24)
     monkeypatch.setattr(makedata, "SECONDS", 0.4)
     makedata.main()
-    with pytest.raises(UserError, match="cannot continue .*'seconds': 0.5"):
+    with pytest.raises(UserError, match="how spectrograms are made there is .*'seconds': 0.5"):
         run_train(EPOCHS=2, RESUME="auto")
     assert "warning: makedata.py makes other spectrograms since" in capsys.readouterr().out
