@@ -1,6 +1,6 @@
-"""Bad inputs: a table of named ones, and valid pictures with random damage, through all four scripts.
+"""Bad inputs: a table of named ones, and valid images with random damage, through all four scripts.
 
-    python -m tests.hostile --files 2000
+    python tests/hostile.py --files 2000
 
 Works in a temporary folder. Fails if a script shows a traceback, ends with an unknown exit status or hangs, if a named
 input meets another fate than the table says, or if anything in data1 has changed.
@@ -23,9 +23,10 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = ("png", "jpg", "bmp", "webp", "tif", "gif")
-USED = "used"  # the fate of an input that is a usable picture; else words of the reason why it is left out
+USED = "used"  # the fate of an input that is a usable image; else words of the reason why it is skipped
 IGNORED = "ignored"  # not even mentioned
-BROKEN = "cannot be read as a picture"
+NO_IMAGE = "has no image extension"
+BROKEN = "cannot be read as an image"
 
 
 def noise(seed, size=(24, 24)):
@@ -33,7 +34,7 @@ def noise(seed, size=(24, 24)):
 
 
 def encode(image, suffix, **options):
-    """Bytes of a picture file."""
+    """Bytes of an image file."""
     kinds = dict(jpg="jpeg", tif="tiff")
     file = io.BytesIO()
     image.save(file, kinds.get(suffix, suffix), **options)
@@ -79,7 +80,7 @@ def named_inputs():
     yield "page.jpg", b"<!DOCTYPE html><html><body>404</body></html>", BROKEN
     yield "archive.png", b"PK\x03\x04" + bytes(100), BROKEN
     yield "random.webp", random.Random(1).randbytes(2000), BROKEN
-    yield "bomb.png", bomb(), "has more pixels than Pillow takes for safe"
+    yield "bomb.png", bomb(), "has more pixels than Pillow considers safe"
     yield "wrong checksum.png", bad_crc(encode(new(), "png")), BROKEN
     yield "floating point.tif", encode(Image.fromarray(np.ones((4, 4), np.float32)), "tif"), "floating-point"
     yield "rubbish behind.png", encode(new(), "png") + b"rubbish" * 99, USED
@@ -115,10 +116,10 @@ def named_inputs():
     yield "[a-z].png", encode(new(), "png"), USED
     yield f"{'long' * 58}.png", encode(new(), "png"), USED
     yield "LOUD.PNG", encode(new(), "png"), USED
-    yield "no ending", encode(new(), "png"), "not named like a picture"
-    yield "telephone.heic", b"\0\0\0\x18ftypheic" + bytes(99), "not named like a picture"
-    yield "drawing.svg", b"<svg/>", "not named like a picture"
-    yield "download.jpg.part", encode(new(), "jpg"), "not named like a picture"
+    yield "no extension", encode(new(), "png"), NO_IMAGE
+    yield "telephone.heic", b"\0\0\0\x18ftypheic" + bytes(99), NO_IMAGE
+    yield "drawing.svg", b"<svg/>", NO_IMAGE
+    yield "download.jpg.part", encode(new(), "jpg"), NO_IMAGE
     yield ".hidden.png", encode(new(), "png"), IGNORED
     yield "._resource fork.jpg", b"Mac OS X", IGNORED
     yield "Thumbs.db", b"system", IGNORED
@@ -130,8 +131,8 @@ def named_inputs():
         yield os.fsdecode("小麦.png".encode("gbk")), encode(new(), "png"), USED
         yield "link to itself.png", lambda path: path.symlink_to(path.name), BROKEN
         yield "link to nothing.png", lambda path: path.symlink_to("nothing"), BROKEN
-        yield "link to a device.png", lambda path: path.symlink_to("/dev/zero"), "it is no file"
-        yield "pipe.png", os.mkfifo, "it is no file"
+        yield "link to a device.png", lambda path: path.symlink_to("/dev/zero"), "it is not a regular file"
+        yield "pipe.png", os.mkfifo, "it is not a regular file"
         unreadable = USED if os.geteuid() == 0 else BROKEN  # root reads everything
         yield "unreadable.png", lambda path: (path.write_bytes(encode(new(), "png")), path.chmod(0)), unreadable
 
@@ -179,7 +180,7 @@ def sources():
 
 
 def fill(root, files, seed):
-    """Fill `root/<class>/` with the named inputs, `files` damaged pictures and some good ones; returns {name: fate}."""
+    """Fill `root/<class>/` with the named inputs, `files` damaged images and some good ones; returns {name: fate}."""
     fates = {}
     names = ("Maize", "小麦 苗")
     for number, name in enumerate(names):
@@ -197,7 +198,7 @@ def fill(root, files, seed):
     seen = {content for _, content in valid}
     for index in range(files):
         content = valid[0][1]
-        while content in seen:  # equal pictures under two classes would rightly be refused
+        while content in seen:  # equal images under two classes would rightly be refused
             suffix, whole = moments.choice(valid)
             content = mutate(whole, moments.choice(valid)[1], moments)
         seen.add(content)
@@ -226,26 +227,35 @@ def run(folder, *words):
     return done.returncode, out, errors
 
 
-def check(folder, files, seed=0, say=print):
-    """The whole check in `folder`, which is empty; returns the number of named inputs and how many files were used."""
+def check(folder, files, seed=0, say=print, run=run, model="unireplknet_a"):
+    """The whole check in `folder`, which is empty.
+
+    Args:
+        files: number of damaged images.
+        run: function (folder, script, *words) -> (exit status, what it printed, errors).
+        model: network to train.
+
+    Returns:
+        (number of named inputs, how many files were used).
+    """
     data1 = Path(folder, "data1")
     fates = fill(data1, files, seed)
     before = fingerprints(data1)
     size = ["--img-size", "32"]
-    train = ["train.py", "--model", "unireplknet_a", *size, "--epochs", "1", "--device", "cpu", "--warmup-epochs", "0"]
+    train = ["train.py", "--model", model, *size, "--epochs", "1", "--device", "cpu", "--warmup-epochs", "0"]
     used = 0
     for words in (["makedata.py"], ["mean_std.py"], train, ["test.py", "--device", "cpu", str(data1)]):
         status, out, errors = run(folder, *words)
         if status == 1:
             raise RuntimeError(f"{words} failed: {errors}")
         say(f"{words[0]:12} exit status {status}")
-        reasons = [line for line in out.split("left out: ")[1:]]
+        reasons = [line for line in out.split("skipped: ")[1:]]
         if words[0] in ("makedata.py", "test.py"):
             placed = {path.name for path in Path(folder, "data").glob("*/*/*")}
             for name, fate in fates.items():
                 mentioned = [reason for reason in reasons if f"/{name} " in reason.replace("\\", "/")]
-                if words[0] == "test.py" and (name.startswith(".") or "not named" in fate):
-                    continue  # it takes what is named like a picture, and nothing else
+                if words[0] == "test.py" and (name.startswith(".") or fate == NO_IMAGE):
+                    continue  # it takes files with an image extension only
                 right = not mentioned if fate in (USED, IGNORED) else mentioned and fate in mentioned[0]
                 if words[0] == "makedata.py":
                     right = right and (name in placed) == (fate == USED)
@@ -260,13 +270,13 @@ def check(folder, files, seed=0, say=print):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=2000, help="damaged pictures")
+    parser.add_argument("--files", type=int, default=2000, help="damaged images")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         named, used = check(folder, options.files, options.seed)
     print(
-        f"{named} named inputs and {options.files} damaged pictures, {used} files used: no traceback, data1 unchanged"
+        f"{named} named inputs and {options.files} damaged images, {used} files used: no traceback, data1 unchanged"
     )
 
 

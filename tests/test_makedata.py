@@ -555,7 +555,8 @@ def test_the_command_line(run_script, make_data1):
     done = run_script("makedata.py", "--seed", "5", "--no-link")
     assert done.returncode == 0 and "Traceback" not in done.stderr
     rows = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
-    for name, train, val in (("Common wheat", 7, 3), ("玉米 苗", 5, 2), ("Moutarde frisée", 1, 1), ("total", 13, 6)):
+    expected = (("Common wheat", 7, 3), ("玉米 苗", 5, 2), ("Moutarde frisée", 1, 1), ("total", 13, 6))
+    for name, train, val in expected:
         assert [name, str(train), str(val)] in rows
     assert json.loads(Path("data/manifest.json").read_text(encoding="utf-8"))["seed"] == 5
     assert {path.stat().st_nlink for path in Path("data1").rglob("*.png")} == {1}

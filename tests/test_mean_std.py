@@ -84,7 +84,8 @@ def test_the_file_holds_both_definitions_exactly(pixels, capsys):
 
 def test_workers_change_nothing(make_data1):
     make_data1("data1", {"a": 40, "b": 30}, size=8)
-    assert get_mean_and_std(CachedImageFolder("data1"), workers=2) == get_mean_and_std(CachedImageFolder("data1"), workers=0)
+    dataset = CachedImageFolder("data1")
+    assert get_mean_and_std(dataset, workers=2) == get_mean_and_std(dataset, workers=0)
 
 
 def test_a_large_image_loses_nothing_to_rounding(draw_image):
