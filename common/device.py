@@ -23,8 +23,8 @@ def choose_device(name):
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()  # which "meta" refuses
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConstantError(f'DEVICE {name!r} is not available here ({reason}); set it to "auto" or "cpu"') from error
     return torch.device(name)

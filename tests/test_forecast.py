@@ -324,7 +324,7 @@ REFUSED = (
     ("--device=", "DEVICE must be"),
     ("--seeds=", "SEEDS must be"),
     ("--seeds=1,1", "SEEDS must not hold the same value twice"),
-    ("--resume=always", 'RESUME must be "auto" or "off"'),
+    ("--resume=always", 'RESUME must be "" or "auto"'),
     ("--output=", "OUTPUT must be"),
     ("--results=", "RESULTS must be"),
 )

@@ -139,7 +139,7 @@ DLINEAR_LEARNING_RATE: StepSize = 5e-3  # peak learning rate; the loss is the MS
 CHECKPOINT: str = ""  # "": train; path of a best.pth: forecast the rows that follow the end of CSV
 DEVICE: Name = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or a device such as "cuda:1"
 SEEDS: Annotated[list[int], NotEmpty()] = [1]  # one run for each: initial weights, order of windows, Mixup and dropout
-RESUME: Literal["auto", "off"] = "off"  # "auto": continue the runs in OUTPUT; "off": start new ones
+RESUME: Literal["", "auto"] = ""  # "": new runs; "auto": resume those in OUTPUT
 OUTPUT: Name = "checkpoints/forecast"  # folder in which <name of the CSV file>/ is created
 RESULTS: Name = "results"  # folder for the forecasts of CHECKPOINT; existing files are replaced
 
@@ -233,7 +233,7 @@ def main():
     )
     folder, results = Path(OUTPUT, Path(CSV).stem), []
     with lock(folder), Interrupt() as interrupt:
-        if RESUME == "off":
+        if not RESUME:
             set_aside(folder)
         print(format_result(None))
         try:
