@@ -1,4 +1,4 @@
-"""The constants of a script on its command line, and how a script ends."""
+"""The constants of a script: what they accept, in the file and on the command line, and how a script ends."""
 
 import os
 import runpy
@@ -6,12 +6,37 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 from torch.utils.data import DataLoader
 
 from common.images import load_image
-from common.options import UserError, override_constants, read_constants, run
+from common.options import (
+    Ascending,
+    ConstantError,
+    Fraction,
+    ImageSize,
+    Length,
+    Limits,
+    Name,
+    NonNegative,
+    NotEmpty,
+    Positive,
+    PositiveInt,
+    Probability,
+    Rate,
+    UserError,
+    accepts,
+    describe,
+    describe_overrides,
+    fill_in,
+    parse,
+    read_constants,
+    run,
+    set_constants,
+)
+from common.renamed import RENAMED
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = '''"""Do nothing, at 100 % speed.
@@ -61,12 +86,12 @@ def script(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def parse(script):
+def set_words(script):
     """The constants after the words of a command line."""
 
     def run_parser(*words):
         namespace = runpy.run_path(str(script))
-        override_constants(namespace, list(words), positional="FILES")
+        set_constants(namespace, list(words), positional="FILES")
         return {name: namespace[name] for name in DEFAULTS}
 
     return run_parser
@@ -101,8 +126,8 @@ def parse(script):
         ("a.jpg --steps 2 --no-use-ema", dict(FILES=["a.jpg"], STEPS=2, USE_EMA=False)),
     ],
 )
-def test_words_become_values(words, changed, parse):
-    found, expected = parse(*words.split()), DEFAULTS | changed
+def test_words_become_values(words, changed, set_words):
+    found, expected = set_words(*words.split()), DEFAULTS | changed
     assert found == expected
     assert {name: type(value) for name, value in found.items()} == {
         name: type(value) for name, value in expected.items()
@@ -112,44 +137,59 @@ def test_words_become_values(words, changed, parse):
 @pytest.mark.parametrize(
     "words, mistake",
     [
-        ("--steps three", "'three'"),
-        ("--steps 1.5", "'1.5'"),
+        ("--steps three", "STEPS must be a whole number, got 'three' (set by --steps)"),
+        ("--steps 1.5", "STEPS must be a whole number, got '1.5'"),
+        ("--rate fast", "RATE must be a number, got 'fast'"),
+        ("--rate nan", "RATE must be a number, got 'nan'"),
+        ("--rate inf", "RATE must be a number, got 'inf'"),
+        ("--scale 1,b", "SCALE must be a list of numbers, got '1,b'"),
+        ("--scale ,", "got ','"),
+        ("--limit 2.5", "LIMIT must be a whole number or None, got '2.5'"),
+    ],
+)
+def test_a_value_that_is_not_accepted_is_named_with_what_is(words, mistake, set_words):
+    with pytest.raises(ConstantError) as error:
+        set_words(*words.split())
+    assert mistake in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words, mistake",
+    [
         ("--steps", "--steps"),
-        ("--rate fast", "'fast'"),
-        ("--scale 1,b", "'1,b'"),
-        ("--scale ,", "','"),
-        ("--limit 2.5", "'2.5'"),
         ("--use-ema=3", "--use-ema"),
         ("--step 3", "did you mean --steps?"),
         ("--stpes=3", "did you mean --steps?"),
         ("--use-emma", "did you mean --use-ema?"),
+        ("--od x", "did you mean --out-dir?"),
         ("--outdir x", "did you mean --out"),
         ("--no-quite", "did you mean --no-quiet?"),
         ("--nothing-like-it", "--nothing-like-it"),
         ("--not-an-option 4", "--not-an-option"),
+        ("--hlep", "--hlep"),
     ],
 )
-def test_a_wrong_word_gets_one_sentence(words, mistake, parse, capsys):
+def test_a_wrong_word_gets_one_sentence(words, mistake, set_words, capsys):
     with pytest.raises(SystemExit) as end:
-        parse(*words.split())
+        set_words(*words.split())
     message = capsys.readouterr().err
     assert end.value.code == 2
     assert message.startswith("error: ") and message.count("\n") == 1 and mistake in message
     assert message.endswith("(see python script.py --help)\n")
 
 
-def test_help_shows_comments_and_defaults(parse, capsys):
+def test_help_shows_comments_and_defaults(set_words, capsys):
     with pytest.raises(SystemExit) as end:
-        parse("--help")
+        set_words("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     assert "Do nothing, at 100 % speed. python script.py photo.jpg" in text
     for part in (
-        "--out_dir STR where to (default: out)",
-        "how many, at most 100 % (default: 5)",
+        "--out_dir VALUE where to (accepts text; default: 'out')",
+        "how many, at most 100 % (accepts a whole number; default: 5)",
         "--no-use-ema",
-        "two shares (default: [0.5, 1.0])",
-        "a choice of names (default: None)",
+        "two shares (accepts a list of numbers; default: [0.5, 1.0])",
+        "a choice of names (accepts a list of texts or None; default: None)",
         "files to read",
     ):
         assert part in text, part
@@ -161,21 +201,89 @@ def test_constants_are_read_with_their_comments(script):
     assert read_constants(script)["STEPS"] == "how many, at most 100 %"
 
 
-def test_a_preset_comes_before_the_script_and_after_the_command_line(script):
-    namespace = runpy.run_path(str(script))
-    override_constants(
-        namespace, ["--rate", "2"], preset=lambda: dict(STEPS=7, RATE=9.0, OUT_DIR=str(namespace["RATE"]))
-    )
-    assert (namespace["STEPS"], namespace["RATE"], namespace["OUT_DIR"]) == (7, 2.0, "2.0")
+KINDS = [
+    # kind, in words, accepted, refused
+    (PositiveInt, "a whole number of at least 1", [1, 7], [0, -3, 2.0, "3", True, None]),
+    (Probability, "a number from 0 to 1", [0, 1, 0.25], [-0.1, 1.1, float("nan"), "0.5", False]),
+    (Rate, "a number of at least 0 and below 1", [0, 0.99], [1, -1e-9]),
+    (Fraction, "a number above 0 and of at most 1", [1e-9, 1], [0, 1.5]),
+    (Positive, "a number above 0", [1e-30, 3], [0, -1, float("inf")]),
+    (Annotated[float, Limits(0, below=5)], "a number of at least 0 and below 5", [0, 4.9], [5]),
+    (Annotated[int, Limits(32, multiple=32)], "a whole number that is a multiple of 32 and at least 32", [64], [16, 33, 0]),
+    (Name, "text that is not empty", ["a"], ["", None, 3]),
+    (bool, "True or False", [True], [1, "yes", None]),
+    (Literal["auto", "off"], '"auto" or "off"', ["off"], ["on", None, 0]),
+    (Literal[1, 2, 4], "1, 2 or 4", [4], [3, "4"]),
+    (ImageSize | None, "a whole number of at least 32 or None", [None, 32], [31, "none"]),
+    (list[Probability], "a list of numbers from 0 to 1", [[], [0.5, 1]], [[2], 0.5, "ab", None]),
+    (Annotated[list[NonNegative], Length(2), Ascending()], "a list of 2 numbers of at least 0 in ascending order",
+     [[0, 1], (1, 1)], [[1], [2, 1], [0, -1]]),
+    (Annotated[list[str], NotEmpty()], "a list of texts that is not empty", [["a"]], [[], [3], "a"]),
+    (list[Literal["x", "y"]], 'a list of "x" or "y"', [["x"], []], [["z"]]),
+]  # fmt: skip
 
 
-def test_annotations_may_be_made_when_asked_for(script):
+@pytest.mark.parametrize(("kind", "words", "accepted", "refused"), KINDS, ids=[words for _, words, _, _ in KINDS])
+def test_what_a_kind_accepts(kind, words, accepted, refused):
+    assert describe(kind) == words
+    assert [value for value in accepted if not accepts(kind, value)] == []
+    assert [value for value in refused if accepts(kind, value)] == []
+
+
+def test_words_of_the_command_line_are_parsed_by_their_kind():
+    assert parse(ImageSize | None, "none") is None and parse(ImageSize | None, "64") == 64
+    assert parse(Literal["auto"] | int, "auto") == "auto" and parse(Literal["auto"] | int, "3") == 3
+    assert parse(Annotated[list[NonNegative], Length(2)], "0,2") == [0.0, 2.0]
+    for kind, word in ((ImageSize | None, "16"), (Name | None, ""), (Literal["a"], "b"), (list[Probability], "0,2")):
+        with pytest.raises(ValueError):
+            parse(kind, word)
+
+
+@pytest.mark.parametrize("line", ["STEPS: int = 2.5", 'RATE: float = "fast"', "SCALE: list[float] = [1, None]", "USE_EMA: bool = 1"])
+def test_a_value_in_the_file_is_checked_too(line, script, run_script):
+    name = line.split(":")[0]
+    text = script.read_text(encoding="utf-8")
+    old = next(row for row in text.splitlines() if row.startswith(f"{name}:"))
+    script.write_text(text.replace(old, f"{line}  # a mistake"), encoding="utf-8")
+    with pytest.raises(ConstantError, match=rf"^{name} must be .*, got .* \(set in script.py\)$"):
+        set_constants(runpy.run_path(str(script)), [])
+
+
+def test_the_command_line_replaces_a_wrong_value_of_the_file(script):
+    namespace = runpy.run_path(str(script)) | dict(STEPS="many")
+    assert set_constants(namespace, ["--steps", "3"]) == {"STEPS": (3, "many")} and namespace["STEPS"] == 3
+
+
+def test_what_the_command_line_replaces_is_printed(run_script, script):
+    out = run_script(script, "--steps", "0", "--quiet", "--rate", "0.1", "--names", "a", "--no-quiet").stdout
+    assert out.splitlines()[0] == "options     STEPS 0 (script.py: 5)"  # RATE is as it was, NAMES was not set
+    assert describe_overrides({}, "script.py") is None
+
+
+def test_defaults_are_filled_in_where_a_constant_is_none_and_printed(capsys):
+    values = dict(A=None, B=2, C=None)
+    assert fill_in(values, dict(A=1, B=9)) == dict(A=1, B=2, C=None)
+    assert capsys.readouterr().out == "default     A 1, where they are None\n"
+    assert values["A"] is None
+
+
+def test_old_names_say_what_became_of_them(script, monkeypatch, capsys):
+    monkeypatch.setitem(RENAMED, "script.py", {"OLD_RATE": "it is RATE now", "GONE": "it is gone"})
+    for words in (["--old-rate", "3"], ["--old_rate=3"], ["--no-old-rate"]):
+        with pytest.raises(SystemExit) as end:
+            set_constants(runpy.run_path(str(script)), words)
+        assert end.value.code == 2 and "it is RATE now" in capsys.readouterr().err
+    with pytest.raises(ConstantError, match=r"GONE: it is gone \(set in script.py\)"):
+        set_constants(runpy.run_path(str(script)) | dict(GONE=3), [])
+
+
+def test_annotations_may_be_evaluated_on_demand(script):
     """Python 3.14 leaves `__annotate__` in a script's globals instead of `__annotations__`."""
     namespace = runpy.run_path(str(script))
     if "__annotations__" in namespace:
         annotations = namespace.pop("__annotations__")
         namespace["__annotate__"] = lambda format: annotations
-    override_constants(namespace, ["--steps", "3", "--no-use-ema", "--limit", "none"])
+    set_constants(namespace, ["--steps", "3", "--no-use-ema", "--limit", "none"])
     assert (namespace["STEPS"], namespace["USE_EMA"], namespace["LIMIT"]) == (3, False, None)
 
 
@@ -189,7 +297,7 @@ def test_every_constant_of_the_scripts_has_a_comment(name):
 def test_a_script_ends_with_what_main_returns(run_script, script):
     done = run_script(script, "--steps", "3", "--no-use-ema", "玉米 苗.jpg")
     assert done.returncode == 3 and done.stderr == ""
-    assert done.stdout == "{'STEPS': 3, 'USE_EMA': False, 'FILES': ['玉米 苗.jpg']}\n"
+    assert done.stdout.splitlines()[-1] == "{'STEPS': 3, 'USE_EMA': False, 'FILES': ['玉米 苗.jpg']}"
     assert run_script(script, "--steps", "0").returncode == 0
     assert run_script(script, "--stepz", "0").returncode == 2
 
@@ -232,13 +340,14 @@ def throw(error):
         (UserError("a.jpg is broken; remove it"), 1, "error: a.jpg is broken; remove it\n"),
         (OSError(28, "No space left on device", "a.pth"), 1,
          "No space left on device: 'a.pth'; make room on the disk and give the same command again\n"),
+        (ConstantError("STEPS must be 1, got 2"), 2, "error: STEPS must be 1, got 2\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
         (UserError("a.jpg cannot be read (OSError: cut off); remove it"), 1,
          "error: a.jpg cannot be read (OSError: cut off); remove it\n"),
     ],
-    ids=["UserError", "OSError", "KeyboardInterrupt", "UserError that quotes an error"],
+    ids=["UserError", "OSError", "ConstantError", "KeyboardInterrupt", "UserError that quotes an error"],
 )  # fmt: skip
-def test_errors_that_the_user_can_mend_are_one_sentence(error, status, message, end_of):
+def test_errors_that_the_user_can_fix_are_one_sentence(error, status, message, end_of):
     found, text = end_of(throw(error))
     assert found == status and text.endswith(message)
     assert status == 130 or text.startswith("error: ") and text.count("\n") == 1
@@ -260,8 +369,8 @@ class Broken:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_a_worker_cannot_read_is_named(workers, end_of):
-    Path("broken.jpg").write_bytes(b"no picture")
+def test_an_image_that_a_worker_cannot_read_is_named(workers, end_of):
+    Path("broken.jpg").write_bytes(b"no image")
     status, text = end_of(lambda: list(DataLoader(Broken(), num_workers=workers)))
     assert status == 1 and text.count("\n") == 1
-    assert text.startswith("error: broken.jpg cannot be read as a picture (no format")
+    assert text.startswith("error: broken.jpg cannot be read as an image (not an image format")
