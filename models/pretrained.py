@@ -1,4 +1,4 @@
-"""Weights from elsewhere: the table of published checkpoints, and how a state dict is brought into a `UniRepLKNet`.
+"""Pretrained weights: the table of published checkpoints, and the loading of a state dict into a `UniRepLKNet`.
 
     model = timm.create_model("unireplknet_t.in1k", pretrained=True)         # timm downloads a row of the table
     print(load_weights(model, torch.load("some.pth", weights_only=True)))    # a checkpoint in any of the usual forms

@@ -3,8 +3,8 @@
 The network of https://github.com/AILab-CVC/UniRepLKNet (Apache-2.0), with the same `state_dict` names, order and
 shapes, so that the released checkpoints load, and the same numbers. Each block is a large depthwise convolution with
 parallel dilated branches, squeeze-and-excitation, and a two-layer MLP with global response normalisation; for
-inference `fuse()` merges every batch norm, branch and scale into plain convolutions and linear layers. The layers
-with rooms of their own are `models/depthwise.py` and `models/grn.py`; `models/pretrained.py` loads published weights.
+inference `fuse()` merges every batch norm, branch and scale into plain convolutions and linear layers. The depthwise
+convolution is in `models/depthwise.py`, GRN in `models/grn.py`, the loading of weights in `models/pretrained.py`.
 
 Deliberate differences from the authors' file: nothing is printed, unknown arguments raise, merging computes in float64
 and leaves the original block unchanged, gradient checkpointing counts each batch once in the batch-norm statistics,

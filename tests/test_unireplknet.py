@@ -439,7 +439,7 @@ def test_scales_norms_and_biases_are_not_decayed():
     }
 
 
-# --- weights from elsewhere
+# --- pretrained weights
 
 
 def test_load_weights_reports_what_was_loaded_and_skipped():
