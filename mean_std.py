@@ -146,7 +146,7 @@ def hash_if_file(path):
 
 
 def moments(image):
-    """Mean and unbiased standard deviation of one image's channels, and what the whole set's need.
+    """Mean and unbiased standard deviation of one image's channels, and what those of all images need.
 
     Args:
         image: PIL RGB image, or float tensor (3, H, W).

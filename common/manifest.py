@@ -83,6 +83,9 @@ def choose_mean_and_std(data, mean, std, sound):
 
     Returns:
         (mean, std, where they come from in words): two lists of three floats, for pixels from 0 to 1.
+
+    Raises:
+        UserError: if a file is damaged.
     """
     if mean is not None:
         return list(mean), list(std), "the constants"
@@ -90,8 +93,10 @@ def choose_mean_and_std(data, mean, std, sound):
     if not statistics.is_file():
         return list(IMAGENET_MEAN), list(IMAGENET_STD), "ImageNet, since mean_std.py was not run"
     measured = read_json(statistics)
+    if not measured.keys() >= {"mean", "std", "pictures", "fingerprint"}:
+        raise UserError(f"{statistics} is damaged; delete it and run mean_std.py again")
     if measured.get("sound") != sound:
         print("warning: makedata.py makes other spectrograms since mean_std.py was run; run it again")
-    if manifest.is_file() and read_json(manifest)["fingerprint"] != measured["fingerprint"]:
+    if manifest.is_file() and read_json(manifest).get("fingerprint") != measured["fingerprint"]:
         print("warning: the images have changed since mean_std.py was run; run it again")
     return measured["mean"], measured["std"], f"{statistics}, {measured['pictures']} images"

@@ -16,6 +16,7 @@ from torchvision.transforms import ToTensor
 import makedata
 import mean_std
 from common.dataset import CachedImageFolder
+from common.manifest import choose_mean_and_std
 from common.options import UserError
 from mean_std import get_mean_and_std, moments
 
@@ -220,6 +221,25 @@ def test_images_that_makedata_has_read_are_not_decoded_again(make_data1, monkeyp
     change(paths[3])
     mean_std.main()
     assert len(calls) == 1 and written()["mean"] != expected["mean"]
+
+
+def test_the_normalisation_is_that_of_the_constants_the_statistics_or_imagenet(make_data1, capsys):
+    assert choose_mean_and_std("data", [0.1] * 3, [0.2] * 3, None) == ([0.1] * 3, [0.2] * 3, "the constants")
+    mean, _, source = choose_mean_and_std("data", None, None, None)
+    assert mean == [0.485, 0.456, 0.406] and source.startswith("ImageNet")
+    make_data1("data1", {"a": 3, "b": 3})
+    makedata.main()
+    mean_std.main()
+    assert choose_mean_and_std("data", None, None, None)[0] == written()["mean"]
+    assert "warning" not in capsys.readouterr().out
+    make_data1("data1", {"a": 4})
+    makedata.main()
+    choose_mean_and_std("data", None, None, dict(mels=32))
+    out = capsys.readouterr().out
+    assert "warning: makedata.py makes other spectrograms" in out and "warning: the images have changed" in out
+    Path("data/mean_std.json").write_text("{}")
+    with pytest.raises(UserError, match="mean_std.json is damaged"):
+        choose_mean_and_std("data", None, None, None)
 
 
 def test_a_manifest_of_an_earlier_version_has_no_sums(make_data1):

@@ -586,7 +586,7 @@ def test_each_step_of_the_augmentation_can_be_switched_off(image):
 @pytest.mark.parametrize("size", [(32, 51), (33, 200), (100, 40)])
 def test_the_network_and_its_gradients_are_those_of_plain_convolutions(size, monkeypatch):
     torch.manual_seed(0)
-    network = timm.create_model("unireplknet_a", num_classes=3, layer_scale_init_value=0.1).double().train()
+    network = timm.create_model(SMALL["MODEL"], num_classes=3, layer_scale_init_value=0.1).double().train()
     x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
     results = []
     for forward in (DepthwiseConv2d.forward, nn.Conv2d.forward):
@@ -675,8 +675,9 @@ def test_the_four_scripts_on_tones(run_train, run_test, tmp_path, capsys, monkey
     Image.new("RGB", (48, 48)).save(new / "a.png")
     probabilities = []
     for path in (elsewhere / best, elsewhere / "exports" / SMALL["MODEL"] / "model.onnx"):
-        status, rows = run_test(path, new)
+        status, rows = run_test(path, new, MERGE=False)
         out = capsys.readouterr().out
+        assert ("AMP off, MERGE False have no effect" in out) == (path.suffix == ".onnx")
         assert status == 3 and [Path(row["image"]).name for row in rows] == ["new.flac"] and rows[0]["class_1"] == "low"
         assert "1 recordings in" in out and "on 1 recordings" in out
         assert "empty.wav cannot be read as a recording" in out and "a.png is neither a recording nor a" in out
