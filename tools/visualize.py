@@ -171,16 +171,22 @@ def show_grad_cam(checkpoint, network, paths, labels, shown, device, folder):
     folder = folder / "gradcam"
     folder.mkdir(exist_ok=True)
     for number, name in enumerate(classes):
-        cells, captions = [], []
-        for chosen in (predictions == number, predictions != number):
-            found = sorted(np.flatnonzero(chosen & (labels == number)), key=lambda i: -confidence[i])[:shown]
-            images = [load(paths[i]) for i in found]
-            empty = [None] * (shown - len(found))
-            cells += images + empty + [overlay(image, cams[i]) for image, i in zip(images, found)] + empty
-            captions += [f"{paths[i].name[:24]}" for i in found] + [""] * len(empty)
-            captions += [f"{classes[predictions[i]]} {confidence[i]:.2f}" for i in found] + [""] * len(empty)
-        rows = [f"{name}: correct", "Grad-CAM", f"{name}: misclassified", "Grad-CAM"]
-        plot_sheet(cells, captions, folder / f"{name}.png", shown, rows)
+        mine = sorted(np.flatnonzero(labels == number), key=lambda i: -confidence[i])
+        correct = [i for i in mine if predictions[i] == number][:shown]
+        misclassified = [i for i in mine if predictions[i] != number][:shown]
+        columns = max(len(correct), len(misclassified))
+        cells, captions, rows = [], [], []
+        for found, title in ((correct, "correct"), (misclassified, "misclassified")):
+            if found:
+                images = [load(paths[i]) for i in found]
+                empty = columns - len(found)
+                cells += images + [None] * empty + [overlay(image, cams[i]) for image, i in zip(images, found)]
+                cells += [None] * empty
+                captions += [f"{paths[i].name[:24]}" for i in found] + [""] * empty
+                captions += [f"{classes[predictions[i]]} {confidence[i]:.2f}" for i in found] + [""] * empty
+                rows += [f"{name}\n{title}", "Grad-CAM"]
+        if cells:
+            plot_sheet(cells, captions, folder / f"{name}.png", columns, rows)
     print(f"gradcam         {folder}, {len(paths)} images")
 
 
