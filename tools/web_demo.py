@@ -98,7 +98,9 @@ def build_page(predict, title, top_k, kind="image"):
                 if kind == "recording":
                     inputs.append(gradio.Audio(type="filepath", sources=["upload", "microphone"], label="recording"))
                 label = "image" if kind == "image" else "or a spectrogram that makedata.py wrote"
-                inputs.append(gradio.Image(type="filepath", sources=["upload", "clipboard"], label=label))
+                # image_mode None: the file as it is; gradio's own conversion clips 16 bits and blackens transparency.
+                sources = ["upload", "clipboard"]
+                inputs.append(gradio.Image(type="filepath", image_mode=None, sources=sources, label=label))
             with gradio.Column():
                 top = gradio.Label(num_top_classes=top_k, label="most likely classes")
                 cam = gradio.Image(label="Grad-CAM", interactive=False)
