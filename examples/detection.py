@@ -124,7 +124,7 @@ def plot_boxes(images, targets, detections, path):
     figure = Figure(figsize=(3.2 * len(images), 3.2), layout="constrained")
     for number, (image, target, detection) in enumerate(zip(images, targets, detections), start=1):
         axes = figure.add_subplot(1, len(images), number, xticks=[], yticks=[])
-        axes.imshow(image.permute(1, 2, 0))
+        axes.imshow(image.permute(1, 2, 0).numpy())
         for boxes, line in ((target["boxes"], ":"), (detection["boxes"], "-")):
             for x1, y1, x2, y2 in boxes.tolist():
                 axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="white", lw=1.5, ls=line))

@@ -110,7 +110,7 @@ def plot_masks(images, masks, predictions, path):
     for column, cells in enumerate(zip(images.permute(0, 2, 3, 1), masks, predictions)):
         for row, (cell, title) in enumerate(zip(cells, ("image", "ground truth", "prediction"))):
             axes = figure.add_subplot(3, len(images), row * len(images) + column + 1, xticks=[], yticks=[], title=title)
-            axes.imshow(cell, cmap="gray", vmin=0, vmax=len(CLASSES) - 1)
+            axes.imshow(cell.numpy(), cmap="gray", vmin=0, vmax=len(CLASSES) - 1)
     figure.supxlabel("black: soil, grey: crop, white: weed")
     save_figure(figure, path)
 
