@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torchvision import transforms
 
+from common.renamed import upgrade_config
+
 # torchtoolbox 0.1.8 still uses np.int, which NumPy removed in 1.24; its Cutout works once the name exists.
 np.int = int
 try:
@@ -112,7 +114,7 @@ def spectrogram_transform(mean, std, *, decibels, time_shift=0.0, gain=0.0, nois
         time_shift: maximum shift as a fraction of the duration.
         gain: maximum change of loudness in decibels.
         noise: probability of white noise.
-        spec_mask: maximum masked fraction of the duration, and of the mel bands (SpecAugment).
+        spec_mask: maximum masked fraction of the duration and of the mel bands (SpecAugment), or a list of the two.
     """
     steps = [transforms.ToTensor()]
     if time_shift:
@@ -122,8 +124,9 @@ def spectrogram_transform(mean, std, *, decibels, time_shift=0.0, gain=0.0, nois
     if noise:
         steps.append(partial(add_noise, probability=noise, levels=NOISE_LEVELS, decibels=decibels))
     steps.append(transforms.Normalize(mean, std))
-    if spec_mask:
-        steps += [partial(mask, fraction=spec_mask, dim=dim) for dim in (2, 1)]
+    for fraction, dim in zip(spec_mask if isinstance(spec_mask, list) else (spec_mask, spec_mask), (2, 1)):
+        if fraction:
+            steps.append(partial(mask, fraction=fraction, dim=dim))
     return transforms.Compose(steps)
 
 
@@ -211,6 +214,8 @@ def augmentation_from_config(config, num_classes, size, mean, std, sound=None):
         (transform, `BatchMixup`).
     """
 
+    config = upgrade_config(config)
+
     def value(name, default=0.0):
         return config.get(name, default)
 
@@ -230,7 +235,7 @@ def augmentation_from_config(config, num_classes, size, mean, std, sound=None):
             time_shift=value("TIME_SHIFT"),
             gain=value("GAIN"),
             noise=value("NOISE"),
-            spec_mask=value("SPEC_MASK", value("TIME_MASK")),
+            spec_mask=value("SPEC_MASK"),
         )
     else:
         transform = train_transform(

@@ -18,6 +18,7 @@ import argparse
 import ast
 import difflib
 import errno
+import functools
 import math
 import os
 import sys
@@ -198,6 +199,19 @@ def parse(kind, word):
     return value
 
 
+@functools.lru_cache
+def parse_script(path, modified):
+    """{name: comment} of a script's constants; `modified` is its time of change, so that an edited file is read anew."""
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    constants = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and node.target.id.isupper():
+            comment = lines[node.end_lineno - 1][node.end_col_offset :].strip()
+            constants[node.target.id] = comment.removeprefix("#").strip()
+    return constants
+
+
 def read_constants(path):
     """Read the annotated upper-case constants of a script and the comment behind each.
 
@@ -207,14 +221,8 @@ def read_constants(path):
     Returns:
         {name: comment}, in order.
     """
-    source = Path(path).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    constants = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign) and node.target.id.isupper():
-            comment = lines[node.end_lineno - 1][node.end_col_offset :].strip()
-            constants[node.target.id] = comment.removeprefix("#").strip()
-    return constants
+    path = Path(path).resolve()
+    return dict(parse_script(path, path.stat().st_mtime_ns))
 
 
 def current_values(namespace):
@@ -276,6 +284,28 @@ class Parser(argparse.ArgumentParser):
         return next(initials, next(iter(difflib.get_close_matches(f"--{option}", known, 1)), None))
 
 
+def build_parser(namespace, constants, kinds, positional, renamed):
+    """The `Parser` of a script with an option for each constant; see `set_constants`."""
+    parser = Parser(
+        prog=script_name(namespace),
+        description=namespace["__doc__"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # what is not given stays as the script has it
+        renamed=renamed,
+    )
+    for name, comment in constants.items():
+        help_text = f"{comment} (accepts {describe(kinds[name])}; default: {namespace[name]!r})".replace("%", "%%")
+        options = dict.fromkeys([to_option(name), "--" + name.lower()])
+        if name == positional:
+            parser.add_argument(name.lower(), nargs="*", help=help_text)
+        elif kinds[name] is bool:
+            parser.add_argument(*options, action=argparse.BooleanOptionalAction, help=help_text)
+        else:
+            parser.add_argument(*options, metavar="VALUE", help=help_text)
+    return parser
+
+
 def set_constants(namespace, argv, positional=None):
     """Set the constants of a script from the command line, and check all of them.
 
@@ -291,45 +321,30 @@ def set_constants(namespace, argv, positional=None):
         ConstantError: for a value that a constant does not accept.
         SystemExit: after --help, and for an unknown option (status 2).
     """
-    name_of_script = script_name(namespace)
-    renamed = RENAMED.get(name_of_script, {})
-    parser = Parser(
-        prog=name_of_script,
-        description=namespace["__doc__"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,  # what is not given stays as the script has it
-        renamed=renamed,
-    )
+    script = script_name(namespace)
+    renamed = RENAMED.get(script, {})
     kinds = read_kinds(namespace)
     constants = read_constants(namespace["__file__"])
-    for name, comment in constants.items():
-        help_text = f"{comment} (accepts {describe(kinds[name])}; default: {namespace[name]!r})".replace("%", "%%")
-        options = dict.fromkeys([to_option(name), "--" + name.lower()])
-        if name == positional:
-            parser.add_argument(name.lower(), nargs="*", help=help_text)
-        elif kinds[name] is bool:
-            parser.add_argument(*options, action=argparse.BooleanOptionalAction, help=help_text)
-        else:
-            parser.add_argument(*options, metavar="VALUE", help=help_text)
-
+    parser = build_parser(namespace, constants, kinds, positional, renamed) if argv else None
     given = {}
-    for key, word in vars(parser.parse_args(argv)).items():
+    for key, word in vars(parser.parse_args(argv)).items() if argv else ():
         name = key.upper()
         try:
-            given[name] = parse(kinds[name], word) if isinstance(word, str) else word
+            if isinstance(word, list):  # words without an option in front; a comma in them separates nothing
+                [element] = typing.get_args(split_kind(kinds[name])[0])
+                given[name] = [parse(element, part) for part in word]
+            else:
+                given[name] = parse(kinds[name], word) if isinstance(word, str) else word
         except (ValueError, OverflowError):
-            raise ConstantError(
-                f"{name} must be {describe(kinds[name])}, got {word!r} (set by {to_option(name)})"
-            ) from None
+            option = "the command line" if isinstance(word, list) else to_option(name)
+            word = " ".join(word) if isinstance(word, list) else word
+            raise ConstantError(f"{name} must be {describe(kinds[name])}, got {word!r} (set by {option})") from None
     for name in constants:
         if name not in given and not accepts(kinds[name], namespace[name]):
-            raise ConstantError(
-                f"{name} must be {describe(kinds[name])}, got {namespace[name]!r} (set in {name_of_script})"
-            )
+            raise ConstantError(f"{name} must be {describe(kinds[name])}, got {namespace[name]!r} (set in {script})")
     for name in renamed:
         if name in namespace and name not in constants:
-            raise ConstantError(f"{name}: {renamed[name]} (set in {name_of_script})")
+            raise ConstantError(f"{name}: {renamed[name]} (set in {script})")
     overridden = {name: namespace[name] for name in given}
     namespace.update(given)
     return {name: (value, overridden[name]) for name, value in given.items()}

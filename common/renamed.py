@@ -16,6 +16,11 @@ RENAMED = {
         "KEEP": "it is gone, the two newest checkpoints are kept",
         "FINE_TUNING": "it is gone, set EPOCHS, WARMUP_EPOCHS and LAYER_DECAY themselves",
     },
+    "tools/export.py": {"PICTURES": "it is IMAGES now"},
+    "tools/visualize.py": {"PICTURES": "it is IMAGES now", "FIELD_PICTURES": "it is FIELD_IMAGES now"},
+    "benchmarks/data.py": {"PICTURES": "it is IMAGES now"},
+    "benchmarks/export.py": {"PICTURES": "it is IMAGES now"},
+    "benchmarks/sounds.py": {"EPOCHS_LEFT_OUT": "it is HELD_OUT_EPOCHS now"},
 }
 
 # Former constants of train.py that are literals now, with their values, where these affect the result.
