@@ -117,9 +117,11 @@ SYNC_BATCH_NORM: bool = False  # on several GPUs: batch norm statistics over all
 SAVE_MINUTES: NonNegative = 10.0  # minutes between checkpoints inside an epoch; 0: at the end of each epoch only
 TENSORBOARD: bool = False  # also log curves, augmentation and confusion matrices for TensorBoard (a package)
 
-# What EPOCHS, WARMUP_EPOCHS and LAYER_DECAY are where they are None.
-FROM_SCRATCH = dict(EPOCHS=100, WARMUP_EPOCHS=5, LAYER_DECAY=1.0)
-FOR_FINE_TUNING = dict(EPOCHS=20, WARMUP_EPOCHS=1, LAYER_DECAY=0.9)
+# Values of constants that are None.
+DEFAULTS = {
+    "training from scratch": dict(EPOCHS=100, WARMUP_EPOCHS=5, LAYER_DECAY=1.0),
+    "fine-tuning": dict(EPOCHS=20, WARMUP_EPOCHS=1, LAYER_DECAY=0.9),
+}
 
 
 def main():
@@ -133,7 +135,7 @@ def main():
         distributed.processes(DEVICE, DETERMINISTIC) as (device, rank, world_size),
         RunFolder(OUTPUT, MODEL, RESUME, SAVE_MINUTES) as folder,
     ):
-        config = fill_in(current_values(globals()), FOR_FINE_TUNING if PRETRAINED else FROM_SCRATCH)
+        config = fill_in(current_values(globals()), DEFAULTS, "fine-tuning" if PRETRAINED else "training from scratch")
         epochs = config["EPOCHS"]
         checkpoint = folder.load(MODEL, OPTIMIZER)
         weights = read_weights(MODEL, PRETRAINED) if PRETRAINED and checkpoint is None else None

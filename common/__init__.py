@@ -1,1 +1,1 @@
-"""What two scripts must agree on: options, pictures, checkpoints, plots, and the drawn demo data."""
+"""What scripts and tools share: constants, images, augmentation, checkpoints, run folders, plots."""

@@ -230,11 +230,17 @@ def current_values(namespace):
     return {name: namespace[name] for name in read_constants(namespace["__file__"])}
 
 
-def fill_in(values, defaults):
-    """`values` of constants, {name: value}, with those of `defaults` where they are None; prints which these are."""
-    chosen = {name: value for name, value in defaults.items() if values[name] is None}
+def fill_in(values, defaults, purpose):
+    """`values` of constants with the defaults of a purpose where they are None; prints which these are.
+
+    Args:
+        values: {name: value}.
+        defaults: {purpose: {name: value}}.
+        purpose: such as "fine-tuning".
+    """
+    chosen = {name: value for name, value in defaults[purpose].items() if values[name] is None}
     if chosen:
-        print(f"default     {', '.join(f'{name} {value}' for name, value in chosen.items())}, where they are None")
+        print(f"chosen      {', '.join(f'{name} {value}' for name, value in chosen.items())} for {purpose}")
     return values | chosen
 
 

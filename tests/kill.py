@@ -104,7 +104,7 @@ def kill_and_compare(folder, kills, epochs=4, seed=0, device="cpu", say=print):
         if "Traceback" in errors or "error:" in errors:
             raise RuntimeError(errors)
         done += 1
-        saved = torch.load(last, weights_only=True) if last.exists() else dict(epoch=0, pictures=0)
+        saved = torch.load(last, weights_only=True) if last.exists() else {"epoch": 0, "pictures": 0}
         state = f"{saved['epoch']} epochs and {saved['pictures']} images saved, part file {partial.exists()}"
         say(f"kill {done:2} {kind:12}: {state}")
     subprocess.run([*command, "--output", "killed"], check=True, **quiet)

@@ -1,4 +1,4 @@
-"""What the scripts share: order and augmentation of the pictures depend on the seed and the epoch only."""
+"""What the scripts share: order and augmentation of the images depend on the seed and the epoch only."""
 
 import random
 
@@ -7,10 +7,10 @@ import pytest
 import torch
 from torchvision import transforms
 
-from common.dataset import EpochBatches, PictureFolder, SeededPictures, open_image_folder, seed_everything
+from common.dataset import EpochBatches, CachedImageFolder, SeededImages, open_image_folder, seed_everything
 
 
-def test_every_picture_once_an_epoch_in_another_order():
+def test_every_image_once_an_epoch_in_another_order():
     sampler = EpochBatches(50, 5, seed=1)
     orders = []
     for sampler.epoch in (1, 2):
@@ -27,26 +27,26 @@ def test_every_picture_once_an_epoch_in_another_order():
     assert list(sampler) == batches[3:] and len(sampler) == 10
 
 
-@pytest.mark.parametrize(("length", "size", "ranks"), [(50, 5, 2), (50, 5, 3), (47, 4, 4), (8, 8, 1), (9, 4, 2)])
-def test_processes_share_the_batches_of_one(length, size, ranks):
+@pytest.mark.parametrize(("length", "size", "world_size"), [(50, 5, 2), (50, 5, 3), (47, 4, 4), (8, 8, 1), (9, 4, 2)])
+def test_processes_share_the_batches_of_one(length, size, world_size):
     one = EpochBatches(length, size, seed=3)
-    shares = [EpochBatches(length, size, 3, rank, ranks) for rank in range(ranks)]
-    in_turn = [batch for step in zip(*shares) for batch in step]
-    assert len({len(list(share)) for share in shares}) == 1
-    assert in_turn == list(one)[: len(one) // ranks * ranks]
+    parts = [EpochBatches(length, size, 3, rank, world_size) for rank in range(world_size)]
+    in_turn = [batch for step in zip(*parts) for batch in step]
+    assert len({len(list(part)) for part in parts}) == 1
+    assert in_turn == list(one)[: len(one) // world_size * world_size]
 
 
-def test_augmentation_depends_on_seed_epoch_and_picture_only(tmp_path, make_data1):
+def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path, make_data1):
     make_data1(tmp_path, {"a": 3, "b": 3})
     transform = transforms.Compose([transforms.RandomRotation(180), transforms.ToTensor()])
-    pictures = PictureFolder(tmp_path, transform)
-    dataset = SeededPictures(pictures, seed=7)
+    images = CachedImageFolder(tmp_path, transform)
+    dataset = SeededImages(images, seed=7)
     first = dataset[3, 1][0]
     dataset[1, 5]
     random.random(), np.random.rand(), torch.rand(1)
     assert torch.equal(dataset[3, 1][0], first)
     assert not torch.equal(dataset[4, 1][0], first)
-    assert not torch.equal(SeededPictures(pictures, seed=8)[3, 1][0], first)
+    assert not torch.equal(SeededImages(images, seed=8)[3, 1][0], first)
 
 
 def test_seed_everything_reaches_all_three_generators():

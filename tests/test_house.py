@@ -178,12 +178,30 @@ def outside(kind):
     return [value for value in candidates if not accepts(kind, value)]
 
 
+def words_outside(kind):
+    """Words of the command line that a constant of `kind` must refuse."""
+    return [word for value in outside(kind) if (word := to_word(value)) is not None and not reads_as(kind, word, value)]
+
+
 def to_word(value):
     """A value as one writes it on the command line; None where that has no such form."""
     if isinstance(value, (list, tuple)):
         words = [to_word(item) for item in value]
         return None if None in words or len(words) == 1 and words[0] in ("", "none") else ",".join(words)
     return None if isinstance(value, (dict, bool)) else "none" if value is None else str(value)
+
+
+def reads_as(kind, word, value):
+    """Whether the word of a refused value means another, accepted one: "1.5" is a text, "3" a list of one number."""
+    for member in alternatives(kind):
+        plain, _ = split_kind(member)
+        origin = typing.get_origin(plain)
+        element, _ = split_kind(typing.get_args(plain)[0] if origin is list else plain)
+        text = element is str or origin is typing.Literal and word in map(str, typing.get_args(plain))
+        one = origin is list and not isinstance(value, (list, tuple))
+        if text or one or element is types.NoneType and word == "none" or origin is list and word == "":
+            return True
+    return False
 
 
 @pytest.mark.parametrize("path", STARTED, **ids)
@@ -202,7 +220,7 @@ def test_every_constant_refuses_what_it_does_not_accept(path, namespaces, tmp_pa
             assert message.startswith(f"{name} must be ") and repr(value) in message and "\n" not in message
         if kind is bool:
             continue
-        words = [word for word in map(to_word, values) if word is not None and not accepts_word(kind, word)]
+        words = words_outside(kind)
         for word in dict.fromkeys(words[:3] + words[-2:]):
             with pytest.raises(ConstantError) as error:
                 set_constants(dict(namespace), [f"{to_option(name)}={word}"])
@@ -210,23 +228,12 @@ def test_every_constant_refuses_what_it_does_not_accept(path, namespaces, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def accepts_word(kind, word):
-    """Whether a word that stands for a refused value reads as an accepted one: "1.5" is a text, too."""
-    for member in alternatives(kind):
-        plain, _ = split_kind(member)
-        element = typing.get_args(plain)[0] if typing.get_origin(plain) is list else plain
-        element, _ = split_kind(element)
-        if element is str or element is types.NoneType and word == "none" or word == "" and element is not plain:
-            return True
-    return False
-
-
 @pytest.mark.parametrize("path", TOOLS, **ids)
 def test_a_refused_constant_ends_a_script_with_status_2_and_nothing_written(path, namespaces, tmp_path):
     """Two processes for each script: a value on the command line, and one in a copy of the file."""
     kinds = read_kinds(namespaces(path))
-    name = next(name for name in read_constants(path) if to_word_refused(kinds[name]) is not None)
-    word = to_word_refused(kinds[name])
+    name = next(name for name in read_constants(path) if kinds[name] is not bool and words_outside(kinds[name]))
+    word = words_outside(kinds[name])[0]
     text = path.read_text(encoding="utf-8")
     line = next(row for row in text.splitlines() if row.startswith(f"{name}:"))
     changed = f"{line.partition(' = ')[0]} = {{}}  # a mistake"
@@ -241,11 +248,3 @@ def test_a_refused_constant_ends_a_script_with_status_2_and_nothing_written(path
     finally:
         copy.unlink()
     assert not list(tmp_path.iterdir())
-
-
-def to_word_refused(kind):
-    """A word of the command line that a constant of `kind` refuses; None if there is none."""
-    if kind is bool:
-        return None
-    words = [to_word(value) for value in outside(kind)]
-    return next((word for word in words if word is not None and not accepts_word(kind, word)), None)

@@ -262,8 +262,8 @@ def test_what_the_command_line_replaces_is_printed(run_script, script):
 
 def test_defaults_are_filled_in_where_a_constant_is_none_and_printed(capsys):
     values = dict(A=None, B=2, C=None)
-    assert fill_in(values, dict(A=1, B=9)) == dict(A=1, B=2, C=None)
-    assert capsys.readouterr().out == "default     A 1, where they are None\n"
+    assert fill_in(values, {"tests": dict(A=1, B=9), "others": dict(A=3)}, "tests") == dict(A=1, B=2, C=None)
+    assert capsys.readouterr().out == "chosen      A 1 for tests\n"
     assert values["A"] is None
 
 

@@ -363,7 +363,7 @@ def test_a_balanced_run_predicts_the_rare_class_more_often(run_train, place, mak
     [
         ("", {}, dict(EPOCHS=100, WARMUP_EPOCHS=5, LAYER_DECAY=1.0), "EPOCHS 100, WARMUP_EPOCHS 5, LAYER_DECAY 1.0"),
         ("weights.pth", {}, dict(EPOCHS=20, WARMUP_EPOCHS=1, LAYER_DECAY=0.9), "EPOCHS 20, WARMUP_EPOCHS 1"),
-        ("weights.pth", dict(EPOCHS=50, LAYER_DECAY=1.0), dict(EPOCHS=50, WARMUP_EPOCHS=1, LAYER_DECAY=1.0), "WARMUP_EPOCHS 1,"),
+        ("weights.pth", dict(EPOCHS=50, LAYER_DECAY=1.0), dict(EPOCHS=50, WARMUP_EPOCHS=1, LAYER_DECAY=1.0), "WARMUP_EPOCHS 1 for fine-tuning"),
         ("weights.pth", dict(WARMUP_EPOCHS=0), dict(EPOCHS=20, WARMUP_EPOCHS=0, LAYER_DECAY=0.9), "EPOCHS 20, LAYER_DECAY 0.9"),
     ],
 )  # fmt: skip
@@ -379,7 +379,7 @@ def test_what_a_person_set_is_kept_in_fine_tuning(
     folder = run_train(143, **unset | dict(PRETRAINED=pretrained) | constants)
     config = load_checkpoint(folder / "last.pth")["config"]
     assert {name: config[name] for name in expected} == expected
-    assert f"default     {chosen}" in capsys.readouterr().out
+    assert f"chosen      {chosen}" in capsys.readouterr().out
 
 
 def test_a_checkpoint_with_old_names_resumes_with_their_values(run_train, capsys):
