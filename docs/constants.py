@@ -19,7 +19,7 @@ STEPS = ("makedata.py", "mean_std.py", "train.py", "test.py")  # in the order in
 HEAD = """\
 # Constants
 
-[中文](constants.zh-CN.md)
+[中文](constants.zh-CN.md) · [README](../README.md)
 
 Written by `python docs/constants.py` from the scripts; do not edit it.
 
