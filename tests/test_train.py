@@ -613,7 +613,7 @@ def test_cutout_is_the_last_change_of_colours(draw_image):
 
 
 def test_from_the_command_line(run_script, place):
-    done = run_script("train.py", *"--model unireplknet_a --img-size 32 --epochs 1 --batch-size 8 --workers 1".split())
+    done = run_script("train.py", *"--model unireplknet_a --img-size 32 --epochs 1 --batch-size 8 --workers 1 --optimizer adamw".split())
     assert done.returncode == 0, done.stderr
     assert "best acc1" in done.stdout and "Traceback" not in done.stderr
     wrong = run_script("train.py", "--epoch", "3")
