@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import subprocess
 import sys
 import types
@@ -231,20 +232,21 @@ def test_every_constant_refuses_what_it_does_not_accept(path, namespaces, tmp_pa
 @pytest.mark.parametrize("path", TOOLS, **ids)
 def test_a_refused_constant_ends_a_script_with_status_2_and_nothing_written(path, namespaces, tmp_path):
     """Two processes for each script: a value on the command line, and one in a copy of the file."""
-    kinds = read_kinds(namespaces(path))
-    name = next(name for name in read_constants(path) if kinds[name] is not bool and words_outside(kinds[name]))
+    kinds, text = read_kinds(namespaces(path)), path.read_text(encoding="utf-8")
+    names = [name for name in read_constants(path) if kinds[name] is not bool and f'positional="{name}"' not in text]
+    name = next(name for name in names if words_outside(kinds[name]))
     word = words_outside(kinds[name])[0]
-    text = path.read_text(encoding="utf-8")
     line = next(row for row in text.splitlines() if row.startswith(f"{name}:"))
-    changed = f"{line.partition(' = ')[0]} = {{}}  # a mistake"
-    copy = path.with_name(f"mistake_{path.stem}.py")
-    try:
-        copy.write_text(text.replace(line, changed), encoding="utf-8")
-        runs = [[path, f"{to_option(name)}={word}"], [copy]]
-        for command in runs:
-            done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, encoding="utf-8")
-            assert done.returncode == 2 and done.stdout == ""
-            assert done.stderr.startswith(f"error: {name} must be ") and done.stderr.count("\n") == 1, done.stderr
-    finally:
-        copy.unlink()
-    assert not list(tmp_path.iterdir())
+    copy = tmp_path / "copy" / path.name
+    copy.parent.mkdir()
+    copy.write_text(text.replace(line, f"{line.partition(' = ')[0]} = {{}}  # a mistake"), encoding="utf-8")
+    place = tmp_path / "place"
+    place.mkdir()
+    for command in ([path, f"{to_option(name)}={word}"], [copy]):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, *command], cwd=place, env=environment, capture_output=True, encoding="utf-8"
+        )
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith(f"error: {name} must be ") and done.stderr.count("\n") == 1, done.stderr
+    assert not list(place.iterdir())
