@@ -56,12 +56,12 @@ class Limits:
     def __str__(self):
         if self.multiple > 1:
             text = f"that is a multiple of {self.multiple}"
-            return f"{text} and at least {self.low:g}" if self.low > -math.inf else text
+            return f"{text} and at least {self.low}" if self.low > -math.inf else text
         start, end = max(self.low, self.above), min(self.high, self.below)
         if start > -math.inf and end < math.inf and start == self.low and end == self.high:
-            return f"from {start:g} to {end:g}"
-        texts = [(f"of at least {start:g}" if start == self.low else f"above {start:g}")] if start > -math.inf else []
-        texts += [(f"of at most {end:g}" if end == self.high else f"below {end:g}")] if end < math.inf else []
+            return f"from {start} to {end}"
+        texts = [(f"of at least {start}" if start == self.low else f"above {start}")] if start > -math.inf else []
+        texts += [(f"of at most {end}" if end == self.high else f"below {end}")] if end < math.inf else []
         return " and ".join(texts)
 
 
@@ -168,7 +168,8 @@ def describe(kind, plural=False):
         restrictions = [r for r in restrictions if not isinstance(r, Length)]
     else:
         noun = NOUNS[plain][plural]
-    return " ".join([noun, *filter(None, map(str, restrictions))])
+    text = " ".join([noun, *filter(None, map(str, restrictions))])
+    return text.replace("that is", "that are") if plural else text
 
 
 def parse(kind, word):

@@ -219,6 +219,8 @@ KINDS = [
     (Annotated[list[NonNegative], Length(2), Ascending()], "a list of 2 numbers of at least 0 in ascending order",
      [[0, 1], (1, 1)], [[1], [2, 1], [0, -1]]),
     (Annotated[list[str], NotEmpty()], "a list of texts that is not empty", [["a"]], [[], [3], "a"]),
+    (list[Name], "a list of texts that are not empty", [["a"], []], [[""], "a"]),
+    (Annotated[int, Limits(1000, 1_000_000)], "a whole number from 1000 to 1000000", [1000], [999]),
     (list[Literal["x", "y"]], 'a list of "x" or "y"', [["x"], []], [["z"]]),
 ]  # fmt: skip
 
