@@ -39,7 +39,7 @@ from common.device import NetworkForSize, choose_amp, choose_layout, choose_work
 from common.faults import Interrupt, Stopped, copy_tensors, explain_not_finite, ignore_signals_in_worker, skip_step
 from common.faults import split_when_out_of_memory
 from common.manifest import CACHE, choose_mean_and_std, read_sound
-from common.network import check_pretrained, create_network, freeze, load_pretrained, read_weights
+from common.network import check_environment, check_pretrained, create_network, freeze, load_pretrained, read_weights
 from common.optimizer import create_optimizer
 from common.options import Channels, ConstantError, Fraction, ImageSize, Limits, MultipleOf32, Name, NonNegative
 from common.options import NonNegativeInt, Positive, PositiveChannels, PositiveInt, Probability, Rate, UserError
@@ -252,6 +252,7 @@ def check_choices(model, optimizer, pretrained, resume, data):
         raise ConstantError(f'OPTIMIZER must be "muon", "adamw" or another that timm lists, got {optimizer!r}')
     if resume not in ("", "auto") and not Path(resume).is_file():
         raise ConstantError(f'RESUME must be "", "auto" or the path of a checkpoint, got {resume!r}')
+    check_environment()
     if pretrained and not resume:
         check_pretrained(model, pretrained)
     if not Path(data, "train").is_dir():

@@ -7,8 +7,8 @@ Each variant is trained as by train.py on this machine: autocast, memory format,
 whose peak memory is reported: the largest amount of physical memory that it occupied, Python and PyTorch included (by
 getrusage on Linux and macOS, by psutil on Windows). More images in a batch need more.
 
-Forward and backward pass are timed on batches of BATCH_SIZE images, the update of the weights on its own, since its time
-does not depend on the batch; both are medians after a first step that is not timed. From them follows the time of steps
+Forward and backward pass are timed on batches of BATCH_SIZE images, the update of the weights on its own, since its
+time does not depend on the batch; both are medians after a first step that is not timed. From them follows the time of steps
 of STEP_IMAGES images, and of an epoch of EPOCH_IMAGES. It is extrapolated, without loading and validation.
 
 Prints CPU and versions, and a Markdown table.
@@ -54,7 +54,8 @@ def main():
         raise ConstantError(f"MODELS must hold names out of {', '.join(VARIANTS)}, got {unknown[0]!r}")
     dtype = choose_amp("auto", CPU) or torch.float32
     print(f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
-    print(f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}")
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
+    print(f"{platform.system()}, {versions}")
     print(f"{str(dtype).removeprefix('torch.')}, {IMG_SIZE} pixels, batch {BATCH_SIZE}, median of {STEPS} steps\n")
     print("| variant | parameters / million | peak memory / GB | images/s | minutes per epoch, extrapolated |")
     print("|---|---|---|---|---|")

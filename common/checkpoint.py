@@ -177,8 +177,15 @@ def build_network(checkpoint, merge=True):
 
     Returns:
         `nn.Module` in eval mode: images (N, 3, height, width) -> logits (N, len(classes)).
+
+    Raises:
+        UserError: if the network cannot be built so.
     """
-    model = timm.create_model(checkpoint["arch"], **checkpoint["model_args"])
-    model.load_state_dict(checkpoint.get("state_dict_ema") or checkpoint["state_dict"])
+    try:
+        model = timm.create_model(checkpoint["arch"], **checkpoint["model_args"])
+        model.load_state_dict(checkpoint.get("state_dict_ema") or checkpoint["state_dict"])
+    except (RuntimeError, TypeError, ValueError) as error:  # a network that timm does not know, other weights, ...
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"cannot build the network {checkpoint['arch']!r} of the checkpoint: {reason}") from error
     model.eval()
     return timm.utils.reparameterize_model(model) if merge else model

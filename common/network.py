@@ -8,6 +8,15 @@ import torch
 from common.checkpoint import SEEDLINGS, load_file
 from common.options import ConstantError, UserError
 from models import UniRepLKNet, load_weights
+from models.depthwise import environment_choice
+
+
+def check_environment():
+    """ConstantError for a wrong environment variable of models/depthwise.py."""
+    try:
+        environment_choice()
+    except ValueError as error:
+        raise ConstantError(str(error)) from error
 
 
 def check_pretrained(arch, pretrained):

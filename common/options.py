@@ -202,7 +202,7 @@ def parse(kind, word):
 
 @functools.lru_cache
 def parse_script(path, modified):
-    """{name: comment} of a script's constants; `modified` is its time of change, so that an edited file is read anew."""
+    """{name: comment} of a script's constants; `modified` is its time of change: an edited file is read anew."""
     source = path.read_text(encoding="utf-8")
     lines = source.splitlines()
     constants = {}

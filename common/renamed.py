@@ -8,7 +8,7 @@ RENAMED = {
         "NOISE_LEVELS": "it is NOISE_LEVELS in common/augment.py now, set it there",
         "TIME_MASK": "it is SPEC_MASK now, for both directions",
         "FREQUENCY_MASK": "it is SPEC_MASK now, for both directions",
-        "MIX_SWITCH": "it is gone, Mixup and CutMix take turns evenly; set MIXUP or CUTMIX to 0 to have the other alone",
+        "MIX_SWITCH": "it is gone, Mixup and CutMix take turns; set MIXUP or CUTMIX to 0 to have the other alone",
         "MIN_LEARNING_RATE": "it is gone, the schedule ends at a learning rate of 1e-6",
         "MAX_SKIPPED": "it is gone, a run stops after 10 steps in a row without a finite loss and gradient",
         "CHANNELS_LAST": "it is gone, the memory format is chosen by the device",

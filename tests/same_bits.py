@@ -6,7 +6,7 @@
 Three runs with fixed seeds on drawn data: images (growing, Mixup, drop path, EMA, Muon), sounds, and a time series of
 tools/forecast.py. Each is trained by OLD and by NEW; a third run is interrupted under OLD and resumed by NEW. Weights,
 EMA, optimizer state, history and log.csv (but for its columns of time) must be equal. Prints one line for each
-comparison; exit status 1 if anything differs. Takes about three minutes on two cores.
+comparison; exit status 1 if anything differs. Takes about five minutes on two cores.
 """
 
 import argparse

@@ -209,7 +209,8 @@ KINDS = [
     (Fraction, "a number above 0 and of at most 1", [1e-9, 1], [0, 1.5]),
     (Positive, "a number above 0", [1e-30, 3], [0, -1, float("inf")]),
     (Annotated[float, Limits(0, below=5)], "a number of at least 0 and below 5", [0, 4.9], [5]),
-    (Annotated[int, Limits(32, multiple=32)], "a whole number that is a multiple of 32 and at least 32", [64], [16, 33, 0]),
+    (Annotated[int, Limits(32, multiple=32)], "a whole number that is a multiple of 32 and at least 32", [64],
+     [16, 33, 0]),
     (Name, "text that is not empty", ["a"], ["", None, 3]),
     (bool, "True or False", [True], [1, "yes", None]),
     (Literal["auto", "off"], '"auto" or "off"', ["off"], ["on", None, 0]),
@@ -241,7 +242,9 @@ def test_words_of_the_command_line_are_parsed_by_their_kind():
             parse(kind, word)
 
 
-@pytest.mark.parametrize("line", ["STEPS: int = 2.5", 'RATE: float = "fast"', "SCALE: list[float] = [1, None]", "USE_EMA: bool = 1"])
+@pytest.mark.parametrize(
+    "line", ["STEPS: int = 2.5", 'RATE: float = "fast"', "SCALE: list[float] = [1, None]", "USE_EMA: bool = 1"]
+)
 def test_a_value_in_the_file_is_checked_too(line, script, run_script):
     name = line.split(":")[0]
     text = script.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""READMEs and docs are true of the code (constants, options, files), the same in both languages, and in plain English."""
+"""READMEs and docs are true of the code (constants, options, files), the same in both languages, in plain English."""
 
 import ast
 import functools

@@ -22,7 +22,7 @@ import makedata
 import train
 from common import augment, device, network, optimizer
 from common.augment import BatchMixup, MeanCutout, train_transform
-from common.checkpoint import SEEDLINGS, load_checkpoint, save_checkpoint
+from common.checkpoint import SEEDLINGS, build_network, load_checkpoint, save_checkpoint
 from common.options import ConstantError, UserError
 from common.renamed import upgrade_config
 from common.schedule import ImageSizes, warmup_cosine
@@ -223,9 +223,12 @@ def test_images_grow_in_the_first_two_thirds_of_a_run():
 def test_the_network_sees_images_of_the_epoch_s_size(run_train, monkeypatch):
     sizes, validated = [], []
     original, validate = BatchMixup.__call__, train.validate
-    monkeypatch.setattr(
-        BatchMixup, "__call__", lambda mixup, images, labels: sizes.append(images.shape[2:]) or original(mixup, images, labels)
-    )
+
+    def note_size(mixup, images, labels):
+        sizes.append(images.shape[2:])
+        return original(mixup, images, labels)
+
+    monkeypatch.setattr(BatchMixup, "__call__", note_size)
     monkeypatch.setattr(train, "validate", lambda *args: validated.append(args[2]) or falling(validate(*args)))
 
     def falling(results):  # every validation is worse than the one before
@@ -363,8 +366,10 @@ def test_a_balanced_run_predicts_the_rare_class_more_often(run_train, place, mak
     [
         ("", {}, dict(EPOCHS=100, WARMUP_EPOCHS=5, LAYER_DECAY=1.0), "EPOCHS 100, WARMUP_EPOCHS 5, LAYER_DECAY 1.0"),
         ("weights.pth", {}, dict(EPOCHS=20, WARMUP_EPOCHS=1, LAYER_DECAY=0.9), "EPOCHS 20, WARMUP_EPOCHS 1"),
-        ("weights.pth", dict(EPOCHS=50, LAYER_DECAY=1.0), dict(EPOCHS=50, WARMUP_EPOCHS=1, LAYER_DECAY=1.0), "WARMUP_EPOCHS 1 for fine-tuning"),
-        ("weights.pth", dict(WARMUP_EPOCHS=0), dict(EPOCHS=20, WARMUP_EPOCHS=0, LAYER_DECAY=0.9), "EPOCHS 20, LAYER_DECAY 0.9"),
+        ("weights.pth", dict(EPOCHS=50, LAYER_DECAY=1.0), dict(EPOCHS=50, WARMUP_EPOCHS=1, LAYER_DECAY=1.0),
+         "WARMUP_EPOCHS 1 for fine-tuning"),
+        ("weights.pth", dict(WARMUP_EPOCHS=0), dict(EPOCHS=20, WARMUP_EPOCHS=0, LAYER_DECAY=0.9),
+         "EPOCHS 20, LAYER_DECAY 0.9"),
     ],
 )  # fmt: skip
 def test_what_a_person_set_is_kept_in_fine_tuning(
@@ -518,6 +523,30 @@ def test_constants_that_do_not_fit_are_refused_before_anything_is_written(run_tr
     assert sorted(place.rglob("*")) == before
 
 
+def test_a_wrong_environment_variable_is_refused_before_anything_is_written(run_train, place, monkeypatch):
+    before = sorted(place.rglob("*"))
+    monkeypatch.setenv("UNIREPLKNET_DEPTHWISE", "fast")
+    with pytest.raises(ConstantError, match="UNIREPLKNET_DEPTHWISE must be .* got 'fast'"):
+        run_train()
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (dict(arch="unireplknet_q"), "Unknown model"),
+        (dict(model_args=dict(num_classes=7)), "size mismatch|Error"),
+        (dict(model_args=dict(colour="red")), "colour"),
+    ],
+    ids=["network", "weights", "argument"],
+)
+def test_a_checkpoint_whose_network_cannot_be_built_gets_one_sentence(changed, reason, trained):
+    checkpoint = load_checkpoint(trained / "checkpoints" / "unireplknet_test" / "best.pth")
+    with pytest.raises(UserError, match=f"cannot build the network .* of the checkpoint: .*({reason})") as error:
+        build_network(checkpoint | changed)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("constants", "sentence"),
     [
@@ -613,7 +642,8 @@ def test_cutout_is_the_last_change_of_colours(draw_image):
 
 
 def test_from_the_command_line(run_script, place):
-    done = run_script("train.py", *"--model unireplknet_a --img-size 32 --epochs 1 --batch-size 8 --workers 1 --optimizer adamw".split())
+    options = "--model unireplknet_a --img-size 32 --epochs 1 --batch-size 8 --workers 1 --optimizer adamw"
+    done = run_script("train.py", *options.split())
     assert done.returncode == 0, done.stderr
     assert "best acc1" in done.stdout and "Traceback" not in done.stderr
     wrong = run_script("train.py", "--epoch", "3")
@@ -628,7 +658,12 @@ def test_the_cpu_chooses_its_dtype_and_layout(monkeypatch, run_train, capsys):
     assert device.choose_layout(cpu) == torch.channels_last and device.choose_layout(cuda) == torch.contiguous_format
     seen = []
     original = train.prepare_batch
-    monkeypatch.setattr(train, "prepare_batch", lambda *args, **options: seen.append(original(*args, **options)) or seen[-1])
+
+    def prepare_batch(*arguments, **options):
+        seen.append(original(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(train, "prepare_batch", prepare_batch)
     monkeypatch.setattr(device, "has_bfloat16", lambda device: True)
     run_train(EPOCHS=1, AMP="auto")
     assert "autocast bfloat16" in capsys.readouterr().out
