@@ -8,8 +8,8 @@ whose peak memory is reported: the largest amount of physical memory that it occ
 getrusage on Linux and macOS, by psutil on Windows). More images in a batch need more.
 
 Forward and backward pass are timed on batches of BATCH_SIZE images, the update of the weights on its own, since its
-time does not depend on the batch; both are medians after a first step that is not timed. From them follows the time of steps
-of STEP_IMAGES images, and of an epoch of EPOCH_IMAGES. It is extrapolated, without loading and validation.
+time does not depend on the batch; both are medians after a first step that is not timed. From them follows the time of
+steps of STEP_IMAGES images, and of an epoch of EPOCH_IMAGES. It is extrapolated, without loading and validation.
 
 Prints CPU and versions, and a Markdown table.
 """

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from kill import flat
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = "--model unireplknet_a --batch-size 16 --epochs 3 --mix-prob 0.7 --cutout 0 --drop-path 0.3 --device cpu"
@@ -34,7 +35,7 @@ SERIES = (
     "tools/forecast.py --csv series.csv --split 0.7,0.1,0.2 --lookback 7 --dlinear-lookback 96 --horizons 24 "
     "--epochs 2 --epoch-steps 15 --batch-size 32 --device cpu"
 )
-TIMES = ("seconds", "img_per_s")  # columns of log.csv and keys of the history that tell of time
+TIMES = ("seconds", "img_per_s")  # columns of log.csv that hold times
 PARTS = ("state_dict", "state_dict_ema", "ema_updates", "optimizer", "scaler", "epoch", "history")
 
 
@@ -98,11 +99,11 @@ def train(folder, command, codes):
     for path in sorted(folder.glob("checkpoints/**/last.pth")):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         parts = {part: checkpoint[part] for part in PARTS if part in checkpoint}
-        content |= flatten(parts, path.relative_to(folder).as_posix())
+        content |= flat(parts, path.relative_to(folder).as_posix())
     for path in sorted(folder.glob("checkpoints/**/log.csv")):
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
-        content |= flatten(rows, path.relative_to(folder).as_posix())
+        content |= flat(rows, path.relative_to(folder).as_posix())
     assert content, f"no checkpoint in {folder}"
     return content
 
@@ -125,21 +126,6 @@ def start(folder, code, script, options):
         stderr=subprocess.PIPE,
         encoding="utf-8",
     )
-
-
-def flatten(value, name=""):
-    """{name: leaf} of nested dicts and lists, without what only tells of time."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    else:
-        return {name: value}
-    leaves = {}
-    for key, item in items:
-        if key not in TIMES:
-            leaves |= flatten(item, f"{name}/{key}")
-    return leaves
 
 
 def compare(one, other):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, DEFAULTS
+from conftest import CLASSES
 from kill import differences
 from PIL import Image
 from timm.optim import muon
