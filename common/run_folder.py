@@ -126,6 +126,8 @@ class TrainingState:
         for group, own in zip(checkpoint["optimizer"]["param_groups"], settings):
             if "fused" in own:
                 group["fused"] = own["fused"]  # which decides where a step's number is kept
+            if "gram" in own:
+                own["gram"] = group.get("gram", False)  # how the run was begun, to the same bits
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError as error:

@@ -70,7 +70,7 @@ def kill_and_compare(folder, kills, epochs=4, seed=0, device="cpu", say=print):
     """
     options = f"--model unireplknet_test --img-size 32 --batch-size 4 --epochs {epochs} --mix-prob 0.7 --drop-path 0.3"
     options += f" --workers 0 --device {device} --deterministic --resume auto --save-minutes 1e-9 --accumulate 2"
-    options += " --optimizer adamw"  # muon takes longer than everything else with so few and small images
+    options += " --optimizer muon"
     command = [sys.executable, str(ROOT / "tests" / "tiny.py"), *options.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = dict(cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)

@@ -15,7 +15,7 @@ from kill import differences
 
 import makedata
 import train
-from common import distributed
+from common import distributed, optimizer
 from common.checkpoint import load_checkpoint
 from common.options import ConstantError, UserError
 
@@ -96,8 +96,9 @@ def test_validation_counts_every_image_once(place, alone):
 
 
 def test_two_processes_stopped_by_a_signal_resume_exactly(place, alone, capsys):
-    finish(launch(2, "--output", "straight"))
-    process = launch(2, "--output", "stopped", "--save-minutes", "1e-9")
+    muon = ["--optimizer", "muon"]
+    finish(launch(2, "--output", "straight", *muon))
+    process = launch(2, "--output", "stopped", "--save-minutes", "1e-9", *muon)
     until = time.monotonic() + 120
     while not (place / "stopped" / "unireplknet_test" / "last.pth").exists():
         assert process.poll() is None and time.monotonic() < until
@@ -105,9 +106,9 @@ def test_two_processes_stopped_by_a_signal_resume_exactly(place, alone, capsys):
     process.send_signal(signal.SIGTERM)
     out, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and "saved; resume with --resume auto" in out, errors
-    finish(launch(2, "--output", "stopped", "--resume", "auto"))
+    finish(launch(2, "--output", "stopped", "--resume", "auto", *muon))
     assert not differences(end_of(place, "stopped"), end_of(place, "straight"))
-    assert alone(OUTPUT="stopped", RESUME="auto", EPOCHS=4)["epoch"] == 4
+    assert alone(OUTPUT="stopped", RESUME="auto", EPOCHS=4, OPTIMIZER="muon")["epoch"] == 4
     out = capsys.readouterr().out
     assert "processes was 2, is 1" in out and "bit-identical" in out
 
@@ -138,6 +139,27 @@ def test_an_error_on_one_process_ends_all_with_its_message(place):
     assert sum(victim.name in line and "cannot be read as an image" in line for line in lines) == 1
     assert all(victim.name in line or "another process of this run has ended" in line for line in lines), lines
     assert 'train.py", line' not in errors  # no traceback of the script's own
+
+
+def test_muon_s_matrices_are_shared_out_among_the_processes(monkeypatch):
+    matrices = [torch.randn(height, 2 * height) for height in (4, 5, 6, 7, 5)]  # one stack for each height
+    settings = dict(coefficients=[(3.4445, -4.7750, 2.0315)] * 5, eps=1e-7, safety_factor=1.0)
+    expected = optimizer.orthogonalise(matrices, **settings)
+    monkeypatch.setattr(optimizer.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(optimizer.dist, "get_world_size", lambda: 3)
+    computed = []
+    for rank in range(3):
+        owners = []
+        monkeypatch.setattr(optimizer.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(optimizer.dist, "broadcast", lambda stack, owner, owners=owners: owners.append(owner))
+        found = optimizer.orthogonalise(matrices, **settings)
+        assert owners == [0, 1, 2, 0]
+        computed.append([torch.equal(a, b) for a, b in zip(found, expected)])
+    assert computed == [
+        [True, False, False, True, False],
+        [False, True, False, False, True],
+        [False, False, True, False, False],
+    ]
 
 
 @pytest.fixture
