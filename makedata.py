@@ -6,10 +6,15 @@
 
 Every image is opened and checked; unusable files are listed and skipped. The side of the split depends only on an
 image's content and the seed, so that the split is the same on every system, and hardly changes when images are added.
-Identical files land on the same side. data/manifest.json records which file went where.
+Identical files land on the same side. data/manifest.csv records which file went where, and data/manifest.json how.
 
 WAV, FLAC, OGG and MP3 files become log-mel spectrograms, as the constants below say: data/train/<class>/x.wav.png is
 the image that a network sees of data1/<class>/x.wav.
+
+docs/images.md lists which images are read. The values of images with more than 8 bits are scaled as each file states;
+of 12 bits in 16, which files do not state, by a constant:
+
+    python makedata.py --value-range 0,4095
 
 With GROUP, whole groups of files land on one side, such as all images of a plant or all recordings of a speaker:
 
@@ -23,27 +28,34 @@ skipped, or --check found something to fix.
 import contextlib
 import hashlib
 import io
-import json
 import os
 import shutil
-from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
+import tempfile
+import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from tqdm import tqdm
 
 from common.audio import Spectrogram, duration, input_kind, is_sound
-from common.images import SYSTEM_FILES, ImageError, is_image, level_sums, scan_class_folders
-from common.manifest import CACHE, CACHE_FILES, MANIFEST, STATISTICS, fingerprint, hash_file, read_json
-from common.options import ConstantError, Limits, Name, UserError, run
+from common.columns import Files, Hashes, Texts, digest_texts, find, iterate
+from common.contents import TICK, hash_file, is_settled, read_stamp, read_stamps, remember
+from common.decoding import READER
+from common.files import write_json
+from common.images import SYSTEM_FILES, ImageError, is_directory, is_image, level_sums, scan_class_folders
+from common.manifest import CACHE, CACHE_FILES, MANIFEST, STATISTICS, TABLE, Table, fingerprint, read_table
+from common.options import Ascending, ConstantError, Length, Limits, Name, UserError, raise_all, run
+from common.text import label, pad, width
+from common.workers import map_in_processes, watched
 from prepare.drawn_data import SPECIES, draw_data_set
 from prepare.groups import compile_group, split_by_group
+from prepare.pixels import Pixels, describe_pixels, look_at
 
 SOURCE: Name = "data1"  # folder that contains <class>/<image or recording>
-TARGET: Name = "data"  # folder to make: train/<class>, val/<class>, manifest.json
+TARGET: Name = "data"  # folder to make: train/<class>, val/<class>, manifest.json, manifest.csv
 VAL_RATIO: Annotated[float, Limits(above=0, below=1)] = 0.3  # fraction of each class that becomes validation images
 SEED: int = 42  # seed of the split
 LINK: bool = True  # hard links, which need no disk space, where the file system allows; False always copies
@@ -53,6 +65,10 @@ DEMO_IMAGES: Annotated[int, Limits(2)] = 80  # drawn images per class
 CHECK: bool = False  # change nothing, but report what is wrong with SOURCE and how to fix it
 CHECK_NEAR: Annotated[int, Limits(0, 64)] = 4  # near duplicates for CHECK: maximum of 64 hash bits that differ
 CHECK_OUTPUT: Name = "results"  # output folder of CHECK: report.txt and pairs.png
+
+# --- images with more than 8 bits
+ValueRange = Annotated[list[float], Length(2), Ascending()]
+VALUE_RANGE: ValueRange | None = None  # stored values of black and white, such as 0,4095; None: as each file states
 
 # --- split by group
 GROUP: str = ""  # regular expression; files with the same match, or first group, in the name stay together; "": off
@@ -71,57 +87,65 @@ DECIBELS: Annotated[float, Limits(high=1000, above=0)] = 80.0  # dynamic range; 
 def main():
     source, target = Path(SOURCE), Path(TARGET)
     spectrogram = Spectrogram(SAMPLE_RATE, SECONDS, PADDING, WINDOW, HOP, MELS, DECIBELS)
-    check_constants(source, target, DEMO, CHECK, GROUP, VAL_GROUPS, spectrogram)
+    check_constants(source, target, DEMO, CHECK, VALUE_RANGE, GROUP, VAL_GROUPS, spectrogram)
     if DEMO:
         draw_demo(source, DEMO_IMAGES, SEED)
-    classes, beside = scan_class_folders(source)
-    paths = [path for files in classes.values() for path in files]
+    folders = scan_class_folders(source)
     sound = None
-    if are_recordings(paths):
+    if are_recordings(folders):
         spectrogram.check_filters()
         sound = asdict(spectrogram)
-    kind = input_kind(sound)
+    kind = input_kind(sound, VALUE_RANGE and list(VALUE_RANGE))
+    hidden = folders.describe_passed(kind.fits, with_files=False)
+    if hidden:
+        print(hidden)
     if CHECK:
         from prepare.check import check  # imports PyTorch and matplotlib, which nothing else here needs
 
-        return check(source, target, CHECK_NEAR, CHECK_OUTPUT, kind)
+        return check(source, target, CHECK_NEAR, CHECK_OUTPUT, kind, VALUE_RANGE)
 
-    files = check_files(paths, kind, WORKERS)
-    skipped = [file.reason for file in files if file.reason]
-    skipped += [f"{path} is not in a class folder" for path in beside if kind.fits(path)]
-    for reason in skipped:
-        print(f"skipped: {reason}")
-    files = [file for file in files if not file.reason]
-    duplicates = find_duplicates(files, kind.name)
-    val = split_classes(files, source, classes, VAL_RATIO, SEED, kind.name)
-    manifest = dict(source=source.as_posix(), seed=SEED, val_ratio=VAL_RATIO)
-    if sound is not None:
-        manifest["sound"] = sound
-    how = f"with seed {SEED}"
-    if GROUP:
-        contents = {file.path: file.record["sha256"] for file in files}
-        val, groups = split_by_group(contents, compile_group(GROUP), VAL_GROUPS, VAL_RATIO, SEED)
-        manifest |= dict(group=GROUP, val_groups=groups)
-        how = f"by group, with seed {SEED}"
-    if VAL_GROUPS:
-        how = f"by VAL_GROUPS, so that VAL_RATIO {VAL_RATIO} and SEED {SEED} have no effect"
+    with tempfile.TemporaryFile() as spectrograms:
+        checked, skipped = check_files(folders.files, kind, WORKERS, spectrograms)
+        skipped += [f"{path} is not in a class folder" for path in folders.beside if kind.fits(path)]
+        for reason in skipped:
+            print(f"skipped: {reason}")
+        duplicates, problems = find_duplicates(checked, kind.name)
+        raise_all(problems + find_small_classes(checked, source, kind.name))
+        val = split_classes(checked, VAL_RATIO, SEED)
+        manifest = dict(source=source.as_posix(), seed=SEED, val_ratio=VAL_RATIO, reader=READER)
+        if sound is not None:
+            manifest["sound"] = sound
+        elif VALUE_RANGE is not None:
+            manifest["value_range"] = list(VALUE_RANGE)
+        how = f"with seed {SEED}"
+        if GROUP:
+            pattern = compile_group(GROUP)
+            val, groups = split_by_group(checked.files, checked.sha256, pattern, VAL_GROUPS, VAL_RATIO, SEED)
+            manifest |= dict(group=GROUP, val_groups=groups)
+            how = f"by group, with seed {SEED}"
+        if VAL_GROUPS:
+            how = f"by VAL_GROUPS, so that VAL_RATIO {VAL_RATIO} and SEED {SEED} have no effect"
 
-    replace_target(target, files, val, manifest, LINK)
-    report(classes, files, val, duplicates)
+        replace_target(target, checked, val, manifest, LINK, spectrograms)
+    report(checked, val, duplicates)
     if sound is not None:
-        print(f"\n{describe_lengths([file.record['seconds'] for file in files], SECONDS)}")
+        print(f"\n{describe_lengths(checked.seconds, SECONDS)}")
     if GROUP:
         print(f"\nvalidation groups ({len(groups)}): {', '.join(groups[:24])}{', ...' if len(groups) > 24 else ''}")
-    print(f"\n{len(files)} {kind.name}s in {target}, split {how}")
+    for sentence in describe_pixels(checked.pixels, VALUE_RANGE):
+        print(f"\n{sentence}")
+    print(f"\n{len(checked.files)} {kind.name}s in {target}, split {how}")
     return 3 if skipped else 0
 
 
-def check_constants(source, target, demo, check, group, val_groups, spectrogram):
+def check_constants(source, target, demo, check, value_range, group, val_groups, spectrogram):
     """Check how the constants relate to each other; ConstantError if they contradict."""
     if target.resolve().is_relative_to(source.resolve()):
         raise ConstantError(f"TARGET must be outside SOURCE ({source}), got {target}; set it to another folder")
     if demo and check:
         raise ConstantError("DEMO must be False where CHECK, which changes nothing, is True, got True")
+    if value_range is not None and value_range[0] == value_range[1]:
+        raise ConstantError(f"VALUE_RANGE must be two different values, got {value_range}")
     if val_groups and not group:
         raise ConstantError(f"VAL_GROUPS must be empty where GROUP is, got {', '.join(val_groups)}; set GROUP, too")
     compile_group(group)
@@ -136,63 +160,128 @@ def draw_demo(source, images_per_class, seed):
     list(tqdm(drawing, total=images_per_class * len(SPECIES), desc="drawing", unit="img", leave=False))
 
 
-def are_recordings(paths):
-    """Whether the files are recordings, not images; UserError if there are both."""
-    sound, image = (next(filter(fits, paths), None) for fits in (is_sound, is_image))
-    if sound is not None and image is not None:
+def are_recordings(folders):
+    """Whether the files of `ClassFolders` are recordings, not images; UserError if there are both."""
+    sounds, images = map(folders.choose, (is_sound, is_image))
+    if len(sounds) and len(images):
+        fewer = min(sounds, images, key=len)
         raise UserError(
-            f"{sound} is a recording and {image} an image, and one network cannot learn both; keep one of the two "
-            "kinds here, and move the other to another folder"
+            f"{sounds[0]} is a recording and {images[0]} an image, and one network cannot learn both; keep one of the "
+            f"two kinds here, and move the other to another folder, such as the {len(fewer)} in "
+            f"{', '.join(sorted({os.path.dirname(path) for path in fewer})[:5])}"
         )
-    return sound is not None
+    return len(sounds) > 0
 
 
 @dataclass
 class File:
-    """A file of SOURCE: what the manifest records of it, and of a recording its spectrogram; or why it is skipped."""
+    """A file of SOURCE: what the manifest records of it, and of a recording its spectrogram; or why it is skipped.
+    `pixels` are for the messages only."""
 
-    path: Path
+    path: str
     reason: str = ""
     record: dict | None = None
     png: bytes = b""
+    pixels: Pixels | None = None
+
+
+@dataclass
+class Checked:
+    """The usable files of SOURCE, in columns: what the manifest will record of them."""
+
+    files: Files
+    stamps: np.ndarray  # array (files,) of `STAMP`, taken before they were read
+    sha256: Hashes
+    sums: np.ndarray  # int64 (files, 7), see `common.manifest.Table`
+    # Of recordings; of images empty.
+    seconds: np.ndarray
+    image_sha256: Hashes
+    image_bytes: np.ndarray
+    pixels: dict  # {path: `Pixels`} of images that may be remarkable, for messages
 
     @property
-    def name_in_target(self):
-        return f"{self.path.name}.png" if self.png else self.path.name
+    def are_recordings(self):
+        return len(self.seconds) > 0
 
 
-def check_files(paths, kind, workers):
-    """`check_file` for every path, in parallel, in order.
+def check_files(files, kind, workers, spectrograms):
+    """`check_file` for every path, in parallel.
 
     Args:
-        paths: the files.
+        files: a `Files`.
         kind: a `common.audio.Kind`.
         workers: processes; 0: this one; None: one per core, but for a few files this one.
+        spectrograms: file to which the PNG files of recordings are written, one after the other.
+
+    Returns:
+        (`Checked`, list of reasons why others are skipped), both in the order of the files.
     """
     if workers is None:  # processes do not pay off for a few files
-        workers = 0 if len(paths) < 64 else min(os.cpu_count() or 1, 61)  # Windows allows no more than 61
-    bar = dict(total=len(paths), desc="checking", unit="file", leave=False)
-    check_one = partial(check_file, kind=kind)
-    if workers == 0:
-        return list(tqdm(map(check_one, paths), **bar))
-    with ProcessPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(check_one, paths, chunksize=16), **bar))
+        workers = 0 if len(files) < 64 else min(os.cpu_count() or 1, 61)  # Windows allows no more than 61
+    blocks = np.array_split(np.arange(len(files)), -(-len(files) // 64) or 1)
+    check_one, what = partial(check_block, kind=kind), f"{kind.name}s"
+    usable, columns, skipped, pixels = [], [], [], {}
+    tasks = map(files.choose, blocks)
+    with tqdm(total=len(files), desc="checking", unit="file", leave=False) as bar:
+        if workers == 0:
+            results = watched(lambda: map(check_one, tasks), what)
+        else:
+            results = map_in_processes(check_one, tasks, workers, what)
+        for block, (used, *values, pngs, remarkable, reasons) in zip(blocks, results):
+            usable.append(block[used])
+            columns.append(values)
+            spectrograms.write(pngs)
+            pixels |= remarkable
+            skipped += reasons
+            bar.update(len(block))
+    stamps, digests, sums, seconds, image_digests, image_bytes = map(np.concatenate, zip(*columns))
+    usable = np.concatenate(usable)
+    files = files if len(usable) == len(files) else files.choose(usable)
+    return Checked(files, stamps, Hashes(digests), sums, seconds, Hashes(image_digests), image_bytes, pixels), skipped
+
+
+def check_block(files, kind):
+    """`check_file` for some files.
+
+    Returns:
+        Columns of the usable ones (see `Checked`): their indices, stamps, digests, sums, seconds, digests and sizes of
+        the spectrograms; then these one after the other, the `Pixels` that may be remarkable, and why the other files
+        are skipped.
+    """
+    stamps, checked = read_stamps(files), [check_file(path, kind) for path in files]
+    used = [index for index, file in enumerate(checked) if not file.reason]
+    records = [checked[index].record for index in used]
+    recordings = records if kind.name == "recording" else []
+    sums = np.array([record["sums"] for record in records], np.int64).reshape(-1, 9)
+    return (
+        np.array(used, int),
+        stamps[used],
+        Hashes.from_hex(record["sha256"] for record in records).digests,
+        sums[:, [0, 3, 4, 5, 6, 7, 8]],
+        np.array([record["seconds"] for record in recordings]),
+        Hashes.from_hex(record["image_sha256"] for record in recordings).digests,
+        np.array([record["image_bytes"] for record in recordings], np.int64),
+        b"".join(checked[index].png for index in used),
+        {file.path: file.pixels for file in checked if file.pixels and (file.pixels.single or file.pixels.values)},
+        [file.reason for file in checked if file.reason],
+    )
 
 
 def check_file(path, kind):
     """Read one file completely; returns a `File`."""
     if not kind.fits(path):
-        return File(path, f"{path} has no {kind.name} extension ({', '.join(kind.extensions)})")
-    if is_sound(path) and len(os.fsencode(path.name) if os.name == "posix" else path.name) > 251:
+        return File(path, kind.why_not(path))
+    name = os.path.basename(path)
+    if is_sound(path) and len(os.fsencode(name) if os.name == "posix" else name) > 251:
         return File(path, f"{path} has a name that is too long to append .png; shorten it")
     try:
         image = kind.load(path)
         # The sums are for mean_std.py, which then need not decode the file again.
-        record = dict(sha256=hash_file(path), bytes=path.stat().st_size, sums=level_sums(image).tolist())
+        record = dict(sha256=hash_file(path), sums=level_sums(image).tolist())
     except ImageError as error:
         return File(path, str(error))
     if not is_sound(path):
-        return File(path, record=record)
+        return File(path, record=record, pixels=look_at(image))
     buffer = io.BytesIO()
     image.getchannel(0).save(buffer, "png")  # grey: the three channels are equal
     png = buffer.getvalue()
@@ -200,45 +289,52 @@ def check_file(path, kind):
     return File(path, record=record, png=png)
 
 
-def find_duplicates(files, name):
+def find_duplicates(checked, name):
     """Group files by content.
 
     Args:
-        files: list of `File`.
+        checked: a `Checked`.
         name: what they are, for messages.
 
     Returns:
-        Lists of two or more paths that have the same content.
-
-    Raises:
-        UserError: if the same content is in two classes.
+        (lists of two or more paths that have the same content, a sentence for each content that is in two classes).
     """
-    by_content = defaultdict(list)
-    for file in files:
-        by_content[file.record["sha256"]].append(file.path)
-    groups = [paths for paths in by_content.values() if len(paths) > 1]
-    for paths in groups:
-        other = next((path for path in paths if path.parent.name != paths[0].parent.name), None)
-        if other is not None:
-            raise UserError(f"{paths[0]} and {other} are the same {name} in two classes; delete the wrong one")
-    return groups
+    keys, files = checked.sha256.keys(), checked.files
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.concatenate([[True], keys[order][1:] != keys[order][:-1]])) if len(keys) else []
+    groups = [group for group in np.split(order, starts[1:]) if len(group) > 1] if len(starts) < len(keys) else []
+    groups.sort(key=lambda group: group[0])
+    problems = []
+    for group in groups:
+        other = group[files.labels[group] != files.labels[group[0]]]
+        if len(other):
+            problems.append(
+                f"{files[group[0]]} and {files[other[0]]} are the same {name} in two classes; delete the wrong one"
+            )
+    return [[files[index] for index in group] for group in groups], problems
 
 
-def split_classes(files, source, classes, val_ratio, seed, name):
-    """Choose the validation files of every class: the set of their paths; UserError if a class is too small."""
-    by_class = {class_name: {} for class_name in classes}
-    for file in files:
-        by_class[file.path.parent.name][file.path] = file.record["sha256"]
-    val = set()
-    for class_name, contents in by_class.items():
-        usable = len(set(contents.values()))
+def find_small_classes(checked, source, name):
+    """A sentence for each class that is too small to split."""
+    problems, labels, keys = [], checked.files.labels, checked.sha256.keys()
+    for number, class_name in enumerate(checked.files.classes):
+        usable = len(np.unique(keys[labels == number]))
         if usable < 2:
-            raise UserError(
+            problems.append(
                 f"class {class_name!r} is too small to split (different usable {name}s: {usable}); put at least two "
                 f"into {source / class_name}, or remove the folder"
             )
-        chosen = choose_val(contents.values(), val_ratio, seed)
-        val |= {path for path, content in contents.items() if content in chosen}
+    return problems
+
+
+def split_classes(checked, val_ratio, seed):
+    """Choose the validation files of every class, of which each has two or more: bool array (files,)."""
+    val, labels = np.zeros(len(checked.files), bool), checked.files.labels
+    for number in range(len(checked.files.classes)):
+        indices = np.flatnonzero(labels == number)
+        contents = list(checked.sha256[indices])
+        chosen = choose_val(contents, val_ratio, seed)
+        val[indices] = [content in chosen for content in contents]
     return val
 
 
@@ -259,17 +355,18 @@ def choose_val(contents, val_ratio, seed):
     return set(order[:count])
 
 
-def replace_target(target, files, val, manifest, link):
+def replace_target(target, checked, val, manifest, link, spectrograms):
     """Build the new folder beside `target`, then swap: if this is stopped, the old or the new one is there, complete.
 
     Args:
         target: folder.
-        files: list of `File`.
-        val: set of the validation paths.
-        manifest: what manifest.json records besides the files.
+        checked: a `Checked`.
+        val: bool array (files,), the validation files.
+        manifest: what manifest.json records besides what follows from the files.
         link: whether to try hard links.
+        spectrograms: file that contains the PNG files of recordings, one after the other.
     """
-    target = target.resolve() if target.is_symlink() else target
+    given, target = target, target.resolve() if target.is_symlink() else target
     new, old = (target.with_name(f"{target.name}.makedata-{kind}") for kind in ("new", "old"))
     if old.exists() and not target.exists():  # an earlier run was stopped between the two renames below
         old.rename(target)
@@ -283,18 +380,20 @@ def replace_target(target, files, val, manifest, link):
                 "lose it; move it away, or set TARGET to another folder"
             )
     try:
-        records = []
-        for file in tqdm(files, desc="placing", unit="img", leave=False):
-            side = "val" if file.path in val else "train"
-            place_in_target = f"{side}/{file.path.parent.name}/{file.name_in_target}"
-            records.append(dict(path=place_in_target, source=file.path.as_posix(), **file.record))
-            destination = new / place_in_target
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            place(file, destination, link)
-        manifest = manifest | dict(fingerprint=fingerprint(r["sha256"] for r in records), files=records)
-        text = json.dumps(manifest, indent=1, ensure_ascii=False)
-        # Names from another system's archive may not be UTF-8; their bytes are kept as they are.
-        (new / MANIFEST).write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
+        unchanged = place_files(new, checked, val, link, spectrograms)
+        table = Table(
+            Texts(places_in_target(checked, val)),
+            Texts(Path(path).as_posix() for path in checked.files),
+            checked.sha256,
+            checked.stamps["size"],
+            checked.sums,
+        )
+        if checked.are_recordings:
+            table.image_sha256, table.image_bytes = checked.image_sha256, checked.image_bytes
+            table.seconds = checked.seconds
+        table.write(new / TABLE)
+        manifest = manifest | dict(fingerprint=fingerprint(checked.sha256), images=len(table))
+        write_json(new / MANIFEST, manifest, indent=1)
         if (target / STATISTICS).is_file():
             shutil.copy2(target / STATISTICS, new / STATISTICS)
         if target.exists():
@@ -308,75 +407,131 @@ def replace_target(target, files, val, manifest, link):
     with contextlib.suppress(OSError):  # decoded images that are still valid; else they are decoded again
         (old / CACHE).rename(target / CACHE)
     shutil.rmtree(old, ignore_errors=True)
+    remember_contents(given, checked, table, unchanged)
+
+
+def places_in_target(checked, val):
+    """Where each file is placed, below the target: text with slashes."""
+    suffix, classes = ".png" if checked.are_recordings else "", checked.files.classes
+    for name, number, in_val in zip(checked.files.names, iterate(checked.files.labels), iterate(val)):
+        yield f"{'val' if in_val else 'train'}/{classes[number]}/{name}{suffix}"
+
+
+def place_files(folder, checked, val, link, spectrograms):
+    """Place every file below `folder`; for the arguments see `replace_target`.
+
+    Returns:
+        bool array (files,): which are still as they were when they were checked.
+    """
+    for side in ("train", "val"):
+        for name in checked.files.classes:
+            (folder / side / name).mkdir(parents=True, exist_ok=True)
+    spectrograms.seek(0)
+    sizes = iterate(checked.image_bytes) if checked.are_recordings else [0] * len(val)
+    unchanged = np.zeros(len(val), bool)
+    work = zip(checked.files, places_in_target(checked, val), sizes, iterate(checked.stamps))
+    for index, (path, destination, size, stamp) in enumerate(
+        tqdm(work, total=len(val), desc="placing", unit="img", leave=False)
+    ):
+        unchanged[index] = read_stamp(path) == stamp
+        place(path, os.path.join(folder, destination), spectrograms.read(size), link)
+    return unchanged
+
+
+def remember_contents(target, checked, table, unchanged):
+    """Write down which content each file and its place in `target` have, so that the next scripts need not read them.
+
+    Only now, since the links that were made, and those of an earlier run that were removed, changed the files' ctime.
+
+    Args:
+        target: folder.
+        checked, table: what was placed there.
+        unchanged: see `place_files`.
+    """
+    time.sleep(TICK / 1e9)  # what is changed from now on gets another ctime
+    now, places = time.time_ns(), Texts(os.path.join(target, *path.split("/")) for path in table.path)
+    for files, hashes in ((checked.files, table.sha256), (places, table.image_sha256 or table.sha256)):
+        stamps = read_stamps(files)
+        same = unchanged & is_settled(stamps, now)
+        if files is checked.files:
+            for name in ("size", "mtime", "inode"):
+                same &= stamps[name] == checked.stamps[name]
+        elif not checked.are_recordings:  # copies have the times of the originals
+            same &= (stamps["size"] == checked.stamps["size"]) & (stamps["mtime"] == checked.stamps["mtime"])
+        indices = np.flatnonzero(same)
+        remember([files[index] for index in indices], stamps[indices], hashes[indices], os.path.join(target, CACHE))
 
 
 def find_foreign_file(target):
     """The first file in `target` that these scripts did not put there, or that was changed since; None if none is."""
-    manifest = read_json(target / MANIFEST) if (target / MANIFEST).is_file() else {"files": []}
-    try:
-        ours = {
-            file["path"]: (
-                Path(file["source"]),
-                file.get("image_bytes", file["bytes"]),  # of a spectrogram; otherwise the file is the source's content
-                file.get("image_sha256", file["sha256"]),
-            )
-            for file in manifest["files"]
-        }
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{target / MANIFEST} is damaged, so it is unknown what {target} contains; move {target} away"
-        ) from error
-    for file in sorted(target.rglob("*")):
-        name = file.relative_to(target).as_posix()
+    table = read_table(target) if (target / MANIFEST).is_file() else Table.empty()
+    sizes, contents = table.bytes, table.sha256
+    if table.image_sha256 is not None:  # of spectrograms; otherwise the file is the source's content
+        sizes, contents = table.image_bytes, table.image_sha256
+    found = Texts(list_tree(target))
+    places = find(digest_texts(found), digest_texts(table.path))
+    for name, index in zip(found, iterate(places)):
+        file = os.path.join(target, name)
         if (
-            file.is_dir()
-            or file.name.lower() in SYSTEM_FILES
-            or name in (MANIFEST, STATISTICS)
+            os.path.basename(name).lower() in SYSTEM_FILES
+            or name in (MANIFEST, TABLE, STATISTICS, f"{STATISTICS}.part")  # left by mean_std.py if it was killed
             or CACHE_FILES.fullmatch(name)
         ):
             continue
-        if name not in ours:
+        if index < 0:
             return file
-        source, size, content = ours[name]
-        if source.exists() and source.samefile(file):  # a hard link: both were changed, and nothing is lost
-            continue
-        if file.stat().st_size != size or hash_file(file) != content:
+        source = table.source[index]
+        with contextlib.suppress(OSError):  # a hard link: both were changed, and nothing is lost
+            if os.path.samefile(source, file) and not Path(source).resolve().is_relative_to(target.resolve()):
+                continue
+        if os.path.getsize(file) != sizes[index] or hash_file(file) != contents[index]:
             return file
     return None
 
 
-def place(file, destination, link):
+def list_tree(folder, prefix=""):
+    """The files below `folder`, sorted in each folder, as text with slashes."""
+    with os.scandir(folder) as entries:
+        entries = sorted((entry.name, is_directory(entry) and not entry.is_symlink()) for entry in entries)
+    for name, is_folder in entries:
+        if is_folder:
+            yield from list_tree(os.path.join(folder, name), f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}"
+
+
+def place(path, destination, png, link):
     """Write a recording's spectrogram; put an image as a hard link where wanted and possible, else as a copy."""
-    if file.png:
-        destination.write_bytes(file.png)
+    if png:
+        with open(destination, "wb") as file:
+            file.write(png)
         return
     if link:
         try:
-            os.link(file.path.resolve(), destination)
+            os.link(os.path.realpath(path) if os.path.islink(path) else path, destination)
             return
         except OSError:  # another drive, a file system without links, or no permission: a copy does the same
             pass
-    shutil.copy2(file.path, destination)
+    shutil.copy2(path, destination)
 
 
-def report(classes, files, val, duplicates):
+def report(checked, val, duplicates):
     """Print which files are identical, and the table of classes."""
     for paths in duplicates:
-        print(f"identical, kept on one side: {', '.join(map(str, paths))}")
-    counts = {name: [0, 0] for name in classes}
-    for file in files:
-        counts[file.path.parent.name][file.path in val] += 1
-    total = [sum(numbers) for numbers in zip(*counts.values())]
-    width = max(len("class"), *map(len, classes))
-    print(f"{'class':{width}}  train    val")
-    for name, (train, validation) in [*counts.items(), ("total", total)]:
-        print(f"{name:{width}}  {train:5}  {validation:5}")
+        print(f"identical, kept on one side: {', '.join(paths)}")
+    classes, labels = checked.files.classes, checked.files.labels
+    train, validation = (np.bincount(labels[part], minlength=len(classes)) for part in (~val, val))
+    names = [label(name, 60) for name in classes]
+    columns = max(map(width, ["class", *names]))
+    print(f"{'class':{columns}}  train    val")
+    for name, in_train, in_val in zip([*names, "total"], [*train, train.sum()], [*validation, validation.sum()]):
+        print(f"{pad(name, columns)}  {in_train:5}  {in_val:5}")
 
 
 def describe_lengths(seconds, heard):
     """One sentence on how long the recordings are, and of how many only the first `heard` seconds are used."""
-    seconds = sorted(seconds)
-    longer = sum(length > heard for length in seconds)
+    seconds = np.sort(seconds)
+    longer = np.count_nonzero(seconds > heard)
     return (
         f"the recordings last {seconds[0]:.2f} to {seconds[-1]:.2f} s, median {seconds[len(seconds) // 2]:.2f}; of "
         f"{longer} only the first {heard:g} s are used (SECONDS)"

@@ -9,29 +9,35 @@ Prints the top-k classes of each image and writes them to results/predictions.cs
 the classes, it also measures the accuracy and writes report.txt, confusion_matrix.csv, confusion_matrix.png and
 mistakes.png. Class names, normalisation, size and how a recording becomes an image come from the checkpoint.
 
-Exit status: 0; 1 an error; 2 a wrong option or constant; 3 done, but some files could not be read.
+Exit status: 0; 1 an error; 2 a wrong option or constant; 3 done, but some files could not be read; 141 done, but nobody
+read the output (`| head`).
 """
 
-import csv
 import glob
 import os
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from sklearn.metrics import classification_report, confusion_matrix
-from torch.utils.data import DataLoader
+from sklearn.metrics import confusion_matrix
 from tqdm import tqdm
 
-from common.audio import input_kind
+from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import ImageFiles, eval_transform
 from common.device import choose_device, choose_layout, has_bfloat16, keep_freed_memory
+from common.evaluation import match_classes, report_classes
+from common.files import SideFiles, identity, is_circle, list_files, write_csv, write_text
+from common.images import is_hidden
+from common.loading import Loader
 from common.onnx_network import OnnxNetwork
-from common.options import ConstantError, Name, NonNegativeInt, PositiveInt, UserError, Workers, run
+from common.options import ConstantError, Name, NonNegativeInt, PositiveInt, UserError, Workers, raise_all, run
 from common.plots import plot_confusion_matrix, plot_sheet
+from common.text import label
 
 IMAGES: list[Name] = []  # files, folders or patterns; []: test/ if it exists, else data/val
 CHECKPOINT: str = ""  # file of train.py, or .onnx; "": the newest checkpoints/*/best.pth, else "seedlings"
@@ -46,6 +52,7 @@ MISTAKES: NonNegativeInt = 24  # misclassified images in mistakes.png, the most 
 OUTPUT: Name = "results"  # output folder; files of an earlier run are replaced
 
 MAX_DIFFERENCE = 0.02  # between probabilities in bf16 and float32, up to which AMP "auto" takes bf16
+MAX_LISTED = 20  # files of other kinds that are named one by one
 SECONDS_TO_START = 3.0  # s, roughly what starting processes costs; for less reading it does not pay off
 
 
@@ -63,11 +70,16 @@ def main():
         network = build_network(checkpoint, MERGE).to(device, memory_format=choose_layout(device))
         structure = "EMA weights" if checkpoint.get("state_dict_ema") else "weights"
         structure += ", merged" if MERGE else ", training structure"
-    classes, kind = checkpoint["classes"], input_kind(checkpoint.get("sound"))
+    classes, kind = checkpoint["classes"], kind_of(checkpoint)
     if TTA and kind.name == "recording":
         raise ConstantError("TTA must be False for recordings, since a mirrored spectrogram is another sound, got True")
     structure += ", 8 views of each image" if TTA else ""
-    paths = find_files(IMAGES or ["test" if Path("test").is_dir() else "data/val"], kind)
+    if not IMAGES and not Path("test").is_dir() and not Path("data/val").is_dir():
+        raise UserError(
+            f"there is no folder test or data/val; give {kind.name}s, as in python test.py some_file more_files/, "
+            "or run makedata.py first"
+        )
+    paths, others, passed = find_files(IMAGES or ["test" if Path("test").is_dir() else "data/val"], kind)
     print(f"{path}: {checkpoint['arch']}, {len(classes)} classes, {structure}, {device}")
 
     folder = Path(OUTPUT)
@@ -76,7 +88,7 @@ def main():
     transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
     files = ImageFiles(paths, transform, kind.load)
     workers = choose_readers(files, BATCH_SIZE, device) if WORKERS is None else WORKERS
-    loader = DataLoader(files, BATCH_SIZE, num_workers=workers, collate_fn=list)
+    loader = Loader(files, BATCH_SIZE, num_workers=workers, collate_fn=list)
     probabilities, reasons, dtype = predict(network, loader, device, AMP, TTA)
     seconds = time.perf_counter() - started
     broken = [reason for reason in reasons if reason]
@@ -84,33 +96,58 @@ def main():
         raise UserError(f"none of the {len(paths)} {kind.name}s can be read; the first: {broken[0]}")
     paths = [path for path, reason in zip(paths, reasons) if not reason]
 
-    write_predictions(paths, probabilities, classes, TOP_K, folder)
-    evaluate(paths, probabilities, classes, kind, MISTAKES, folder)
-    for reason in broken:
+    # All files before anything is printed, whoever reads it: `| head` reads ten lines only.
+    results = SideFiles(remark=None)
+    lines = write_predictions(paths, probabilities, classes, TOP_K, folder, results)
+    lines += evaluate(paths, probabilities, classes, kind, MISTAKES, folder, results)
+    print(*lines, sep="\n")
+    others = [kind.why_not(path) for path in others]
+    if passed:
+        print(f"passed over {len(passed)} hidden or system folders ({', '.join(map(str, passed[:3]))})")
+    for reason in broken + others[:MAX_LISTED]:
         print(f"skipped: {reason}")
+    if others[MAX_LISTED:]:
+        print(f"skipped: {len(others) - MAX_LISTED} more files that are no {kind.name}s, such as {others[-1]}")
     print(
         f"{len(paths)} {kind.name}s in {seconds:.1f} s, {len(paths) / seconds:.1f} {kind.name}s/s, "
         f"{str(dtype).removeprefix('torch.')}; files in {folder}"
     )
-    return 3 if broken else 0
+    if results.failed:
+        raise UserError("; ".join(results.failed.values()))
+    return 3 if broken or others else 0
 
 
 def find_files(names, kind):
-    """The files of a `common.audio.Kind` that files, folders and patterns name, each once, in order."""
-    paths = []
+    """Find what files, folders and patterns name, each path once, in order.
+
+    Symbolic links are followed. A file and a link to it, or the same file by two linked folders, are two paths. Hidden
+    folders and those of the system are passed over, except where one is named.
+
+    Returns:
+        ([files of the `common.audio.Kind`], [other files, except hidden ones], [folders that are passed over]).
+    """
+    missing = [name for name in names if not Path(name).exists() and not glob.glob(name, recursive=True)]
+    raise_all([f"there is no file or folder {name}, and no file matches it as a pattern" for name in missing])
+    paths, others, passed = {}, {}, []
     for name in names:
-        path = Path(name)
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if kind.fits(file))
-        elif path.is_file():
-            found = [path]
-        else:
-            found = sorted(file for file in map(Path, glob.glob(name, recursive=True)) if kind.fits(file))
+        path, files = Path(name), []
+        for match in [path] if path.exists() else sorted(map(Path, glob.glob(name, recursive=True))):
+            if match.is_dir() and not is_circle(match):
+                files += list_files(match, is_hidden, passed)
+            elif match.is_file() and not is_circle(match.parent):
+                files.append(match)
+        found = [file for file in files if kind.fits(file) or file == path]
+        rest = [file for file in files if not kind.fits(file) and file != path and not is_hidden(file)]
         if not found:
-            raise UserError(f"{name} is no {kind.name}, no folder with {kind.name}s and no pattern that matches any")
-        paths += found
-    # Not by Path.resolve, which fails for symbolic links that lead in a circle.
-    return list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
+            why = f" ({kind.why_not(rest[0])})" if rest else ""
+            raise UserError(
+                f"{name} is no {kind.name}, no folder with {kind.name}s and no pattern that matches any{why}"
+            )
+        for file in found:
+            paths.setdefault(identity(file), file)
+        for file in rest:
+            others.setdefault(identity(file), file)
+    return list(paths.values()), list(others.values()), sorted(set(passed))
 
 
 def choose_readers(files, batch_size, device):
@@ -180,51 +217,70 @@ def compute(network, images, dtype):
     return network.forward_head(features.float()).softmax(1)
 
 
-def write_predictions(paths, probabilities, classes, top_k, folder):
-    """Print the top-k classes of each file and write them to predictions.csv, with a byte order mark for Excel."""
+def write_predictions(paths, probabilities, classes, top_k, folder, results):
+    """Write the top-k classes of each file to predictions.csv; returns them as lines of text."""
     top = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
-    with open(folder / "predictions.csv", "w", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        ranks = range(1, top.shape[1] + 1)
-        writer.writerow(["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))])
-        for path, indices, row in zip(paths, top, probabilities):
-            print(f"{path}: {', '.join(f'{classes[i]} {row[i]:.4f}' for i in indices)}")
-            writer.writerow([path, *(cell for i in indices for cell in (classes[i], f"{row[i]:.6f}"))])
+    ranks = range(1, top.shape[1] + 1)
+    lines, rows = [], [["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))]]
+    for path, indices, row in zip(paths, top, probabilities):
+        lines.append(f"{path}: {', '.join(f'{classes[i]} {row[i]:.4f}' for i in indices)}")
+        rows.append([path, *(cell for i in indices for cell in (classes[i], f"{row[i]:.6f}"))])
+    path = folder / "predictions.csv"
+    results.write(path, write_csv, path, rows)
+    return lines
 
 
-def evaluate(paths, probabilities, classes, kind, mistakes, folder):
-    """Compare the predictions with the names of the files' folders: report, confusion matrix and worst mistakes."""
-    index = {name: number for number, name in enumerate(classes)}
-    known = [number for number, path in enumerate(paths) if folder_name(path) in index]
-    for name in ("report.txt", "confusion_matrix.csv", "confusion_matrix.png", "mistakes.png"):
-        (folder / name).unlink(missing_ok=True)  # one of an earlier run would be about other images
+def evaluate(paths, probabilities, classes, kind, mistakes, folder, results):
+    """Compare the predictions with the names of the files' folders: report, confusion matrix and worst mistakes.
+
+    Returns:
+        Lines of text to print.
+    """
+    names = list(map(folder_name, paths))
+    index = match_classes(set(names), classes)
+    known = [number for number, name in enumerate(names) if name in index]
+    unknown = Counter(name for name in names if name not in index)
+    renamed = {name: classes[number] for name, number in index.items() if name != classes[number]}
+    lines = [f"the folder {name} is taken for the class {class_name}" for name, class_name in renamed.items()]
+    if unknown:
+        others = ", ".join(f"{name} ({count})" for name, count in unknown.most_common(12))
+        others += ", ..." if len(unknown) > 12 else ""
+        lines.append(f"not evaluated: {unknown.total()} {kind.name}s in folders that no class is called: {others}")
+    files = [folder / name for name in ("report.txt", "confusion_matrix.csv", "confusion_matrix.png", "mistakes.png")]
+    for path in files:  # one of an earlier run would be about other images
+        results.write(path, partial(path.unlink, missing_ok=True))
     if not known:
-        return
-    labels = np.array([index[folder_name(paths[number])] for number in known])
+        return lines
+    labels = np.array([index[names[number]] for number in known])
     probabilities = probabilities[known]
     predictions = probabilities.argmax(1)
     top5 = np.argsort(-probabilities, axis=1)[:, :5]
     acc1 = 100 * (predictions == labels).mean()
     acc5 = 100 * (top5 == labels[:, None]).any(1).mean()
 
-    numbers = range(len(classes))
-    report = classification_report(labels, predictions, labels=numbers, target_names=classes, digits=4, zero_division=0)
-    (folder / "report.txt").write_text(report, encoding="utf-8")
-    print(f"\n{report}\nacc1 {acc1:.2f} %, acc5 {acc5:.2f} % on {len(known)} {kind.name}s")
-
-    matrix = confusion_matrix(labels, predictions, labels=numbers)
-    with open(folder / "confusion_matrix.csv", "w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.writer(file)
-        writer.writerow(["true class \\ predicted class", *classes])
-        writer.writerows([name, *row] for name, row in zip(classes, matrix))
-    plot_confusion_matrix(matrix, classes, folder / "confusion_matrix.png")
+    report_path, table_path, matrix_path, mistakes_path = files
+    report = report_classes(labels, predictions, classes)
+    results.write(report_path, write_text, report_path, report)
+    matrix = confusion_matrix(labels, predictions, labels=range(len(classes)))
+    rows = [["true class \\ predicted class", *classes], *([name, *row] for name, row in zip(classes, matrix))]
+    results.write(table_path, write_csv, table_path, rows)
+    results.write(matrix_path, plot_confusion_matrix, labels, predictions, classes, matrix_path)
 
     confidence = probabilities.max(1)
     wrong = sorted(np.flatnonzero(predictions != labels), key=lambda i: -confidence[i])[:mistakes]
-    if wrong:
+
+    def draw_mistakes():
         images = [kind.load(paths[known[i]]).resize((192, 192)) for i in wrong]
-        captions = [f"{classes[predictions[i]]} {confidence[i]:.2f}\ntrue: {classes[labels[i]]}" for i in wrong]
-        plot_sheet(images, captions, folder / "mistakes.png")
+        captions = [
+            f"predicted: {label(classes[predictions[i]])} {confidence[i]:.2f}\ntrue: {label(classes[labels[i]])}\n"
+            f"{label(paths[known[i]].name)}"
+            for i in wrong
+        ]
+        plot_sheet(images, captions, mistakes_path)
+
+    if wrong:
+        results.write(mistakes_path, draw_mistakes)
+    return [f"\n{report}", *lines, f"acc1 {acc1:.2f} %, acc5 {acc5:.2f} % on {len(known)} {kind.name}s"]
 
 
 def folder_name(path):

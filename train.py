@@ -8,8 +8,8 @@
 Writes to checkpoints/<model>/: last.pth, best.pth, log.csv, result.json, loss.png, acc.png, class_indices.json and
 classification_report.txt. The folder of an earlier run is renamed, never overwritten.
 
-Exit status: 0; 1 an error; 2 a wrong option or constant; 130 after Ctrl-C and 143 after SIGTERM, saved and ready to be
-resumed.
+Exit status: 0; 1 an error; 2 a wrong option or constant; 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP (the
+terminal was closed), saved and ready to be resumed.
 """
 
 import math
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from timm.optim import list_optimizers
 from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from common import distributed
@@ -36,8 +36,9 @@ from common.board import Board
 from common.cache import cache_images
 from common.dataset import EpochBatches, SeededImages, eval_transform, open_image_folder, seed_everything
 from common.device import NetworkForSize, choose_amp, choose_layout, choose_workers, prefetch, wants_compile
-from common.faults import Interrupt, Stopped, copy_tensors, explain_not_finite, ignore_signals_in_worker, skip_step
-from common.faults import split_when_out_of_memory
+from common.faults import Interrupt, Stopped, explain_not_finite, skip_step, split_when_out_of_memory
+from common.fingerprints import fingerprint_images
+from common.loading import Loader
 from common.manifest import CACHE, choose_mean_and_std, read_sound
 from common.network import check_environment, check_pretrained, create_network, freeze, load_pretrained, read_weights
 from common.optimizer import create_optimizer
@@ -115,6 +116,7 @@ SYNC_BATCH_NORM: bool = False  # on several GPUs: batch norm statistics over all
 
 # --- files
 SAVE_MINUTES: NonNegative = 10.0  # minutes between checkpoints inside an epoch; 0: at the end of each epoch only
+WAIT_MINUTES: NonNegative = 10.0  # minutes to wait for images when a drive stands still, then save and stop; 0: forever
 TENSORBOARD: bool = False  # also log curves, augmentation and confusion matrices for TensorBoard (a package)
 
 # Values of constants that are None.
@@ -137,8 +139,8 @@ def main():
     ):
         config = fill_in(current_values(globals()), DEFAULTS, "fine-tuning" if PRETRAINED else "training from scratch")
         epochs = config["EPOCHS"]
-        checkpoint = folder.load(MODEL, OPTIMIZER)
-        weights = read_weights(MODEL, PRETRAINED) if PRETRAINED and checkpoint is None else None
+        checkpoint = folder.load(config, device)
+        weights = distributed.from_first(read_weights, MODEL, PRETRAINED) if PRETRAINED and checkpoint is None else None
 
         # --- data
         sound = read_sound(DATA)  # how spectrograms were made; None: images
@@ -157,9 +159,12 @@ def main():
             )  # fmt: skip
         train_set, val_set = open_data(DATA, transform, eval_transform(sizes.last, mean, std))
         classes = train_set.classes
-        print(cache_images(Path(DATA, CACHE), CACHE_GB, (train_set, sizes.full), (val_set, sizes.last)))
+        cached = (train_set, sizes.full), (val_set, sizes.last)
+        with distributed.first_on_each_machine():
+            print(cache_images(Path(DATA, CACHE), CACHE_GB, *cached, workers=WORKERS, wait_minutes=WAIT_MINUTES))
+            images = fingerprint_images(Path(DATA, CACHE), train_set, val_set)
         train_loader, val_loader = create_loaders(
-            train_set, val_set, BATCH_SIZE, choose_workers(WORKERS, device), SEED, rank, world_size
+            train_set, val_set, BATCH_SIZE, choose_workers(WORKERS, device), WAIT_MINUTES, SEED, rank, world_size
         )
         batch_size = train_loader.batch_sampler.batch_size
         if batch_size == 1 and max(sizes.training(0)) <= 32:
@@ -202,18 +207,18 @@ def main():
 
         # --- the run
         about = describe_run(
-            arch=MODEL, model_args=model_args, classes=classes, mean=mean, std=std, sound=sound, config=config,
-            train_set=train_set, device=device, amp_dtype=amp_dtype, compiled=compiling, world_size=world_size,
+            arch=MODEL, model_args=model_args, mean=mean, std=std, sound=sound, config=config, train_set=train_set,
+            images=images, device=device, amp_dtype=amp_dtype, compiled=compiling, world_size=world_size,
         )  # fmt: skip
         folder.begin(about, checkpoint)
         if checkpoint is not None:
-            state.load(checkpoint)
+            state.load(checkpoint, folder.resumed)
         print_summary(about, state, sizes, train_loader, val_set, statistics, learning_rate)
-        board = Board(folder.path, state.epoch) if TENSORBOARD and rank == 0 else None
+        board = Board(folder.path, state.epoch, state.history) if TENSORBOARD and rank == 0 else None
         if board is not None:
             board.add_augmentation(state.epoch, train_set, transform, mixup)
         folder.print_history(state)
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, folder.saved_on_error(state):
             try:
                 while state.epoch < epochs:
                     state.img_size = to_img_size(sizes.validation(state.epoch))
@@ -250,10 +255,10 @@ def check_choices(model, optimizer, pretrained, resume, data):
         raise ConstantError(f"MODEL must be one of {near}, or another name that timm lists, got {model!r}")
     if optimizer not in list_optimizers():
         raise ConstantError(f'OPTIMIZER must be "muon", "adamw" or another that timm lists, got {optimizer!r}')
-    if resume not in ("", "auto") and not Path(resume).is_file():
+    if distributed.rank() == 0 and resume not in ("", "auto") and not Path(resume).is_file():
         raise ConstantError(f'RESUME must be "", "auto" or the path of a checkpoint, got {resume!r}')
     check_environment()
-    if pretrained and not resume:
+    if distributed.rank() == 0 and pretrained and not resume:
         check_pretrained(model, pretrained)
     if not Path(data, "train").is_dir():
         raise UserError(f"there is no folder {Path(data, 'train')}; run makedata.py first")
@@ -274,10 +279,10 @@ def open_data(data, transform, val_transform):
     return train_set, val_set
 
 
-def create_loaders(train_set, val_set, batch_size, workers, seed, rank, world_size):
+def create_loaders(train_set, val_set, batch_size, workers, wait_minutes, seed, rank, world_size):
     """Loaders of this process's part of the training and the validation batches."""
     loading = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
-    loading |= dict(worker_init_fn=ignore_signals_in_worker)
+    loading |= dict(wait_minutes=wait_minutes)
     # A last, smaller batch would weigh its images more and disturb the batch norms, so it is dropped; in each epoch
     # it holds other images. A set smaller than a batch is one batch.
     fits = min(batch_size, len(train_set) // world_size)
@@ -286,9 +291,9 @@ def create_loaders(train_set, val_set, batch_size, workers, seed, rank, world_si
     if fits < batch_size:
         print(f"batch size  {fits}, since there are {len(train_set)} training images (BATCH_SIZE is {batch_size})")
     batches = EpochBatches(len(train_set), fits, seed, rank, world_size)
-    train_loader = DataLoader(SeededImages(train_set, seed), batch_sampler=batches, **loading)
-    val_part = Subset(val_set, range(rank, len(val_set), world_size))
-    return train_loader, DataLoader(val_part, batch_size, **loading)
+    images, val_part = SeededImages(train_set, seed), Subset(val_set, range(rank, len(val_set), world_size))
+    train_loader = Loader(images, batch_sampler=batches, what="training images", together="batch", **loading)
+    return train_loader, Loader(val_part, batch_size, what="validation images", together="end", **loading)
 
 
 def create_criterion(labels, num_classes, balance, device):
@@ -329,7 +334,7 @@ def train_one_epoch(
         skipped steps; img_per_s.
 
     Raises:
-        Stopped: after SIGTERM or Ctrl-C; what was trained is in `state`.
+        Stopped: after a signal such as Ctrl-C; what was trained is in `state`.
         UserError: if too many steps in a row have no finite loss and gradient; if memory runs out for good.
     """
     model, sampler = state.model, loader.batch_sampler
@@ -342,8 +347,6 @@ def train_one_epoch(
     first_step = min(state.images // step_images, steps)
     sampler.epoch, sampler.start = state.epoch + 1, first_step * accumulate
     reader = prefetch(loader, next(model.parameters()).device)
-    buffers = list(model.buffers())
-    buffers_before = [buffer.clone() for buffer in buffers]  # a forward pass changes those of batch norms
     started = time.perf_counter() - state.seconds
     bar = dict(desc=description, unit="step", total=steps, initial=first_step, leave=False)
     bar = tqdm(range(first_step, steps), disable=sampler.rank > 0, **bar)
@@ -356,7 +359,7 @@ def train_one_epoch(
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
-        copy_tensors(buffers, buffers_before)
+        state.guard.begin()
         while True:
             totals = 0  # of this step, see `Totals`
             with split_when_out_of_memory(state, sampler):
@@ -375,7 +378,7 @@ def train_one_epoch(
             # Again, in smaller micro-batches. Out here the error no longer holds the memory of its pass.
             torch.cuda.empty_cache()
             state.optimizer.zero_grad(set_to_none=True)
-            copy_tensors(buffers_before, buffers)
+            state.guard.undo()
             bar.write(
                 f"memory is full: each batch of {sampler.batch_size} is now computed in {state.micro_batches} parts; "
                 "the steps stay the same, but for the batch norms, which see one part at a time"
@@ -390,11 +393,12 @@ def train_one_epoch(
         # fp16's scaler looks for the largest scale by going too far now and then, and skips such a step by itself.
         searching = bad_gradient and state.scaler.get_scale() > 1
         if not math.isfinite(totals.loss) or bad_gradient and not searching:
-            copy_tensors(buffers_before, buffers)
+            state.guard.undo()
             explain = partial(explain_not_finite, state, loader, step * accumulate, batches, numbers, prepare, amp)
             skip_step(state, "gradient" if math.isfinite(totals.loss) else "loss", step, explain, bar)
         else:
             state.totals = state.totals.plus(totals)
+            state.guard.change()
             state.scaler.step(state.optimizer)
             if not bad_gradient:
                 state.skipped_in_a_row = 0
@@ -405,6 +409,7 @@ def train_one_epoch(
 
         state.images = (step + 1) * step_images
         state.seconds = time.perf_counter() - started
+        state.guard.end()
         if step % 20 == 0 or step == steps - 1:
             bar.set_postfix(loss=f"{state.totals.loss / max(state.totals.images, 1):.3f}", lr=f"{lr:.1e}")
         if stop:
@@ -469,7 +474,7 @@ def validate(model, loader, size, amp, description, interrupt=None):
         (dict: loss, acc1 and acc5 in percent, each weighted by image; true labels; predicted labels).
 
     Raises:
-        Stopped: after SIGTERM or Ctrl-C.
+        Stopped: after a signal such as Ctrl-C.
     """
     if dist.is_initialized():  # all with the batch norm statistics of the first process
         distribute_bn(model, dist.get_world_size())
@@ -499,4 +504,4 @@ def validate(model, loader, size, amp, description, interrupt=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, closed_output="ignore", fail=distributed.fail)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
 from common.checkpoint import load_checkpoint, save_checkpoint
+from common.files import write_json
 from common.options import Name, NonNegativeInt, NotEmpty, PositiveInt, UserError, run
 from common.plots import plot_confusion_matrix
 
@@ -158,7 +159,7 @@ def run_once(plan, name, options, split, data, threads):
         plain=measure(checkpoint, data, folder / "plain", tta=False),
         tta=measure(checkpoint, data, folder / "tta", tta=True),
     )
-    result.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(result, metrics)
     return metrics
 
 
@@ -210,7 +211,8 @@ def print_classes(results, path):
         correct, predicted, true = matrix[index, index], matrix[:, index].sum(), matrix[index].sum()
         scores = (correct / max(predicted, 1), correct / true, 2 * correct / (predicted + true))
         print(f"| {name} | {true} | {' | '.join(f'{100 * score:.1f}' for score in scores)} |")
-    plot_confusion_matrix(matrix, classes, path)
+    true, predicted = np.nonzero(matrix)
+    plot_confusion_matrix(true, predicted, classes, path, matrix[true, predicted])
 
 
 def compare_fine_tuning(plan):

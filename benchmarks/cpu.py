@@ -164,4 +164,4 @@ def print_table(title, unit, rows):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, closed_output="end")

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +35,7 @@ from common.cache import cache_images
 from common.dataset import eval_transform, open_image_folder
 from common.images import is_image, load_image, scan_class_folders
 from common.options import Limits, Name, NotEmpty, PositiveInt, UserError, run
+from common.workers import map_in_processes
 from prepare.drawn_data import draw_data_set
 
 SOURCE: Name = "data1"  # folder that holds <class>/<image>; images are drawn if it holds no class
@@ -52,24 +52,22 @@ MEAN, STD = [0.5] * 3, [0.2] * 3
 SCRIPTS = """
 import sys
 from functools import cache
-from pathlib import Path
-import numpy as np
+from io import BytesIO
 from common.audio import input_kind
 from common.dataset import open_image_folder
 from common.images import load_image
 from makedata import check_files
-from mean_std import get_mean_and_std, measure
+from mean_std import Known, get_mean_and_std, measure
 
 @cache
 def prepare(root):
     dataset = open_image_folder(root)
-    paths = [Path(path) for path, _ in dataset.samples]
-    records = [file.record for file in check_files(paths, input_kind(None), 0)]
-    known = {record["sha256"]: np.array(record["sums"]) for record in records}
+    checked, _ = check_files(dataset.files, input_kind(None), 0, BytesIO())
+    known = Known(checked.sha256, checked.sums, None)
     return {
         "statistics": lambda: get_mean_and_std(dataset),
-        "known": lambda: measure(paths, load_image, None, known),
-        "check": lambda: check_files(paths, input_kind(None), None),
+        "known": lambda: measure(dataset.files, load_image, None, known),
+        "check": lambda: check_files(dataset.files, input_kind(None), None, BytesIO()),
         "prepare": lambda: None,
     }
 
@@ -106,8 +104,7 @@ def save_images(source, folder, count, sizes):
     Returns:
         Their number.
     """
-    classes, _ = scan_class_folders(source)
-    paths = [path for files in classes.values() for path in files if is_image(path)]
+    paths = list(scan_class_folders(source).choose(is_image))
     if len(paths) < 2:
         raise UserError(f"{source} holds {len(paths)} images, and the benchmark needs 2 or more; set SOURCE")
     paths = paths[:: max(1, len(paths) // count)][:count]
@@ -172,7 +169,7 @@ def read_epoch(dataset):
 
 def compare_reading(root, scripts, repeats):
     """Seconds of (the plain loop, mean_std.py, mean_std.py after makedata.py, makedata.py's check, decoding alone)."""
-    paths = [Path(path) for path, _ in open_image_folder(root).samples]
+    paths = list(open_image_folder(root).files)
     workers = os.cpu_count() or 1
     scripts("prepare", root)
     return seconds(
@@ -200,8 +197,7 @@ def decode_all(paths, workers):
     """Decode on all cores, in processes that are started for it, as mean_std.py and makedata.py do it."""
     if workers < 2:
         return [decode(path) for path in paths]
-    with ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(decode, paths, chunksize=8))
+    return list(map_in_processes(decode, paths, workers, "images"))
 
 
 def decode(path):
@@ -228,4 +224,4 @@ def print_tables(epochs, reading, img_size, count):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, closed_output="end")

@@ -205,4 +205,4 @@ def compare_on_cpu(batch_size, repeats, channels, height, width, kernel_size, di
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, closed_output="end")

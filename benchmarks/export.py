@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
-from common.audio import input_kind
+from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import eval_transform, height_and_width
 from common.evaluation import accuracy, choose_images, read_batches
@@ -34,13 +34,13 @@ REPEATS: PositiveInt = 8  # calls of which the fastest counts
 
 
 def main():
-    onnxruntime = require("onnxruntime")
+    [onnxruntime] = require("onnxruntime")
     checkpoint = load_checkpoint(find_checkpoint(CHECKPOINT))
     folder = Path(EXPORTS or Path("exports", checkpoint["arch"]))
     networks = open_networks(checkpoint, folder)
     paths, labels = choose_images(DATA, checkpoint["classes"], IMAGES)
     transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
-    load = input_kind(checkpoint.get("sound")).load
+    load = kind_of(checkpoint).load
     images = torch.cat(list(read_batches(paths, transform, 32, "reading", load)))
     logits, seconds = measure(networks, images, BATCH_SIZES, REPEATS)
 
@@ -95,4 +95,4 @@ def measure(networks, images, batch_sizes, repeats):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, closed_output="end")

@@ -27,6 +27,7 @@ from common.audio import input_kind
 from common.checkpoint import build_network, load_checkpoint
 from common.dataset import eval_transform
 from common.evaluation import choose_images, compute_logits
+from common.files import write_json, write_text
 from common.options import ConstantError, Name, PositiveInt, UserError, run
 from common.plots import plot_sheet
 
@@ -69,7 +70,7 @@ def main():
         mean = {key: np.mean([row[key] for row in held_out]) for key in ("last", "best")}
         lines.append(f"| mean of the {len(held_out)} | | | | {mean['last']:.2f} | {mean['best']:.2f} | |")
         print(lines[-1])
-    Path(OUTPUT, "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(Path(OUTPUT, "table.md"), "\n".join(lines) + "\n")
     draw_sheet([Path(OUTPUT, name) for name in splits], Path(OUTPUT, "sheet.png"), SHOWN)
     print(f"\nruns, table.md and sheet.png in {OUTPUT}")
 
@@ -92,7 +93,7 @@ def run_split(name, source, folder, options, epochs):
         counts = {part: len(list((data / part).glob("*/*"))) for part in ("train", "val")}
         metrics = dict(split=name, **counts, last=accuracies[-1], best=max(accuracies))
         metrics |= dict(epochs=len(accuracies), minutes=minutes)
-        result.write_text(json.dumps(metrics), encoding="utf-8")
+        write_json(result, metrics)
     metrics = json.loads(result.read_text(encoding="utf-8"))
     if metrics["epochs"] != epochs:
         raise UserError(f"{result} is of {metrics['epochs']} epochs, not {epochs}; set OUTPUT to another folder")

@@ -127,4 +127,4 @@ def inference(model, images):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, closed_output="end")

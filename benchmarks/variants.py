@@ -113,7 +113,8 @@ def measure(name, img_size, batch_size, steps, classes):
 def peak_memory():
     """The largest amount of physical memory that this process has occupied, in GB."""
     if sys.platform == "win32":
-        return require("psutil").Process().memory_info().peak_wset / 1e9
+        [psutil] = require("psutil")
+        return psutil.Process().memory_info().peak_wset / 1e9
     import resource  # which Windows does not have
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -127,4 +128,4 @@ def count_parameters(name):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, closed_output="end")

@@ -24,6 +24,7 @@ from common.extras import require
 from common.images import ImageError, is_hidden, is_image, load_image
 from common.options import ConstantError
 
+PACKAGES = ("soundfile", "soxr", "librosa")  # what recordings need
 EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3")
 PAD_MODES = {"silence": "constant", "repeat": "wrap"}  # as NumPy calls them
 SAMPLE_RATES = (1_000, 1_000_000)  # Hz; only damaged files claim others
@@ -48,15 +49,28 @@ class Kind:
     fits: Callable
     load: Callable
 
+    def why_not(self, path):
+        """Why a file does not fit, and what to do: a sentence that begins with its path."""
+        return images.why_not(path, self.name, self.extensions)
 
-def input_kind(sound):
-    """The `Kind` of input for the settings `sound` of a manifest or checkpoint: images for None, else recordings.
 
-    The kind "recording" also takes the spectrograms that makedata.py wrote with these settings.
+def input_kind(sound, value_range=None):
+    """The `Kind` of input of a data set: images, or recordings.
+
+    Args:
+        sound: the settings of spectrograms in a manifest or checkpoint; None for images. The kind "recording" also
+            takes the spectrograms that makedata.py wrote with these settings.
+        value_range: likewise of images, see `common.images.load_image`.
     """
     if sound is None:
-        return Kind("image", images.EXTENSIONS, is_image, load_image)
+        load = load_image if value_range is None else partial(load_image, value_range=value_range)
+        return Kind("image", images.EXTENSIONS, is_image, load)
     return Kind("recording", EXTENSIONS, is_sound_or_png, partial(load_sound_or_png, spectrogram=Spectrogram(**sound)))
+
+
+def kind_of(checkpoint):
+    """The `Kind` of input of the network in a checkpoint, or in what an ONNX file says about itself."""
+    return input_kind(checkpoint.get("sound"), checkpoint.get("value_range"))
 
 
 def is_sound(path):
@@ -159,7 +173,8 @@ class Spectrogram:
             float32 array (seconds * sample_rate,).
         """
         if rate != self.sample_rate:
-            samples = require("soxr").resample(samples, rate, self.sample_rate)
+            [soxr] = require("soxr", task=PACKAGES)
+            samples = soxr.resample(samples, rate, self.sample_rate)
             samples = samples if len(samples) else np.zeros(1, np.float32)  # a few samples at a high rate become none
         length = round(self.seconds * self.sample_rate)
         samples = samples[:length]
@@ -199,7 +214,7 @@ def read_mono(path, seconds):
     Raises:
         ImageError: if the file is not a recording, broken, empty, or contains NaN.
     """
-    soundfile = require("soundfile")
+    [soundfile] = require("soundfile", task=PACKAGES)
     try:
         if not os.path.isfile(path) and os.path.exists(path):  # reading a pipe or a device would never end
             raise ValueError("it is not a regular file")
@@ -231,12 +246,13 @@ def read_mono(path, seconds):
 @cache
 def mel_filters(sample_rate, window, mels):
     """Slaney's mel bands, each of area 1, for spectra of `window` samples: float32 array (bands, 1 + window // 2)."""
-    filters = require("librosa").filters
+    [librosa] = require("librosa", task=PACKAGES)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about bands without a frequency; see `Spectrogram.check_filters`
-        return filters.mel(sr=sample_rate, n_fft=window, n_mels=mels)
+        return librosa.filters.mel(sr=sample_rate, n_fft=window, n_mels=mels)
 
 
 def duration(path):
     """Length of a recording in seconds, by its header."""
-    return require("soundfile").info(os.fspath(path)).duration
+    [soundfile] = require("soundfile")
+    return soundfile.info(os.fspath(path)).duration

@@ -5,55 +5,60 @@ pixels in every epoch, and decoding a large PNG takes longer than anything that 
 
 data/cache/<size>-<hash>.npy contains one set of images, a uint8 array (images, height, width, 3) in the set's order;
 <size> is the side of a square or else <height>x<width>. The hash covers the files' contents, so that a changed image
-gives another file, and the file is written beside and renamed, so that it is complete once it is there. contents.json
-keeps the hash of each file by its size and modification time, as git does, so that a run does not read all images just
-to find that they are the same.
+gives another file, and the file is written beside and renamed, so that it is complete once it is there. Which image has
+which content is known from common/contents.py, so that a run does not read all images just to find that they are the
+same.
 """
 
 import hashlib
-import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL
 from filelock import FileLock
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
+from common.contents import hash_contents
 from common.dataset import height_and_width
-from common.faults import ignore_signals_in_worker
+from common.decoding import READER
 from common.images import load_image
-from common.manifest import CACHE, CACHE_FILES, hash_file
+from common.loading import Loader
+from common.manifest import CACHE, CACHE_FILES
+from common.workers import WAIT_MINUTES
 
 # common/manifest.py's CACHE_FILES lists these names, too: makedata.py must know which files are not the user's.
-CONTENTS, LOCK = "contents.json", "lock"
+LOCK = "lock"
 WORTH_PROCESSES = 256  # images; for fewer, starting processes costs more than it saves
 
 
-def cache_images(folder, gigabytes, *sets):
+def cache_images(folder, gigabytes, *sets, workers=None, wait_minutes=WAIT_MINUTES):
     """Let later epochs read resized pixels instead of decoding the files again, as far as limit and disk allow.
 
     Args:
         folder: data/cache.
         gigabytes: size of the folder; 0: no cache.
         sets: pairs of a `CachedImageFolder`, whose `cache` is set, and its (height, width) in pixels.
+        workers: processes that decode images; None: one for each core, up to 8, but none for few images.
+        wait_minutes: without an image after which to give up; 0: never.
 
     Returns:
         One line of text that says what is cached.
 
     Raises:
         ImageError: if an image cannot be read.
+        UserError: if images cannot be read for other reasons, see `common.loading.Loader`.
     """
     if not gigabytes:
         return "cache       off; images are decoded in each epoch"
     in_use, cached = [], 0
     for dataset, size in sets:
-        paths = [path for path, _ in dataset.samples]
-        dataset.cache, result = open_cache(paths, size, folder, gigabytes * 1e9, in_use)
+        dataset.cache, result = open_cache(
+            dataset.files, size, folder, gigabytes * 1e9, in_use, dataset.value_range, workers, wait_minutes
+        )
         if dataset.cache is None:
             return f"cache       {cached} images; the others are decoded in each epoch ({result})"
         cached += dataset.cache.count
@@ -91,7 +96,7 @@ class Cache:
         return Image.fromarray(np.array(self.rows[index]))
 
 
-def open_cache(paths, img_size, folder, limit, in_use=()):
+def open_cache(paths, img_size, folder, limit, in_use=(), value_range=None, workers=None, wait_minutes=WAIT_MINUTES):
     """Find the file that contains these images, decoded and resized, or write it.
 
     Args:
@@ -100,6 +105,8 @@ def open_cache(paths, img_size, folder, limit, in_use=()):
         folder: data/cache.
         limit: size of the folder in bytes. Of a larger set the first images are cached.
         in_use: files of other sets, which stay.
+        value_range: see `load_image`.
+        workers, wait_minutes: see `cache_images`.
 
     Returns:
         (`Cache`, its file), or (None, the reason why there is none).
@@ -110,13 +117,17 @@ def open_cache(paths, img_size, folder, limit, in_use=()):
     height, width = height_and_width(img_size)
     image_bytes = 3 * height * width
     try:
-        paths = paths[: max(0, int(limit) - sum(file.stat().st_size for file in in_use)) // image_bytes]
-        if not paths:
+        room = max(0, int(limit) - sum(file.stat().st_size for file in in_use)) // image_bytes
+        if not room:
             return None, "CACHE_GB is full"
+        paths = paths if room >= len(paths) else paths[:room]
         folder.mkdir(parents=True, exist_ok=True)
-        contents = hash_contents(paths, folder)
-        # Another version of Pillow may decode or resize differently.
-        key = hashlib.sha256("\n".join([PIL.__version__, *contents]).encode()).hexdigest()[:16]
+        contents = hash_contents(paths, folder, wait_minutes=wait_minutes)
+        # Another version of Pillow, or of our reader, may decode or resize differently.
+        key = hashlib.sha256(f"{PIL.__version__}, reader {READER}, values {value_range}".encode())
+        for content in contents:
+            key.update(b"\n" + content.encode())
+        key = key.hexdigest()[:16]
         path = folder / f"{height if height == width else f'{height}x{width}'}-{key}.npy"
         size = 128 + len(paths) * image_bytes  # 128: the header
 
@@ -132,46 +143,16 @@ def open_cache(paths, img_size, folder, limit, in_use=()):
                     free = shutil.disk_usage(folder).free
                     if size > free / 2:  # the checkpoints need room, too
                         return None, f"it needs {size / 1e9:.1f} GB, and only {free / 1e9:.1f} are free"
-                    write_rows(paths, (height, width), path)
+                    write_rows(ResizedImages(paths, (height, width), value_range), path, workers, wait_minutes)
+                    now = hash_contents(paths, folder, wait_minutes=wait_minutes)
+                    if not np.array_equal(now.digests, contents.digests):
+                        path.unlink()
+                        return None, "images were changed while they were read"
         if os.access(path, os.W_OK):
             os.utime(path)  # used now
     except (OSError, NotImplementedError) as error:  # read-only or full; some network drives know no locks
         return None, str(error) or type(error).__name__
     return Cache(path, len(paths)), path
-
-
-def hash_contents(paths, folder):
-    """SHA-256 of each file, as hex.
-
-    Args:
-        paths: the files.
-        folder: that of contents.json, which is updated if possible.
-    """
-    memory = folder / CONTENTS
-    try:
-        known = dict(json.loads(memory.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # none, or a damaged one: it only saves time
-        known = {}
-
-    def look_up(path):
-        status = os.stat(path)
-        stamp = [status.st_size, status.st_mtime_ns]
-        entry = known.get(os.fsencode(path).hex())
-        if isinstance(entry, list) and entry[:2] == stamp:
-            return entry
-        return [*stamp, hash_file(path)]
-
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        entries = list(tqdm(pool.map(look_up, paths), total=len(paths), desc="hashing", unit="img", leave=False))
-    new = known | {os.fsencode(path).hex(): entry for path, entry in zip(paths, entries)}
-    if new != known:
-        part = memory.with_name(f"{CONTENTS}.{os.getpid()}")
-        try:
-            part.write_text(json.dumps(new), encoding="utf-8")
-            part.replace(memory)
-        except OSError:  # read-only or full: the next run hashes again
-            part.unlink(missing_ok=True)
-    return [entry[2] for entry in entries]
 
 
 def make_room(folder, size, limit, in_use):
@@ -186,21 +167,18 @@ def make_room(folder, size, limit, in_use):
             file.unlink()
 
 
-def write_rows(paths, size, path):
-    """Decode and resize all `paths` in parallel into the .npy file `path`, which exists only once it is complete."""
+def write_rows(images, path, workers=None, wait_minutes=WAIT_MINUTES):
+    """Read all of a `ResizedImages` in parallel into the .npy file `path`, which exists only once it is complete."""
     part = path.with_name(f"{path.name}.part")
-    workers = 0 if len(paths) < WORTH_PROCESSES else min(os.cpu_count() or 1, 8)
-    loader = DataLoader(
-        ResizedImages(paths, size),
-        batch_size=16,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=ignore_signals_in_worker,
+    if workers is None:
+        workers = 0 if len(images) < WORTH_PROCESSES else min(os.cpu_count() or 1, 8)
+    loader = Loader(
+        images, 16, num_workers=workers, collate_fn=list, wait_minutes=wait_minutes, what="images for the cache"
     )
-    header = dict(descr="|u1", fortran_order=False, shape=(len(paths), *size, 3))
+    header = dict(descr="|u1", fortran_order=False, shape=(len(images), *images.size, 3))
     try:
         # Written, not mapped: where the disk is full, writing to a map kills the process.
-        with open(part, "wb") as file, tqdm(total=len(paths), desc="caching", unit="img", leave=False) as bar:
+        with open(part, "wb") as file, tqdm(total=len(images), desc="caching", unit="img", leave=False) as bar:
             np.lib.format.write_array_header_1_0(file, header)
             for rows in loader:
                 for row in rows:
@@ -219,14 +197,17 @@ class ResizedImages(Dataset):
     Args:
         paths: the files.
         size: (height, width) in pixels.
+        value_range: see `load_image`.
     """
 
-    def __init__(self, paths, size):
+    def __init__(self, paths, size, value_range=None):
         self.paths = paths
+        self.size = size
+        self.value_range = value_range
         self.resize = transforms.Resize(size)
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return np.asarray(self.resize(load_image(self.paths[index])))
+        return np.asarray(self.resize(load_image(self.paths[index], self.value_range)))

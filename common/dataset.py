@@ -2,60 +2,106 @@
 
 import hashlib
 import random
+from array import array
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
 from common.audio import is_sound
-from common.images import ImageError, is_hidden, is_image, load_image, scan_class_folders
-from common.options import UserError
+from common.images import ImageError, is_image, load_image, scan_class_folders
+from common.manifest import read_value_range
+from common.options import UserError, raise_all
 
 
-class CachedImageFolder(ImageFolder):
-    """torchvision's `ImageFolder` that reads by `load_image`, ignores hidden files and folders, and may have a cache.
+class CachedImageFolder(Dataset):
+    """The images of root/<class>/, like torchvision's `ImageFolder`, but a million of them fit into 40 MB.
 
     Args:
         root: folder that contains <class>/<image>.
-        transform: function of a PIL RGB image.
+        transform: function of a PIL RGB image; None returns it as it is.
+        value_range: see `load_image`.
 
     Attributes:
+        root: as str.
+        classes, class_to_idx: sorted class names, and {name: number}.
+        files: `common.columns.Files`, the paths of the images, sorted by class and name.
+        targets: int32 array (images,): the class of each.
         cache: a `common.cache.Cache` of the images, resized as by the transform's first step; None reads the files.
-    """
-
-    def __init__(self, root, transform=None):
-        super().__init__(root, transform, loader=load_image, is_valid_file=is_image)
-        self.cache = None
-
-    def __getitem__(self, index):
-        image = None if self.cache is None else self.cache.get(index)
-        if image is None:
-            return super().__getitem__(index)
-        return self.transform(image), self.targets[index]
-
-    def find_classes(self, directory):
-        classes = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir() and not is_hidden(entry))
-        return classes, {name: index for index, name in enumerate(classes)}
-
-
-def open_image_folder(root, transform=None):
-    """Open `root/<class>/` as a `CachedImageFolder`.
+        passed: a line about the files that are passed over; "" if there are none.
 
     Raises:
         UserError: if there is no class folder, or one contains no image.
     """
-    classes, _ = scan_class_folders(root)
-    for name, files in classes.items():
-        if not any(map(is_image, files)):
-            if any(map(is_sound, files)):  # an earlier version's data/, or the user's own folders
+
+    def __init__(self, root, transform=None, value_range=None):
+        folders = scan_class_folders(root)
+        self.files = folders.choose(is_image)
+        self.root = self.files.root
+        self.classes = self.files.classes
+        self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
+        self.targets = self.files.labels
+        self.transform = transform
+        self.loader = partial(load_image, value_range=value_range)
+        self.value_range = value_range
+        self.cache = None
+        self.passed = folders.describe_passed(is_image)
+        problems = []
+        for label in np.flatnonzero(np.bincount(self.targets, minlength=len(self.classes)) == 0):
+            name = self.classes[label]
+            if any(map(is_sound, folders[name])):  # an earlier version's data/, or the user's own folders
                 raise UserError(
                     f"{Path(root) / name} contains recordings; run makedata.py, which writes their spectrograms"
                 )
-            raise UserError(f"{Path(root) / name} contains no image; put some there, or remove the folder")
-    return CachedImageFolder(root, transform)
+            problems.append(f"{Path(root) / name} contains no image; put some there, or remove the folder")
+        raise_all(problems)
+
+    @property
+    def samples(self):
+        """The sequence of (path, class), which are made when they are asked for."""
+        return Pairs(self.files, self.targets)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        image = None if self.cache is None else self.cache.get(index)
+        if image is None:
+            image = self.loader(self.files[index])
+        return image if self.transform is None else self.transform(image), int(self.targets[index])
+
+
+class Pairs(Sequence):
+    """Two sequences as one of pairs."""
+
+    def __init__(self, first, second):
+        self.first = first
+        self.second = second
+
+    def __len__(self):
+        return len(self.first)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Pairs(self.first[index], self.second[index])
+        return self.first[index], int(self.second[index])
+
+
+def open_image_folder(root, transform=None):
+    """Open `root/<class>/` as a `CachedImageFolder`, with the value range of the manifest beside `root`, and say which
+    files are passed over.
+
+    Raises:
+        UserError: if there is no class folder, or one contains no image.
+    """
+    dataset = CachedImageFolder(root, transform, read_value_range(Path(root).parent))
+    if dataset.passed:
+        print(dataset.passed)
+    return dataset
 
 
 def height_and_width(img_size):
@@ -136,7 +182,7 @@ class EpochBatches(Sampler):
         return self.length // (self.batch_size * self.world_size)
 
     def __iter__(self):
-        order = list(range(self.length))
+        order = array("q", range(self.length))  # shuffled as a list would be, in a quarter of its memory
         random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
         for number in range(self.start, len(self)):
             first = (number * self.world_size + self.rank) * self.batch_size

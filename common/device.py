@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import sys
 import time
 
@@ -25,9 +26,28 @@ def choose_device(name):
     try:
         torch.zeros(1, device=name).item()  # which "meta" refuses
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = find_reason(name) or str(error).splitlines()[0]
         raise ConstantError(f'DEVICE {name!r} is not available here ({reason}); set it to "auto" or "cpu"') from error
     return torch.device(name)
+
+
+def find_reason(name):
+    """Why a device is not available, where its name tells; else "".
+
+    Args:
+        name: as the user wrote it, such as "cuda:7" or "gpu".
+    """
+    number = re.fullmatch(r"(?:gpu|cuda|nvidia)?[: ]?(\d+)?", name.strip().lower())
+    if number is None:
+        return "mps is the GPU of a Mac with Apple silicon" if name.lower() in ("metal", "apple", "mps") else ""
+    meant = f"cuda:{number[1]}" if number[1] else "cuda"
+    if name != meant:
+        return f'PyTorch has no such name; did you mean "{meant}"?'
+    if torch.cuda.is_available():
+        return f"the GPUs of this machine are cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this PyTorch was built without GPU support; https://pytorch.org says how to install one with it"
+    return "PyTorch finds no GPU here; nvidia-smi says whether its driver works"
 
 
 def prepare_device(device, deterministic=False):

@@ -1,10 +1,14 @@
 """Labelled images, and a network's predictions on them: what the tools measure with."""
 
 import random
+import re
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.metrics import classification_report
 from tqdm import tqdm
 
 from common.dataset import open_image_folder
@@ -28,17 +32,20 @@ def choose_images(folder, classes, count, seed=0):
         UserError: if the folder holds other classes.
     """
     dataset = open_image_folder(folder)
-    if dataset.classes != list(classes):
+    index = match_classes(dataset.classes, classes)
+    if not len(dataset.classes) == len(classes) == len(set(index.values())):
         different = sorted(set(dataset.classes) ^ set(classes))
         raise UserError(
             f"{folder} and the checkpoint must have the same classes, but only one of them has {', '.join(different)}; "
             "run train.py on these images, or give another folder"
         )
-    by_class = [[] for _ in classes]
-    for path, label in random.Random(seed).sample(dataset.samples, len(dataset)):
-        by_class[label].append((len(by_class[label]), label, Path(path)))
-    chosen = sorted(sum(by_class, []))[: count or None]  # the first of each class, then the second of each, ...
-    return [path for _, _, path in chosen], [label for _, label, _ in chosen]
+    order = np.array(random.Random(seed).sample(range(len(dataset)), len(dataset)))
+    labels = np.array([index[name] for name in dataset.classes])[dataset.targets[order]]
+    place = np.empty(len(order), int)  # of each image among those of its class
+    for label in range(len(classes)):
+        place[labels == label] = np.arange(np.count_nonzero(labels == label))
+    chosen = np.lexsort((labels, place))[: count or None]  # the first of each class, then the second of each, ...
+    return [Path(dataset.files[index]) for index in order[chosen]], labels[chosen].tolist()
 
 
 def read_batches(paths, transform, batch_size, description, load=load_image):
@@ -78,3 +85,59 @@ def compute_logits(network, paths, transform, batch_size=32, description="images
 def accuracy(logits, labels):
     """Top-1 accuracy in percent."""
     return 100 * float((logits.argmax(1) == np.asarray(labels)).mean())
+
+
+def match_classes(names, classes):
+    """Which class the name of a folder means: the one that is equal, or else equal but for its Unicode form and case.
+
+    macOS decomposes accents, and neither macOS nor Windows distinguishes case. Where several classes come into
+    question, none is meant.
+
+    Args:
+        names: of folders.
+        classes: names in the network's order.
+
+    Returns:
+        {name: index of its class}, of those that mean one.
+    """
+    indices = {}
+    for simplify in (str, normal_form, lambda name: normal_form(name).casefold()):
+        simple = [simplify(name) for name in classes]
+        times, places = Counter(simple), {name: index for index, name in enumerate(simple)}
+        for name in names:
+            if name not in indices and times[simplify(name)] == 1:
+                indices[name] = places[simplify(name)]
+    return indices
+
+
+def normal_form(name):
+    return unicodedata.normalize("NFC", name)
+
+
+def report_classes(labels, predictions, classes):
+    """Precision, recall and F1 of the classes that occur among the labels, and their averages.
+
+    A class of which there is no image has no recall, so it takes no part in the averages. Where it is predicted, the
+    recall of the true class is the lower, and so is the accuracy.
+
+    Args:
+        labels, predictions: int arrays (images,), at least one image.
+        classes: class names.
+
+    Returns:
+        The text of scikit-learn's `classification_report`, and below it how many classes occur.
+    """
+    present = np.unique(labels)
+    names = [classes[number] for number in present]
+    text = classification_report(labels, predictions, labels=present, target_names=names, digits=4, zero_division=0)
+    absent, counts = np.unique(predictions[~np.isin(predictions, present)], return_counts=True)
+    if len(absent):  # scikit-learn then has other averages in place of the accuracy
+        rate, width = (predictions == labels).mean(), max(map(len, [*names, "weighted avg"]))
+        row = f"\n{'accuracy':>{width}} {'':20} {rate:9.4f} {len(labels):9}"
+        text = re.sub(r"\n *micro avg .*(?=\n *macro avg)", row, text)
+    if len(present) < len(classes):
+        text += f"\n{len(present)} of {len(classes)} classes occur among the images; the averages are over them\n"
+    if len(absent):
+        wrong = ", ".join(f"{classes[number]} ({count})" for number, count in zip(absent, counts))
+        text += f"predicted, though there is no image of it: {wrong}\n"
+    return text

@@ -5,18 +5,30 @@ import importlib
 from common.options import UserError
 
 
-def require(module, package=None):
-    """Import an optional module.
+def require(*modules, task=()):
+    """Import optional modules.
 
     Args:
-        module: its name, such as "onnxruntime.quantization".
-        package: what pip calls it; None: the first part of `module`.
+        modules: their names, such as "onnxruntime.quantization"; pip calls a package by the first part.
+        task: modules that the same task may need later; they are imported, and named, only if one of `modules` is
+            missing, so that nobody installs one package after the other.
+
+    Returns:
+        List of the modules.
 
     Raises:
-        UserError: if it cannot be imported.
+        UserError: if some cannot be imported; it names all of them.
     """
-    package = package or module.split(".")[0]
-    try:
-        return importlib.import_module(module)
-    except (ImportError, OSError) as error:  # OSError: a system library that the package needs is missing
-        raise UserError(f"this needs the package {package} ({error}); pip install {package}") from error
+    found, missing = [], {}
+    for number, name in enumerate((*modules, *task)):
+        if number >= len(modules) and not missing:
+            break
+        try:
+            found.append(importlib.import_module(name))
+        except (ImportError, OSError) as error:  # OSError: a system library that the package needs is missing
+            missing[name.split(".")[0].replace("_", "-")] = error
+    if missing:
+        packages, reasons = " ".join(missing), "; ".join(map(str, missing.values()))
+        what = "packages" if len(missing) > 1 else "package"
+        raise UserError(f"this needs the {what} {packages} ({reasons}); pip install {packages}")
+    return found

@@ -6,9 +6,12 @@ import timm
 import torch
 
 from common.checkpoint import SEEDLINGS, load_file
+from common.checkpoint_check import check_tensors
+from common.file_checks import naming
 from common.options import ConstantError, UserError
 from models import UniRepLKNet, load_weights
 from models.depthwise import environment_choice
+from models.pretrained import unwrap
 
 
 def check_environment():
@@ -39,10 +42,14 @@ def read_weights(arch, pretrained):
         pretrained: "seedlings", the path of a file, or the tag of published weights, which are downloaded.
 
     Raises:
-        UserError: if they cannot be read.
+        UserError: if they cannot be read, or are no finite numbers.
     """
     if pretrained == "seedlings" or Path(pretrained).is_file():
-        return load_file(SEEDLINGS if pretrained == "seedlings" else pretrained)
+        weights = load_file(SEEDLINGS if pretrained == "seedlings" else pretrained)
+        with naming(pretrained, "set PRETRAINED to another file"):
+            # Two names for one tensor, as networks of other libraries have them, do no harm: only what fits is loaded.
+            check_tensors("state dict", unwrap(weights), shared=True)
+        return weights
     published = timm.get_pretrained_cfg(f"{arch}.{pretrained}")
     try:
         return timm.models.load_state_dict_from_hf(published.hf_hub_id, published.hf_hub_filename, weights_only=True)

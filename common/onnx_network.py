@@ -1,7 +1,7 @@
 """An ONNX file written by tools/export.py, run by onnxruntime.
 
 The file's metadata contains, as JSON, what test.py needs besides the network: arch, classes, mean, std, img_size and,
-for recordings, sound.
+where they matter, sound or value_range.
 """
 
 import json
@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoint_check import check_arch
 from common.extras import require
+from common.file_checks import brief, check_input, naming, side_lengths
 from common.options import UserError
 
 METADATA = ("arch", "classes", "mean", "std", "img_size")  # keys of a checkpoint that every exported file contains
-METADATA_OF_SOUNDS = ("sound",)  # and those that only a network for recordings has
+OPTIONAL_METADATA = ("sound", "value_range")  # and those that only some have: see `common.audio.input_kind`
 
 
 class OnnxNetwork:
@@ -23,14 +25,14 @@ class OnnxNetwork:
         path: .onnx file.
 
     Attributes:
-        about: {key: value} of `METADATA`, and of `METADATA_OF_SOUNDS` for recordings.
+        about: {key: value} of `METADATA`, and those of `OPTIONAL_METADATA` that it has.
 
     Raises:
-        UserError: if the file does not exist, is damaged, or was not written by tools/export.py.
+        UserError: if the file does not exist, is damaged, says what cannot be, or was not written by tools/export.py.
     """
 
     def __init__(self, path):
-        onnxruntime = require("onnxruntime")
+        [onnxruntime] = require("onnxruntime")
         if not Path(path).is_file():
             raise UserError(f"there is no file {path}; tools/export.py writes one")
         try:
@@ -42,8 +44,33 @@ class OnnxNetwork:
         missing = [name for name in METADATA if name not in metadata]
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)} in its metadata; export it with tools/export.py")
-        named = [name for name in (*METADATA, *METADATA_OF_SOUNDS) if name in metadata]
-        self.about = {name: json.loads(metadata[name]) for name in named}
+        with naming(path, "export it again"):
+            named = [name for name in (*METADATA, *OPTIONAL_METADATA) if name in metadata]
+            self.about = {name: read_value(name, metadata[name]) for name in named}
+            check_arch(self.about["arch"])
+            check_input(self.about)
+            self.check_graph()
+
+    def check_graph(self):
+        """ValueError unless the network takes the images and has the outputs that its metadata names, all finite."""
+        size, count = side_lengths(self.about["img_size"]), len(self.about["classes"])
+        try:
+            logits = self(torch.zeros(2, 3, *size))
+        except Exception as error:  # onnxruntime's errors have no base class of their own
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"it does not take images of {size[0]} x {size[1]} pixels ({reason})") from error
+        if logits.shape != (2, count):
+            raise ValueError(f"it has {count} classes, but outputs of the shape {tuple(logits.shape)} for two images")
+        if not logits.isfinite().all():
+            raise ValueError("its predictions are not finite")
 
     def __call__(self, images):
         return torch.from_numpy(self.session.run(None, {"images": images.numpy()})[0])
+
+
+def read_value(name, text):
+    """The value of one entry of the metadata; ValueError if it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {name} must be JSON, got {brief(text)}") from error

@@ -16,19 +16,30 @@ This module imports the standard library only.
 
 import argparse
 import ast
+import atexit
+import builtins
+import contextlib
 import difflib
 import errno
 import functools
 import math
+import multiprocessing
 import os
 import sys
+import threading
+import tokenize
+import traceback
 import types
 import typing
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from common.output import guard_output
 from common.renamed import RENAMED
+
+READER = "reader"  # name of the threads of common/workers.py, which may never end
 
 
 class UserError(Exception):
@@ -37,6 +48,20 @@ class UserError(Exception):
 
 class ConstantError(UserError):
     """A constant that does not accept its value; the script ends with exit status 2, like for an unknown option."""
+
+
+def raise_all(problems, kind=UserError, most=20):
+    """Raise one error of `kind` that holds all `problems`, a sentence each, so that all can be fixed at once.
+
+    Args:
+        problems: sentences; nothing happens if there are none.
+        most: sentences that are shown; the rest is counted.
+    """
+    shown = problems[:most]
+    if len(problems) > most:
+        shown.append(f"... and {len(problems) - most} more of this kind")
+    if problems:
+        raise kind("\nerror: ".join(shown))
 
 
 @dataclass(frozen=True)
@@ -104,15 +129,18 @@ NonNegative = Annotated[float, Limits(0)]
 Probability = Annotated[float, Limits(0, 1)]
 Rate = Annotated[float, Limits(0, below=1)]  # a probability or factor that must stay below 1
 Fraction = Annotated[float, Limits(high=1, above=0)]
-ImageSize = Annotated[int, Limits(32)]  # the network divides an image's sides by 32
+ImageSize = Annotated[int, Limits(32, 4096)]  # the network divides an image's sides by 32
 MultipleOf32 = Annotated[int, Limits(32, multiple=32)]
 Channels = Annotated[list[Probability], Length(3)]
-PositiveChannels = Annotated[list[Positive], Length(3)]
+# A smaller standard deviation would blow up the last bit of a pixel; a class of one colour has 0.
+PositiveChannels = Annotated[list[Annotated[float, Limits(1e-6, 1e6)]], Length(3)]
 Workers = Annotated[int, Limits(0, 256)]
 Port = Annotated[int, Limits(0, 65535)]
 Name = Annotated[str, NotEmpty()]
 
+DASHES = "-‐‑‒–—−－"  # what word processors, web pages and input methods make of a hyphen
 NOUNS = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), str: ("text", "texts")}
+NOUNS |= {list: ("a list", "lists"), dict: ("a dictionary", "dictionaries")}  # in files only
 
 
 def split_kind(kind):
@@ -134,17 +162,25 @@ def accepts(kind, value):
     plain, restrictions = split_kind(kind)
     origin = typing.get_origin(plain)
     if origin is typing.Literal:
-        return any(value == choice and type(value) is type(choice) for choice in typing.get_args(plain))
+        return any(type(value) is type(choice) and value == choice for choice in typing.get_args(plain))
     if origin is list:
         [element] = typing.get_args(plain)
         fits = isinstance(value, (list, tuple)) and all(accepts(element, item) for item in value)
     elif plain is float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and is_finite(value)
     elif plain is int:
         fits = isinstance(value, int) and not isinstance(value, bool)
     else:
         fits = value is None if plain in (None, types.NoneType) else isinstance(value, plain)
     return fits and all(restriction.accepts(value) for restriction in restrictions)
+
+
+def is_finite(number):
+    """Whether a number is finite as a float; an integer may be too large for one."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def describe(kind, plural=False):
@@ -188,6 +224,8 @@ def parse(kind, word):
         raise ValueError(word)
     plain, _ = split_kind(kind)
     origin = typing.get_origin(plain)
+    if plain in (int, float) or origin is list and split_kind(typing.get_args(plain)[0])[0] in (int, float):
+        word = unicodedata.normalize("NFKC", word)  # full-width digits, commas and signs of an input method
     if origin is list:
         [element] = typing.get_args(plain)
         value = [parse(element, part) for part in word.split(",")] if word else []
@@ -203,7 +241,8 @@ def parse(kind, word):
 @functools.lru_cache
 def parse_script(path, modified):
     """{name: comment} of a script's constants; `modified` is its time of change: an edited file is read anew."""
-    source = path.read_text(encoding="utf-8")
+    with tokenize.open(path) as file:  # as Python itself reads it, with or without a byte order mark
+        source = file.read()
     lines = source.splitlines()
     constants = {}
     for node in ast.parse(source).body:
@@ -275,13 +314,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if "unrecognized arguments" in message:
-            unknown = next((word for word in message.split() if word.startswith("-")), "")
-            option = unknown.split("=")[0].lstrip("-").replace("_", "-")
-            name = option.removeprefix("no-").replace("-", "_").upper()
-            if name in self.renamed:
-                message = f"{unknown.split('=')[0]}: {self.renamed[name]}"
-            elif near := self.nearest(option):
-                message += f"; did you mean {near}?"
+            words = message.partition("unrecognized arguments: ")[2].split()
+            near, replaced = [], []
+            for word in words:
+                if word[0] not in DASHES and "=" not in word:
+                    continue
+                option = word.split("=")[0].lstrip(DASHES).replace("_", "-")
+                name = option.removeprefix("no-").replace("-", "_").upper()
+                if name in self.renamed:
+                    replaced.append(f"{word.split('=')[0]}: {self.renamed[name]}")
+                elif found := self.nearest(option):
+                    near.append(found)
+            if near:
+                message += f"; did you mean {', '.join(near)}?"
+            elif not replaced and any(word.lower() in ("true", "false", "yes", "no", "0", "1") for word in words):
+                message += "; a switch takes no value: --name turns it on, --no-name off"
+            message = "; ".join([*replaced, *([message] if near or not replaced else [])])
+        elif "ignored explicit argument" in message:
+            message += "; a switch takes no value: --name turns it on, --no-name off"
         self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
 
     def nearest(self, option):
@@ -325,7 +375,7 @@ def set_constants(namespace, argv, positional=None):
         {name: value} of the constants that the command line set.
 
     Raises:
-        ConstantError: for a value that a constant does not accept.
+        ConstantError: for values that constants do not accept; it names all of them.
         SystemExit: after --help, and for an unknown option (status 2).
     """
     script = script_name(namespace)
@@ -333,7 +383,7 @@ def set_constants(namespace, argv, positional=None):
     kinds = read_kinds(namespace)
     constants = read_constants(namespace["__file__"])
     parser = build_parser(namespace, constants, kinds, positional, renamed) if argv else None
-    given = {}
+    given, wrong, problems = {}, set(), []
     for key, word in vars(parser.parse_args(argv)).items() if argv else ():
         name = key.upper()
         try:
@@ -345,16 +395,55 @@ def set_constants(namespace, argv, positional=None):
         except (ValueError, OverflowError):
             option = "the command line" if isinstance(word, list) else to_option(name)
             word = " ".join(word) if isinstance(word, list) else word
-            raise ConstantError(f"{name} must be {describe(kinds[name])}, got {word!r} (set by {option})") from None
-    for name in constants:
-        if name not in given and not accepts(kinds[name], namespace[name]):
-            raise ConstantError(f"{name} must be {describe(kinds[name])}, got {namespace[name]!r} (set in {script})")
+            hint = f"; write {word.replace(',', '.')}" if can_parse(kinds[name], word.replace(",", ".")) else ""
+            problems.append(f"{name} must be {describe(kinds[name])}, got {word!r} (set by {option}){hint}")
+            wrong.add(name)
+    for name in [name for name in constants if name not in wrong]:
+        value, where = (given[name], f"by {to_option(name)}") if name in given else (namespace[name], f"in {script}")
+        needed = describe(kinds[name]) if not accepts(kinds[name], value) else find_slip(value, name not in given)
+        if needed:
+            problems.append(f"{name} must be {needed}, got {value!r} (set {where})")
     for name in renamed:
         if name in namespace and name not in constants:
-            raise ConstantError(f"{name}: {renamed[name]} (set in {script})")
+            problems.append(f"{name}: {renamed[name]} (set in {script})")
+    raise_all(problems, ConstantError)
     overridden = {name: namespace[name] for name in given}
-    namespace.update(given)
+    namespace.update({name: expand_home((namespace | given)[name]) for name in constants})
     return {name: (value, overridden[name]) for name, value in given.items()}
+
+
+def can_parse(kind, word):
+    """Whether a word of the command line stands for a value of `kind`."""
+    try:
+        parse(kind, word)
+        return True
+    except (ValueError, OverflowError):
+        return False
+
+
+def find_slip(value, in_file):
+    """What a text, or a list of texts, must be that was plainly not meant so; "" for any other value.
+
+    Args:
+        value: of a constant.
+        in_file: whether it stands in the script, where a backslash has a meaning.
+    """
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if not isinstance(text, str) or os.path.exists(text.replace("\0", "")):
+            continue
+        if in_file and any(unicodedata.category(char) == "Cc" for char in text):  # of Windows paths: \n, \t, ...
+            return 'text without control characters, such as "data/new" or r"data\\new" for a path'
+        if len(text) > 1 and text[0] + text[-1] in ("''", '""', "``", "“”", "‘’", "”“", "「」"):
+            return "text without quotation marks around it"
+    return ""
+
+
+def expand_home(value):
+    """`value` with the home folder for a leading ~, which shells replace in some places only."""
+    if isinstance(value, list):
+        return [expand_home(item) for item in value]
+    begins = isinstance(value, str) and (value == "~" or value.startswith(("~/", "~\\")))
+    return os.path.expanduser(value) if begins and not os.path.exists(value) else value
 
 
 def describe_overrides(overrides, script):
@@ -366,29 +455,122 @@ def describe_overrides(overrides, script):
     return f"options     {', '.join(texts)}" if texts else None
 
 
-def run(main, positional=None):
+def run(main, positional=None, closed_output="finish", fail=lambda message, status: None):
     """Run a script: constants, then the command line (see `set_constants`), then `main`.
 
     Exit status: 0, or what `main` returns; 1 with one sentence for what the user can fix; 2 for a wrong option or a
-    constant with a value that it does not accept; 130 for Ctrl-C.
+    constant with a value that it does not accept; 130 for Ctrl-C; 141 for a closed pipe, see `guard_output`.
+
+    Args:
+        main: function of the script.
+        positional: see `set_constants`.
+        closed_output: what follows where nobody reads the output any more, see `guard_output`.
+        fail: function (message, exit status) that is called before an error is printed, and may end the process.
     """
+    with guard_output(closed_output):
+        run_main(main, positional, fail)
+
+
+def run_main(main, positional, fail):
+    """`run` on streams that can be written to."""
     for stream in (sys.stdout, sys.stderr):
-        # A class name that the console cannot show must not end a run; a log file is to show each line at once.
-        stream.reconfigure(errors="replace", line_buffering=True)
-    try:
-        overrides = set_constants(main.__globals__, sys.argv[1:], positional)
-        line = describe_overrides(overrides, script_name(main.__globals__))
-        if line and os.environ.get("RANK", "0") == "0":
-            print(line)
-        sys.exit(main())
-    except (UserError, OSError) as error:  # OSError: disk full, no permission, ...; it names the file
-        message = str(error).strip()
-        if "Traceback (most recent call last)" in message:  # a DataLoader's worker puts it in front of its error
-            message = message.splitlines()[-1].split("Error: ", 1)[-1]
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # which names no file when a write fails
-            message += "; make room on the disk and give the same command again"
+        if hasattr(stream, "reconfigure"):  # in notebooks and IDLE they are other objects, which stay as they are
+            # A class name that the console cannot show must not end a run; a log file is to show each line at once.
+            stream.reconfigure(errors="replace", line_buffering=True)
+    # Processes that are spawned know the script's classes by this name, which in IPython stands for IPython's own.
+    sys.modules["__mp_main__"] = sys.modules["__main__"]
+    with nothing_left_running():
+        try:
+            if "__file__" not in main.__globals__:  # exec, or the code pasted into a console
+                how = "python train.py in a terminal, %run train.py in a notebook"
+                raise UserError(f"start the script as a file: {how}")
+            overrides = set_constants(main.__globals__, sys.argv[1:], positional)
+            line = describe_overrides(overrides, script_name(main.__globals__))
+            if line and os.environ.get("RANK", "0") == "0":
+                print(line)
+            leave(main())
+        except (UserError, OSError) as error:  # OSError: disk full, no permission, ...; it names the file
+            message = str(error).strip()
+            message += find_remedy(error, message)
+            leave(2 if isinstance(error, ConstantError) else 1, message, fail)
+        except (RuntimeError, MemoryError) as error:
+            from common.faults import is_out_of_memory  # needs PyTorch, which not every script imports
+
+            if not is_out_of_memory(error):
+                raise
+            reason = next(iter(str(error).strip().splitlines()), "MemoryError")
+            leave(1, f"memory is full ({reason}); close other programs, or lower a BATCH_SIZE", fail)
+        except SystemExit as end:  # after --help, or a wrong option
+            leave(end.code)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            leave(130)
+
+
+def find_remedy(error, message):
+    """What to add to the message of an error so that it says what to do."""
+    folder, root = Path.cwd(), Path(__file__).resolve().parent.parent
+    if isinstance(error, UserError) and "there is no " in message and root in folder.parents:
+        return f" (paths are relative to the current folder, {folder}; cd to {root})"
+    if not isinstance(error, OSError):
+        return ""
+    if error.errno == errno.ENOSPC:  # which names no file when a write fails
+        return "; make room on the disk and give the same command again"
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return "; a folder is needed there, so move this file away or set another path"
+    if isinstance(error, IsADirectoryError):
+        return "; a file is needed there, so set the path of a file"
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return "; allow writing there, close programs that have it open, or set another path"
+    return ""
+
+
+def leave(status, message="", fail=lambda message, status: None):
+    """End the process with an exit status; in IPython and Jupyter, which have no use for it, return to the prompt.
+
+    Args:
+        status: exit status.
+        message: of an error, which is printed; "": none.
+        fail: see `run`.
+    """
+    if message:
+        fail(message, status)
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConstantError) else 1)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    if not hasattr(builtins, "__IPYTHON__"):
+        sys.exit(status)
+
+
+@contextlib.contextmanager
+def nothing_left_running():
+    """On every way out, end what the script has started, so that none of it keeps the script from ending.
+
+    Processes that read files ignore signals, and Python waits for them when it ends. It waits for threads, too, and one
+    that stands in the middle of a read cannot be ended but with the process.
+    """
+    try:
+        yield
+    except BaseException as error:
+        stuck, threads = end_processes(), [one for one in threading.enumerate() if one.name.startswith(READER)]
+        for thread in threads:
+            thread.join(0.2)
+        if not stuck and not any(thread.is_alive() for thread in threads):
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        status = error.code if isinstance(error, SystemExit) else 1
+        if not stuck:  # for which multiprocessing would wait
+            atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status if isinstance(status, int) else 0)
+
+
+def end_processes():
+    """Kill the processes that this one has started by multiprocessing; returns those that cannot be killed."""
+    processes = multiprocessing.active_children()
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join(1)  # the system kills none in the middle of a read from a network drive
+    return [process for process in processes if process.is_alive()]

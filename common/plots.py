@@ -4,6 +4,9 @@ import contextlib
 import copy
 import functools
 import logging
+import math
+import sys
+import unicodedata
 import warnings
 
 import numpy as np
@@ -14,9 +17,24 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from torchvision.transforms import Normalize
 
-# Fonts that have Chinese, Japanese and Korean characters, on Windows, macOS and Linux.
+from common.files import written_whole
+from common.text import label, printable, width
+
+# A figure of a data set of any size stays within these bounds.
+MAX_SIDE = 6000  # pixels
+MAX_NUMBERED = 30  # classes of a confusion matrix whose cells show their counts
+MAX_TICKS = 60  # labels along a side
+MAX_CELLS = 1000  # cells along a side; more classes share one
+MAX_CONFUSIONS = 25  # pairs of classes beside a matrix without counts
+MAX_COLUMNS, MAX_ROWS = 12, 12  # images of a sheet
+MAX_IMAGE = 600  # pixels of an image's longer side in a sheet
+MAX_LEGEND = 40  # classes of a map with a legend
+
+# Fonts that have Chinese, Japanese and Korean characters, on Windows, macOS and Linux, the most legible first. Others
+# are found by what they contain.
 CJK_FONTS = (
     "Microsoft YaHei",
     "SimHei",
@@ -28,34 +46,148 @@ CJK_FONTS = (
     "WenQuanYi Zen Hei",
     "WenQuanYi Micro Hei",
 )
+BASE_FONT = "DejaVu Sans"  # comes with matplotlib
+
+
+class Fonts:
+    """Which of this machine's fonts has a character; they are looked at when the first one has it not.
+
+    Attributes:
+        known: {character: name of a font, or None if none has it}.
+        reported: kinds of fonts of which it was said that they are missing.
+    """
+
+    def __init__(self):
+        self.known, self.reported = {}, set()
+
+    def families(self, text):
+        """Names of the fonts that `text` needs, the base font first, and the set of characters that no font has."""
+        chars = {char for char in text if not char.isspace()}
+        if new := chars - self.known.keys():
+            self.search(new)
+        found = dict.fromkeys([BASE_FONT, *sorted(filter(None, (self.known[char] for char in chars)))])
+        return list(found), {char for char in chars if self.known[char] is None}
+
+    def search(self, chars):
+        """Complete `known` by `chars`."""
+        manager = font_manager.fontManager
+        left = self.look(chars, [font_manager.findfont(BASE_FONT)])
+        if left:
+            left = self.look(left, self.rank(manager.ttflist))
+        if left:
+            # matplotlib lists the fonts once, at its first start: one that was installed since is not in its list.
+            listed = {font.fname for font in manager.ttflist}
+            for path in set(font_manager.findSystemFonts()) - listed:
+                with contextlib.suppress(Exception):  # a font that matplotlib cannot read
+                    manager.addfont(path)
+            left = self.look(left, self.rank(font for font in manager.ttflist if font.fname not in listed))
+        self.known.update(dict.fromkeys(left))
+
+    def look(self, chars, paths):
+        """Note the characters that the font files have; returns those that none has."""
+        left = set(chars)
+        for path in paths:
+            if not left:
+                break
+            with contextlib.suppress(Exception):  # a file that is gone or damaged
+                font = font_manager.get_font(path)
+                for char in sorted(left):
+                    if has_glyph(font, char):
+                        self.known[char] = font_manager.FontProperties(fname=path).get_name()
+                        left.discard(char)
+        return left
+
+    @staticmethod
+    def rank(fonts):
+        """Paths of the files of fonts, those of `CJK_FONTS` first, and upright ones before others."""
+        place = {name: number for number, name in enumerate(CJK_FONTS)}
+        # A last-resort font has boxes for all characters.
+        fonts = [font for font in fonts if "lastresort" not in font.name.lower().replace(" ", "").replace("-", "")]
+        order = sorted(fonts, key=lambda f: (place.get(f.name, len(place)), f.style != "normal", f.name, f.fname))
+        return list(dict.fromkeys(font.fname for font in order))
+
+
+def has_glyph(font, char):
+    """Whether an opened font can draw a character; fonts of coloured bitmaps, as of emoji, cannot."""
+    if not font.get_char_index(ord(char)):
+        return False
+    font.set_size(10, 100)
+    font.load_char(ord(char))
+    return True
 
 
 @functools.cache
-def find_cjk_fonts():
-    """Names of those of `CJK_FONTS` that this machine has, as a tuple; searched for once."""
-    fonts = font_manager.fontManager
-    if not {font.name for font in fonts.ttflist} & set(CJK_FONTS):
-        # matplotlib lists the fonts once, at its first start: one that was installed since is not in its list.
-        for path in set(font_manager.findSystemFonts()) - {font.fname for font in fonts.ttflist}:
-            with contextlib.suppress(Exception):  # a font that matplotlib cannot read
-                fonts.addfont(path)
-    return tuple(name for name in CJK_FONTS if name in {font.name for font in fonts.ttflist})
+def fonts():
+    """The `Fonts` of this machine."""
+    return Fonts()
+
+
+def report_missing(chars, reported):
+    """Say which characters no font has, and what to install: once for each kind of font.
+
+    Args:
+        chars: the characters.
+        reported: set of the kinds that were reported, which is completed.
+    """
+    kinds = {}
+    for char in sorted(chars):
+        kinds.setdefault(choose_font(char), []).append(char)
+    for (name, debian, fedora), of_kind in kinds.items():
+        if name not in reported:
+            reported.add(name)
+            shown = f"{''.join(of_kind[:10])}{'...' if len(of_kind) > 10 else ''}"
+            remedy = f"install one that has them, such as {name}"
+            if sys.platform == "linux":
+                remedy += f" (Debian, Ubuntu: apt install {debian}; Fedora: dnf install {fedora})"
+            print(f"note: no font on this machine has the characters {shown}, so figures show boxes instead; {remedy}")
+
+
+def choose_font(char):
+    """(a free font that has a character, its package for Debian and Ubuntu, and for Fedora)."""
+    if unicodedata.category(char) == "So":  # emoji; those of Noto are bitmaps, which matplotlib cannot draw
+        return "Symbola", "fonts-symbola", "gdouros-symbola-fonts"
+    if unicodedata.east_asian_width(char) in "WFH":
+        return "Noto Sans CJK", "fonts-noto-cjk", "google-noto-sans-cjk-fonts"
+    return "Noto Sans", "fonts-noto-core", "google-noto-fonts-all"
 
 
 def save_figure(figure, path):
-    """Write a figure as a PNG file, in fonts that have the characters of every class name as far as there are any.
+    """Write a figure as a PNG file of at most `MAX_SIDE` pixels a side, in fonts that have its characters.
+
+    What is written is shown as it is: `$` and `\\` are no mathematics.
 
     Args:
         figure: `matplotlib.figure.Figure`.
         path: PNG file, or a binary file object.
     """
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        axis.get_ticklabels()  # makes those that are to be drawn
+    texts = figure.findobj(Text)
+    for text in texts:
+        text.set_parse_math(False)
+        text.set_usetex(False)
+        text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
     # The list of families itself: of a generic one such as sans-serif, matplotlib takes the first font for all
     # characters.
-    families = ["DejaVu Sans", *find_cjk_fonts()]
+    families, missing = fonts().families("".join(text.get_text() for text in texts))
+    if missing:
+        report_missing(missing, fonts().reported)
     with rc_context({"font.family": families, "axes.unicode_minus": False}), silent_fonts():
-        for text in figure.findobj(Text):  # which took their fonts when they were made
+        for text in texts:  # which took their fonts when they were made
             text.set_fontfamily(families)
-        figure.savefig(path, dpi=120)
+        dpi = min(120, MAX_SIDE / max(figure.get_size_inches()))
+        if hasattr(path, "write"):
+            figure.savefig(path, dpi=dpi)
+            return
+        with written_whole(path) as partial:
+            figure.savefig(partial, dpi=dpi, format="png")
+
+
+def add_legend(place, handles, names, **options):
+    """Add a legend to axes or a figure; matplotlib itself hides names that begin with an underscore."""
+    legend = place.legend(handles, ["name"] * len(names), **options)
+    for text, name in zip(legend.get_texts(), names):
+        text.set_text(label(name))
 
 
 @contextlib.contextmanager
@@ -84,64 +216,130 @@ def plot_curves(history, folder):
     Args:
         history: one dict per epoch, with `epoch` and `<train|val|ema>_<loss|acc1>`; None or absent: skipped.
     """
-    for figure_name, key, label in (("loss", "loss", "cross-entropy"), ("acc", "acc1", "top-1 accuracy / %")):
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.add_subplot(xlabel="epoch", ylabel=label)
-        for prefix, marker, line, name in CURVES:
-            points = [(row["epoch"], row.get(f"{prefix}_{key}")) for row in history]
-            points = [(epoch, value) for epoch, value in points if value is not None]
-            if points:
-                axes.plot(*zip(*points), line, marker=marker, markevery=max(1, len(points) // 15), ms=5, label=name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
-        save_figure(figure, folder / f"{figure_name}.png")
+    error = None
+    for figure_name, key, quantity in (("loss", "loss", "cross-entropy"), ("acc", "acc1", "top-1 accuracy / %")):
+        try:
+            plot_curve(history, key, quantity, folder / f"{figure_name}.png")
+        except Exception as failure:  # the other one can be drawn all the same
+            error = failure
+    if error is not None:
+        raise error
 
 
-def plot_confusion_matrix(matrix, classes, path):
-    """Draw a confusion matrix with counts.
-
-    Args:
-        matrix: int array (true class, predicted class).
-        classes: class names.
-        path: PNG file to write.
-    """
-    size = max(5, 1.8 + 0.45 * len(classes))
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axes = figure.add_subplot(xlabel="predicted class", ylabel="true class")
-    fraction = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    image = axes.imshow(100 * fraction, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, label="% of the true class", shrink=0.8)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(classes)), classes)
-    if len(classes) <= 30:  # more would not be legible
-        for (true, predicted), count in np.ndenumerate(matrix):
-            if count:
-                color = "white" if fraction[true, predicted] > 0.5 else "black"
-                axes.text(predicted, true, count, ha="center", va="center", color=color, fontsize=8)
+def plot_curve(history, key, quantity, path):
+    """Draw one metric of `plot_curves` into a PNG file."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel=quantity)
+    for prefix, marker, line, name in CURVES:
+        points = [(row["epoch"], row.get(f"{prefix}_{key}")) for row in history]
+        points = [(epoch, value) for epoch, value in points if value is not None]
+        if points:
+            axes.plot(*zip(*points), line, marker=marker, markevery=max(1, len(points) // 15), ms=5, label=name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
     save_figure(figure, path)
 
 
+def plot_confusion_matrix(labels, predictions, classes, path, counts=None):
+    """Draw a confusion matrix: with counts, or for many classes beside a list of those most often confused.
+
+    Args:
+        labels, predictions: class numbers of the same images.
+        classes: class names.
+        path: PNG file to write.
+        counts: how many images each pair stands for; None: one.
+    """
+    number = len(classes)
+    cells = np.asarray(labels, dtype=np.int64) * number + np.asarray(predictions, dtype=np.int64)
+    cells, inverse = np.unique(cells, return_inverse=True)
+    counts = np.bincount(inverse.ravel(), counts, len(cells)).astype(np.int64)
+    true, predicted = np.divmod(cells, max(number, 1))
+    ticks = range(0, number, -(-number // MAX_TICKS) or 1)
+    names = [label(classes[tick]) for tick in ticks]
+    if number <= MAX_NUMBERED:
+        # Long names beside both axes leave the cells their size.
+        size = max(5, 1.8 + 0.45 * number) + 0.06 * max(map(width, names), default=0)
+        figure = Figure(figsize=(size + 1, size), layout="constrained")
+        axes = figure.add_subplot()
+    else:
+        figure = Figure(figsize=(15, 9), layout="constrained")
+        axes, bars = figure.subplots(1, 2, width_ratios=[2, 1])
+        draw_confusions(bars, true, predicted, counts, classes)
+
+    share = max(1, -(-number // MAX_CELLS))  # classes in a cell's side
+    matrix = np.zeros((-(-number // share),) * 2)
+    np.add.at(matrix, (true // share, predicted // share), counts)
+    fraction = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    edges = (-0.5, number - 0.5)
+    image = axes.imshow(100 * fraction, cmap="Blues", vmin=0, vmax=100, extent=(*edges, *edges[::-1]))
+    figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8)
+    note = f" (a cell is {share} x {share} classes)" if share > 1 else ""
+    axes.set_xlabel(f"predicted class{note}")
+    axes.set_ylabel("true class")
+    size, angle, aligned = (10, 45, "baseline") if number <= MAX_NUMBERED else (7, 90, "center")
+    axes.set_xticks(ticks, names, rotation=angle, ha="right", va=aligned, rotation_mode="anchor", fontsize=size)
+    axes.set_yticks(ticks, names, fontsize=size)
+    if number <= MAX_NUMBERED:
+        for row, column, count in zip(true, predicted, counts):
+            color = "white" if fraction[row, column] > 0.5 else "black"
+            axes.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_confusions(axes, true, predicted, counts, classes):
+    """Draw the pairs of classes that are confused most often as bars; for the arguments see `plot_confusion_matrix`."""
+    totals = np.bincount(true, counts, len(classes))
+    wrong = np.flatnonzero(true != predicted)
+    worst = wrong[np.argsort(-counts[wrong], kind="stable")][:MAX_CONFUSIONS]
+    axes.set_title("most frequent confusions" if len(worst) else "no confusions")
+    axes.barh(range(len(worst)), counts[worst], color="C0")
+    pairs = [f"{label(classes[true[i]])}\npredicted {label(classes[predicted[i]])}" for i in worst]
+    axes.set_yticks(range(len(worst)), pairs, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("images, and their % of the true class")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.12)
+    for place, i in enumerate(worst):
+        axes.text(counts[i], place, f" {100 * counts[i] / totals[true[i]]:.0f} %", va="center", fontsize=7)
+
+
 def plot_sheet(images, captions, path, columns=6, rows=()):
-    """Draw a sheet of images with a caption under each.
+    """Draw a sheet of images with a caption under each, and say where there are more than fit.
 
     Args:
         images: PIL images, or arrays (H, W, 3); None leaves the place empty.
         captions: one text for each image.
         path: PNG file to write.
-        columns: number of images side by side.
+        columns: number of images side by side; without `rows` more for many images.
         rows: a text to the left of each row; (): none.
     """
+    if not rows:
+        columns = min(max(columns, math.ceil(math.sqrt(len(images)))), MAX_COLUMNS)
     columns = min(columns, len(images))
-    lines = -(-len(images) // columns)
-    figure = Figure(figsize=(2.2 * columns + (0.4 if rows else 0), 2.6 * lines), layout="constrained")
-    for number, (image, caption) in enumerate(zip(images, captions)):
-        axes = figure.add_subplot(lines, columns, number + 1, xticks=[], yticks=[], frame_on=False)
+    fits = range(MAX_ROWS * columns) if len(images) > MAX_ROWS * columns else range(len(images))
+    cells = [number for number in fits if number % columns < MAX_COLUMNS]
+    if len(cells) < len(images):
+        print(f"{path} shows {len(cells)} of {len(images)} places; a figure has no more")
+    columns = min(columns, MAX_COLUMNS)
+    lines = -(-len(cells) // columns)
+    # Inches. A layout engine would take minutes for hundreds of cells, whose sizes are known.
+    width, height, side, left = 2.2, 2.6, 2.0, 0.4 if rows else 0.0
+    figure = Figure(figsize=(left + width * columns, height * lines))
+    for place, number in enumerate(cells):
+        line, column = divmod(place, columns)
+        corner = left + width * column + (width - side) / 2, height * (lines - line) - side - 0.06
+        box = (corner[0], corner[1], side, side) / np.tile(figure.get_size_inches(), 2)
+        axes = figure.add_axes(box, xticks=[], yticks=[], frame_on=False)
+        image = images[number]
+        if isinstance(image, Image.Image) and max(image.size) > MAX_IMAGE:
+            image = image.copy()
+            image.thumbnail((MAX_IMAGE, MAX_IMAGE))
         if image is not None:
             axes.imshow(image)
-        axes.set_xlabel(caption, fontsize=8)
-        if rows and number % columns == 0:
-            axes.set_ylabel(rows[number // columns], fontsize=9)
+        axes.set_xlabel(captions[number], fontsize=8)
+        if rows and column == 0:
+            axes.set_ylabel(rows[line], fontsize=9)
     save_figure(figure, path)
 
 
@@ -156,7 +354,8 @@ def plot_augmentation(images, labels, classes, transform, mixup, path):
         mixup: the run's `BatchMixup`. It mixes every batch here; the rows say how many it mixes in training.
         path: PNG file to write.
     """
-    names = [classes[label] for label in labels]
+    classes = [label(name) for name in classes]
+    names = [classes[number] for number in labels]
     batch, labels = torch.stack([transform(image) for image in images]), torch.tensor(labels)
     cells, captions, rows = [*images, *to_pixels(batch, transform)], 2 * names, ["file", "augmented"]
     for name, alpha, other, switch in (
@@ -229,9 +428,11 @@ def plot_receptive_fields(fields, path):
             {percent: side in pixels of the central square that holds it})}.
         path: PNG file to write.
     """
-    figure = Figure(figsize=(3.4 * len(fields) + 0.8, 4.1), layout="constrained")
+    columns = min(len(fields), 6)
+    lines = -(-len(fields) // columns)
+    figure = Figure(figsize=(3.4 * columns + 0.8, 4.1 * lines), layout="constrained")
     for number, (name, (field, sides)) in enumerate(fields.items(), start=1):
-        axes = figure.add_subplot(1, len(fields), number, title=name, xlabel="pixels")
+        axes = figure.add_subplot(lines, columns, number, title=label(name, 36), xlabel="pixels")
         half = len(field) / 2
         relative = np.maximum(field / field.max(), 1e-4)
         image = axes.imshow(relative, cmap="gray", norm=LogNorm(1e-4, 1), extent=(-half, half, half, -half))
@@ -240,7 +441,7 @@ def plot_receptive_fields(fields, path):
             square.set_label(f"{percent} %: {side} px")
             axes.add_patch(square)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=7, handlelength=1.2)
-    figure.colorbar(image, ax=figure.axes, shrink=0.8, label="gradient / its largest value")
+    figure.colorbar(image, ax=figure.axes, shrink=0.8, label="gradient / its largest value", format="%g")
     save_figure(figure, path)
 
 
@@ -259,13 +460,18 @@ def plot_map(points, labels, classes, path):
     figure = Figure(figsize=(8.5, 6.5), layout="constrained")
     axes = figure.add_subplot(xticks=[], yticks=[], title="t-SNE of the pooled features: nearby images are similar")
     labels = np.asarray(labels)
-    for number, name in enumerate(classes):
+    present = np.unique(labels)
+    named = set(present[:: -(-len(present) // MAX_TICKS) or 1])  # more names would hide the points and each other
+    if len(named) < len(present):
+        axes.set_xlabel(f"names of {len(named)} of {len(present)} classes")
+    handles, names = [], [label(classes[number]) for number in present]
+    for number, name in zip(present, names):
         mine = points[labels == number]
-        if len(mine):
-            color, marker = f"C{number % 10}", MARKERS[number % len(MARKERS)]
-            axes.plot(*mine.T, marker, color=color, ms=5, mec="black", mew=0.3, alpha=0.8, label=name)
+        color, marker = f"C{number % 10}", MARKERS[number % len(MARKERS)]
+        handles += axes.plot(*mine.T, marker, color=color, ms=5, mec="black", mew=0.3, alpha=0.8)
+        if number in named:
             box = dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.7)
             axes.text(*np.median(mine, axis=0), name, fontsize=8, ha="center", va="center", bbox=box)
-    if len(classes) <= 40:
-        axes.legend(bbox_to_anchor=(1, 1), loc="upper left", fontsize=8)
+    if len(present) <= MAX_LEGEND:
+        add_legend(axes, handles, names, bbox_to_anchor=(1, 1), loc="upper left", fontsize=8)
     save_figure(figure, path)

@@ -46,5 +46,13 @@ def upgrade_config(config):
             config[name] = None
     masks = [config.pop(name) for name in ("TIME_MASK", "FREQUENCY_MASK") if name in config]
     if masks:
-        config["SPEC_MASK"] = masks[0] if len(set(masks)) == 1 else masks
+        config["SPEC_MASK"] = masks[0] if all(mask == masks[0] for mask in masks) else masks
     return config
+
+
+def upgrade_checkpoint(checkpoint):
+    """A checkpoint of any version with today's kinds of values; its config is left as it is."""
+    totals = checkpoint.get("totals")
+    if getattr(totals, "shape", None) == (4,):  # a tensor once
+        checkpoint = checkpoint | dict(totals=totals.tolist())
+    return checkpoint

@@ -5,11 +5,12 @@
     log.csv, loss.png, acc.png   one row for each epoch, and learning curves
     result.json, classification_report.txt   metrics of the best epoch
     class_indices.json           number and name of each class
+
+What a run needs is saved first, as .pth files. The others are for people: one that cannot be written ends nothing, and
+all of them are written again after the next epoch and at the next start, from what the checkpoints hold.
 """
 
 import contextlib
-import csv
-import json
 import math
 import platform
 import time
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import timm
 import torch
 import torchvision
@@ -24,22 +26,32 @@ from filelock import FileLock, Timeout
 from sklearn.metrics import classification_report
 
 from common import distributed
+from common.agreement import ON_CONSTANTS, ON_DATA, constant_facts, data_facts
 from common.augment import CUTOUT_ERROR
-from common.checkpoint import check_finite, load_checkpoint, load_newest, save_checkpoint
+from common.checkpoint import SaveError, check_finite, earlier_checkpoint, load_checkpoint, load_file, load_newest
+from common.checkpoint import save_checkpoint
 from common.dataset import height_and_width
 from common.device import choose_amp
-from common.manifest import fingerprint
+from common.faults import Diverged, StepGuard
+from common.file_checks import check_fields, naming
+from common.files import SideFiles, write_csv, write_json, write_text
+from common.fingerprints import describe_change
+from common.manifest import fingerprint_sorted
 from common.options import UserError
 from common.plots import plot_curves
 from common.renamed import FORMER_CONSTANTS, upgrade_config
 from ema import ModelEma
 from models import describe_implementation
 
+# What a checkpoint needs to be resumed, besides what any has; common/checkpoint_check.py knows what the values may be.
+RESUMED = dict(optimizer=dict, scaler=dict, epoch=int, ema_updates=int, history=list)
+
 KEEP = 2  # newest checkpoints that are kept; one that is damaged is skipped when a run is resumed
 
 # --- what a constant that was changed does to a run that is resumed
-NO_EFFECT = ("DATA", "CACHE_GB", "WORKERS", "OUTPUT", "RESUME", "SAVE_MINUTES", "TENSORBOARD")
+NO_EFFECT = ("DATA", "CACHE_GB", "WORKERS", "OUTPUT", "RESUME", "SAVE_MINUTES", "WAIT_MINUTES", "TENSORBOARD")
 ONLY_AT_THE_START = ("PRETRAINED", "LAYER_SCALE")
+MAY_DIFFER = (*NO_EFFECT, "DEVICE")  # among the processes of one run
 
 
 class Totals(NamedTuple):
@@ -72,6 +84,7 @@ class TrainingState:
     micro_batches: int = 1  # parts in which each batch is computed, more than one after memory ran out
     best_acc1: float = -1.0
     best_size: int | list = 0  # image size at which it was measured, as in `img_size`
+    best: dict | None = None  # the epoch that best.pth is of: `result`, and `cells` of the confusion matrix
     history: list = field(default_factory=list)  # one dict for each finished epoch
     img_size: int | list = 0  # at which the weights are validated: one number for a square, or [height, width]
 
@@ -86,8 +99,12 @@ class TrainingState:
         micro_batches="pieces",
         best_acc1="best_acc1",
         best_size="best_size",
+        best="best",
         history="history",
     )
+
+    def __post_init__(self):
+        self.guard = StepGuard(self, ("totals", "skipped", "skipped_in_a_row", "micro_batches"))
 
     def start_epoch(self):
         self.images, self.totals, self.seconds, self.skipped = 0, Totals(), 0.0, 0
@@ -109,20 +126,21 @@ class TrainingState:
             **counters | dict(totals=list(self.totals)),
         )
 
-    def load(self, checkpoint):
-        """Resume from a checkpoint.
+    def load(self, checkpoint, path):
+        """Resume from a checkpoint, which is that of `path`.
 
         Raises:
-            UserError: if its optimizer has other groups of parameters.
+            UserError: if its optimizer has other groups of parameters, or a state that is not that of this network.
         """
-        self.model.load_state_dict(checkpoint["state_dict"])
-        if self.ema is not None:
-            self.ema.load(checkpoint["state_dict_ema"] or checkpoint["state_dict"], checkpoint["ema_updates"])
         # The groups' settings are those of this run; lr is not one of them, but what the last step used.
         settings = [
             {name: value for name, value in group.items() if name not in ("params", "lr")}
             for group in self.optimizer.param_groups
         ]
+        expected = rehearse(self.optimizer)
+        self.model.load_state_dict(checkpoint["state_dict"])
+        if self.ema is not None:
+            self.ema.load(checkpoint.get("state_dict_ema") or checkpoint["state_dict"], checkpoint["ema_updates"])
         for group, own in zip(checkpoint["optimizer"]["param_groups"], settings):
             if "fused" in own:
                 group["fused"] = own["fused"]  # which decides where a step's number is kept
@@ -135,13 +153,50 @@ class TrainingState:
                 "cannot resume: LAYER_DECAY (which depends on PRETRAINED), or WEIGHT_DECAY to or from 0, changes the "
                 "groups of parameters; set them back"
             ) from error
+        with naming(path, "resume another checkpoint, or set PRETRAINED to this one"):
+            check_state(self.optimizer.state_dict()["state"], expected)
         for group, own in zip(self.optimizer.param_groups, settings):
             group.update(own)
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint.get("scaler"):  # empty without fp16
+            self.scaler.load_state_dict(checkpoint["scaler"])
         checkpoint = dict(best_size=checkpoint.get("img_size", 0)) | checkpoint  # which earlier versions did not save
         for name, key in self.COUNTERS.items():
             setattr(self, name, checkpoint.get(key, getattr(self, name)))
         self.totals = Totals(*self.totals)
+
+
+def rehearse(optimizer):
+    """What the state of an optimizer looks like after a step, found out by one whose results are thrown away.
+
+    Args:
+        optimizer: not used yet; its state and the weights are to be loaded afterwards.
+
+    Returns:
+        {number of a parameter: {name: shape, or () for a number}}; None if this optimizer takes no such step.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer.step()
+    except Exception:  # some need more than gradients, and each fails in its own way
+        return None
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+    return {number: shapes(state) for number, state in optimizer.state_dict()["state"].items()}
+
+
+def shapes(state):
+    """{name: shape} of what an optimizer keeps for one parameter; () for a number, which may be a tensor."""
+    return {name: tuple(value.shape) if torch.is_tensor(value) else () for name, value in state.items()}
+
+
+def check_state(states, expected):
+    """ValueError unless the states of an optimizer are as `rehearse` found; those of frozen parameters are missing."""
+    for number, state in states.items() if expected is not None else ():
+        if shapes(state) != expected.get(number):
+            raise ValueError(f"its optimizer's state {number} is not that of this network")
 
 
 def set_aside(folder):
@@ -194,7 +249,10 @@ class RunFolder(contextlib.ExitStack):
         self.resume = resume
         self.save_seconds = 60 * save_minutes or math.inf
         self.saved = time.perf_counter()
+        self.resumed = Path(resume)  # path of the checkpoint that is resumed
         self.about = {}  # what every checkpoint holds besides the state
+        self.side_files = SideFiles("training goes on, and it is written after a later epoch or at the next start")
+        self.progress = None  # epochs and images of the next one that the last checkpoint holds
         self.writes = distributed.rank() == 0
 
     def __enter__(self):
@@ -202,22 +260,55 @@ class RunFolder(contextlib.ExitStack):
             self.enter_context(lock(self.path))
         return super().__enter__()
 
-    def load(self, arch, optimizer):
+    def load(self, config, device):
         """The checkpoint to resume, the newest one that is intact; None for a new run.
+
+        All processes agree on the constants first. Then the first one reads the checkpoint, and the others get it.
+
+        Args:
+            config: {constant: value}.
+            device: the `torch.device` of this process.
 
         Raises:
             UserError: if it is damaged, holds no optimizer state, or is of another network or optimizer.
         """
+        distributed.agree(constant_facts(config, MAY_DIFFER, device), ON_CONSTANTS)
+        self.refuse_to_forget(distributed.gather((distributed.host_name(), self.newest())))
+        return distributed.from_first(self.read, config["MODEL"], config["OPTIMIZER"])
+
+    def newest(self):
+        """The checkpoint that "auto" would resume, as this process sees it; "" if there is none."""
+        files = sorted(self.path.glob("last*.pth"), reverse=True) if self.resume == "auto" else []
+        return str(files[0]) if files else ""
+
+    def refuse_to_forget(self, reports):
+        """UserError if the first process, which decides what is resumed, lacks a checkpoint that another one has.
+
+        Args:
+            reports: (host, its path or "") of each process.
+        """
+        first, path = reports[0]
+        host, elsewhere = next((report for report in reports if report[1]), ("", ""))
+        if elsewhere and not path:
+            raise UserError(
+                f"{elsewhere} is on {host}, but not on {first}, which leads this run and would begin a new one; copy "
+                "it there, set OUTPUT to a folder on a common disk, or omit --resume"
+            )
+
+    def read(self, arch, optimizer):
+        """`load` for the first process."""
         checkpoint, path = None, Path(self.resume)
         if self.resume == "auto":
             checkpoint, path = load_newest(self.path / "last.pth")
         elif self.resume:
             checkpoint = load_checkpoint(path)
-        distributed.gather(None)  # all have read before the first one writes
+        self.resumed = path
         if checkpoint is None:
             return None
         if "optimizer" not in checkpoint:
             raise UserError(f"{path} holds no optimizer state, so it cannot be resumed; set PRETRAINED to it instead")
+        with naming(path, "resume another checkpoint, or set PRETRAINED to this one"):
+            check_fields(checkpoint, RESUMED)
         checkpoint["config"] = upgrade_config(checkpoint.get("config", {}))
         self.refuse(path, "MODEL", arch, checkpoint["arch"])
         self.refuse(path, "OPTIMIZER", optimizer, checkpoint["config"].get("OPTIMIZER", "adamw"))
@@ -231,28 +322,28 @@ class RunFolder(contextlib.ExitStack):
             raise UserError(f"cannot resume {path}: {name} there is {there}, here {here}")
 
     def begin(self, about, checkpoint):
-        """Make the folder, renaming that of another run, and write class_indices.json.
+        """Make the folder, renaming that of another run.
+
+        All processes agree on the data first.
 
         Args:
             about: what checkpoints hold besides the state.
-            checkpoint: of the run that is resumed; what differs from it is printed.
+            checkpoint: of the run that is resumed; what differs from it is printed. Where its best accuracy was
+                measured on other images, it is taken out.
         """
         self.about = about
+        distributed.agree(data_facts(about), ON_DATA)
         if checkpoint is not None:
             self.refuse(self.resume, "the classes", about["classes"], checkpoint["classes"])
             self.refuse(self.resume, "how spectrograms are made", about.get("sound"), checkpoint.get("sound"))
+            self.refuse(self.resume, "VALUE_RANGE", about.get("value_range"), checkpoint.get("value_range"))
         if self.writes:
             here = self.resume == "auto" or self.resume and Path(self.resume).resolve().parent == self.path.resolve()
             if not here:
                 set_aside(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            self.write_json("class_indices.json", dict(enumerate(about["classes"])))
-        if checkpoint is not None:
-            describe_changes(checkpoint, about)
-
-    def write_json(self, name, value):
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        (self.path / name).write_text(text + "\n", encoding="utf-8")
+        if checkpoint is not None and describe_changes(checkpoint, about):
+            checkpoint |= dict(best_acc1=-1.0, best_size=0, best=None)
 
     def save(self, state, name, keep=1):
         """Write a checkpoint, unless its weights are not finite: then the one before is the better one."""
@@ -263,8 +354,39 @@ class RunFolder(contextlib.ExitStack):
     def save_last(self, state):
         """Write last.pth; the one before becomes last.1.pth."""
         if self.writes:
-            self.save(state, "last.pth", KEEP)
-        self.saved = time.perf_counter()
+            with distributed.saving:
+                self.save(state, "last.pth", KEEP)
+        self.saved, self.progress = time.perf_counter(), (state.epoch, state.images)
+
+    @contextlib.contextmanager
+    def saved_on_error(self, state):
+        """Inside this context an error of any kind is raised only after what was trained before it is saved.
+
+        Not where the run diverges, since the checkpoint before is the better one, nor where saving is what failed.
+        """
+        self.progress = state.epoch, state.images
+        try:
+            yield
+        except (Diverged, SaveError):
+            raise
+        except Exception:
+            self.save_after_error(state)
+            raise
+
+    def save_after_error(self, state):
+        """Save the state as it was before the step that failed, if that is possible and newer than what is saved."""
+        if self.progress == (state.epoch, state.images):
+            if self.progress > (0, 0):
+                print(f"an error ends the run in epoch {state.epoch + 1}; it is saved, and resumed by --resume auto")
+            return
+        try:
+            if state.guard.restore():
+                self.save_last(state)
+                print(f"an error ends the run in epoch {state.epoch + 1}; it is saved, and resumed by --resume auto")
+            else:
+                print("an error ends the run while the weights change, so nothing is saved; --resume auto goes back")
+        except Exception as error:  # which must not hide the one that is raised
+            print(f"an error ends the run, and it cannot be saved ({error})")
 
     def save_if_due(self, state):
         """`save_last` if the last checkpoint is older than `save_minutes`."""
@@ -291,17 +413,21 @@ class RunFolder(contextlib.ExitStack):
         # The last ones are those of the weights that test.py uses: the EMA's, if there is one.
         results, labels, predictions = validation[prefix]
         is_best = self.is_best(state, results, last_size)
+        if is_best and self.writes and state.best_acc1 < 0:
+            self.set_best_aside()
         if is_best:
-            state.best_acc1, state.best_size = results["acc1"], state.img_size
+            best = dict(result=self.describe_epoch(state, results, len(labels)), cells=count_cells(labels, predictions))
+            state.best, state.best_acc1, state.best_size = best, results["acc1"], state.img_size
         state.history.append(row)
         state.epoch += 1
         state.start_epoch()
+        # First what cannot be made again; best.pth before last.pth, since a run that is killed in between repeats this
+        # epoch and finds it the best again.
         if self.writes and is_best:
-            self.write_best(state, results, labels, predictions)
-        print(format_row(row, state.ema is not None))
-        # After best.pth: a run that is killed in between repeats this epoch and finds it the best again.
+            self.save(state, "best.pth")
         self.save_last(state)
-        self.write_history(state)
+        print(format_row(row, state.ema is not None))
+        self.write_side_files(state)
         return row
 
     def is_best(self, state, results, last_size):
@@ -311,42 +437,78 @@ class RunFolder(contextlib.ExitStack):
         better = results["acc1"] > state.best_acc1 if size == best else size == last or (size > best and best != last)
         return (better or not (self.path / "best.pth").is_file()) and math.isfinite(results["loss"])
 
-    def write_best(self, state, results, labels, predictions):
-        """Write best.pth, result.json and classification_report.txt."""
-        self.save(state, "best.pth")
-        about, classes = self.about, self.about["classes"]
-        report = classification_report(
-            labels, predictions, labels=range(len(classes)), target_names=classes, digits=4, zero_division=0
-        )
-        (self.path / "classification_report.txt").write_text(report, encoding="utf-8")
-        result = dict(arch=about["arch"], epoch=state.epoch, **results, weights="raw" if state.ema is None else "ema")
-        result |= dict(train_pictures=about["pictures_train"], val_pictures=len(labels))
-        result |= dict(classes=classes, config=about["config"], versions=about["versions"])
-        self.write_json("result.json", result)
-
-    def write_history(self, state):
-        """Write log.csv, loss.png and acc.png."""
-        if not self.writes or not state.history:
+    def set_best_aside(self):
+        """Rename best.pth and what belongs to it, if it is there and was chosen by other validation images."""
+        path = self.path / "best.pth"
+        if not path.is_file():
             return
-        with open(self.path / "log.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, dict.fromkeys(name for row in state.history for name in row))
-            writer.writeheader()
-            writer.writerows(state.history)
-        plot_curves(state.history, self.path)
+        with contextlib.suppress(UserError, KeyError, TypeError):  # damaged, or of an earlier version: renamed, too
+            if load_file(path)["data"]["val"]["by_class"] == self.about["data"]["val"]["by_class"]:
+                return
+        number = next(n for n in range(1, 10**6) if not earlier_checkpoint(path, n).exists())
+        for name in ("best.pth", "result.json", "classification_report.txt"):
+            if (self.path / name).is_file():
+                (self.path / name).rename(earlier_checkpoint(self.path / name, number))
+        print(f"the best checkpoint on the earlier validation images is now {earlier_checkpoint(path, number)}")
+
+    def describe_epoch(self, state, results, val_images):
+        """Content of result.json for the epoch that was just validated."""
+        about = self.about
+        result = dict(arch=about["arch"], epoch=state.epoch + 1, **results)
+        result |= dict(weights="raw" if state.ema is None else "ema")
+        result |= dict(train_pictures=about["pictures_train"], val_pictures=val_images)
+        return result | {name: about[name] for name in ("classes", "config", "versions")}
+
+    def write_side_files(self, state):
+        """Write all files but the checkpoints."""
+        if not self.writes:
+            return
+
+        def write(name, function, *arguments):
+            self.side_files.write(self.path / name, function, *arguments)
+
+        indices = dict(enumerate(self.about["classes"]))
+        write("class_indices.json", write_json, self.path / "class_indices.json", indices)
+        if state.best is not None and (self.path / "best.pth").is_file():
+            write("result.json", write_json, self.path / "result.json", state.best["result"])
+            write("classification_report.txt", self.write_report, state.best)
+        if state.history:
+            write("log.csv", write_csv, self.path / "log.csv", state.history, "utf-8")
+            write("loss.png and acc.png", plot_curves, state.history, self.path)
+
+    def write_report(self, best):
+        write_text(self.path / "classification_report.txt", report_epoch(best))
 
     def print_history(self, state):
-        """Print the header of the table and the epochs before this start, whose log.csv may be older."""
-        self.write_history(state)
+        """Print the header of the table and the epochs before this start, whose files are written again."""
+        self.write_side_files(state)
         for row in [None, *state.history]:
             print(format_row(row, state.ema is not None))
 
     def finish(self, state, val_images):
         """Print the report of the best epoch."""
+        if self.side_files.failed:
+            self.write_side_files(state)
         report = self.path / "classification_report.txt"
-        if self.writes and report.is_file():
-            print(f"\n{report.read_text(encoding='utf-8')}")
+        with contextlib.suppress(Exception):  # a checkpoint of an earlier version has the report in this file only
+            print(f"\n{report_epoch(state.best) if state.best else report.read_text(encoding='utf-8')}")
         weights = "weights" if state.ema is None else "EMA weights"
         print(f"best acc1 {state.best_acc1:.2f} % on {val_images} validation images ({weights}), in {self.path}")
+
+
+def count_cells(labels, predictions):
+    """The cells of a confusion matrix that are not 0: int tensor (cells, 3) of true class, predicted class, count."""
+    pairs, counts = torch.tensor([labels, predictions]).unique(dim=1, return_counts=True)
+    return torch.cat([pairs, counts[None]]).T.contiguous()
+
+
+def report_epoch(best):
+    """Text of classification_report.txt for `TrainingState.best`."""
+    labels, predictions, counts = best["cells"].T
+    labels, predictions = (values.repeat_interleave(counts).numpy() for values in (labels, predictions))
+    classes = best["result"]["classes"]
+    numbers = range(len(classes))
+    return classification_report(labels, predictions, labels=numbers, target_names=classes, digits=4, zero_division=0)
 
 
 def to_img_size(size):
@@ -419,29 +581,29 @@ def format_row(row, with_ema):
 
 
 def describe_run(
-    *, arch, model_args, classes, mean, std, sound, config, train_set, device, amp_dtype, compiled, world_size
+    *, arch, model_args, mean, std, sound, config, train_set, images, device, amp_dtype, compiled, world_size
 ):
     """What every checkpoint of a run holds besides its state.
 
     Args:
         config: {constant: value}.
-        train_set: the training images.
+        train_set: the training images, of type `CachedImageFolder`.
+        images: see `common.fingerprints.fingerprint_images`.
         device, amp_dtype, compiled, world_size: how and where it is computed, which together with the versions of the
             packages decides the last bits.
     """
-    # Spectrograms are known by the names of their recordings.
-    files = (Path(path).relative_to(train_set.root).as_posix() for path, _ in train_set.samples)
-    names = [f"train/{file if sound is None else file.removesuffix('.png')}" for file in files]
     return dict(
         arch=arch,
         model_args=model_args,
-        classes=classes,
+        classes=train_set.classes,
         mean=mean,
         std=std,
         **({} if sound is None else dict(sound=sound)),
+        **({} if train_set.value_range is None else dict(value_range=train_set.value_range)),
         config=config,
         pictures_train=len(train_set),
-        pictures_fingerprint=fingerprint(names),
+        pictures_fingerprint=fingerprint_names(train_set.files, sound),
+        data=images,
         versions=dict(
             python=platform.python_version(),
             torch=str(torch.__version__),
@@ -456,12 +618,34 @@ def describe_run(
     )
 
 
+def fingerprint_names(files, sound):
+    """`fingerprint` of the names train/<class>/<name> of the training images.
+
+    Args:
+        files: their `common.columns.Files`, those of a class one after the other.
+        sound: see `read_sound`; spectrograms are known by the names of their recordings.
+    """
+
+    def sorted_names():
+        # In the order of all names at once, but only those of one class are held.
+        first = np.searchsorted(files.labels, range(len(files.classes) + 1))
+        for label in sorted(range(len(files.classes)), key=lambda label: f"{files.classes[label]}/"):
+            names = files.names[first[label] : first[label + 1]]
+            for name in sorted(name if sound is None else name.removesuffix(".png") for name in names):
+                yield f"train/{files.classes[label]}/{name}"
+
+    return fingerprint_sorted(sorted_names())
+
+
 def describe_changes(checkpoint, about):
     """Print what differs from the run that is resumed, and what follows.
 
     Args:
         checkpoint: of the run that is resumed, its config upgraded.
         about: what checkpoints of this run hold besides the state.
+
+    Returns:
+        Whether the validation images are others, so that accuracies cannot be compared.
     """
     old, new = checkpoint["config"], about["config"]
     exact = True
@@ -479,8 +663,23 @@ def describe_changes(checkpoint, about):
         if checkpoint.get("versions", {}).get(name, value) != value:
             print(f"changed     {name} was {checkpoint['versions'][name]}, is {value}")
             exact = False
-    if checkpoint.get("pictures_fingerprint", about["pictures_fingerprint"]) != about["pictures_fingerprint"]:
+    for name in ("mean", "std"):
+        if list(checkpoint[name]) != list(about[name]):
+            print(f"changed     {name} of the pixels was {checkpoint[name]}, is {about[name]}")
+            exact = False
+    start_anew = False
+    for part, kind in (("train", "training"), ("val", "validation")):
+        if part not in checkpoint.get("data", {}):  # of an earlier version
+            continue
+        text, others, reordered = describe_change(checkpoint["data"][part], about["data"][part], about["classes"])
+        start_anew = others and part == "val"
+        if text:
+            print(f"changed     the {kind} images {text}{': the best accuracy starts anew' * start_anew}")
+        exact = exact and not reordered
+    names = checkpoint.get("pictures_fingerprint", about["pictures_fingerprint"])
+    if "data" not in checkpoint and names != about["pictures_fingerprint"]:
         print("changed     the training images are others; their order differs")
         exact = False
     if not exact:
         print("            so the result will not be bit-identical to that of an uninterrupted run")
+    return start_anew

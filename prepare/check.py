@@ -6,18 +6,23 @@ mirrored or cropped.
 """
 
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from common.audio import duration
+from common.contents import hash_file
 from common.extras import require
+from common.files import write_text
 from common.images import ImageError, scan_class_folders
-from common.manifest import MANIFEST, hash_file, read_json
+from common.manifest import MANIFEST, read_table
 from common.plots import plot_sheet
+from common.text import label, pad, width
+from common.workers import map_in_threads
+from prepare.pixels import Pixels, describe_pixels, look_at
 
 SMALL_CLASS = 5  # a class that is smaller than the largest by more than this factor is reported
 LONG_IMAGE = 2.0  # aspect ratio from which resizing to a square distorts much
@@ -36,12 +41,13 @@ class Sample:
     content: str = ""  # SHA-256
     size: tuple[int, int] = (0, 0)  # width, height
     bits: np.ndarray | None = None  # bool (64,)
+    pixels: Pixels | None = None
 
     def __str__(self):
         return f"{self.path}{f' ({self.side})' if self.side else ''}"
 
 
-def check(source, target, near, folder, kind):
+def check(source, target, near, folder, kind, value_range):
     """Print what is wrong with `source`/<class>/ and write report.txt and pairs.png.
 
     Args:
@@ -50,6 +56,7 @@ def check(source, target, near, folder, kind):
         near: bits of 64 in which the hashes of near duplicates may differ.
         folder: output folder of report.txt and pairs.png.
         kind: a `common.audio.Kind`; of recordings only identical ones are found.
+        value_range: the constant VALUE_RANGE.
 
     Returns:
         Exit status: 0 nothing to do, 3 something is wrong.
@@ -57,15 +64,14 @@ def check(source, target, near, folder, kind):
     recordings = kind.name == "recording"
     if not recordings:
         require("imagehash")
-    classes, beside = scan_class_folders(source)
+    classes = scan_class_folders(source)
     sides = read_sides(target)
-    samples = [Sample(path, name, sides.get(path, "")) for name, paths in classes.items() for path in paths]
-    with ThreadPoolExecutor() as pool:  # decoding releases the GIL
-        work = pool.map(examine, samples, [kind] * len(samples))
-        samples = list(tqdm(work, total=len(samples), desc="checking", unit="img", leave=False))
+    samples = [Sample(path, name, sides.get(path, "")) for name in classes for path in map(Path, classes[name])]
+    work = map_in_threads(partial(examine, kind=kind), samples, f"{kind.name}s")  # decoding releases the GIL
+    samples = list(tqdm(work, total=len(samples), desc="checking", unit="img", leave=False))
     usable = [sample for sample in samples if not sample.reason]
     broken = [sample.reason for sample in samples if sample.reason]
-    broken += [f"{path} is not in a class folder" for path in beside if kind.fits(path)]
+    broken += [f"{path} is not in a class folder" for path in classes.beside if kind.fits(path)]
 
     sections = [(f"{len(usable)} usable {kind.name}s in {len(classes)} classes", list(class_table(classes, usable)))]
     pairs = []
@@ -75,42 +81,50 @@ def check(source, target, near, folder, kind):
             first, second = usable[first], usable[second]
             what = "identical" if first.content == second.content else f"{bits} of 64 bits differ"
             pairs.append((*judge(first, second), first, second, what))
+    contents = {name: {sample.content for sample in usable if sample.name == name} for name in classes}
+    small = [name for name, different in contents.items() if len(different) < 2]
+    if small:
+        lines = [f"  {name}: {len(contents[name])}" for name in small]
+        sections.append((f"{len(small)} classes with fewer than two different {kind.name}s: add some", lines))
     if broken:
         sections.append((f"{len(broken)} unusable files: replace or remove them", [f"  {r}" for r in broken]))
+    odd = list(describe_pixels({sample.path: sample.pixels for sample in usable if sample.pixels}, value_range))
+    if odd:
+        sections.append(("images that are probably not read as they should be", [f"  {line}" for line in odd]))
     pairs.sort(key=lambda pair: pair[0])
     for where, remedy in dict.fromkeys((where, remedy) for _, where, remedy, *_ in pairs):
         lines = [f"  {first} = {second}: {what}" for _, w, _, first, second, what in pairs if w == where]
         sections.append((f"{len(lines)} pairs of near or exact duplicates {where}: {remedy}", lines))
-    if not pairs and not broken:
+    if not pairs and not broken and not small and not odd:
         sections.append(("no duplicates, no unusable files", []))
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "report.txt", "w", encoding="utf-8", errors="surrogateescape") as file:
-        for title, lines in sections:
-            print(title, *lines, sep="\n", file=file)
-            more = len(lines) - max(MAX_LISTED, len(classes) + 1)
-            shown = lines if more <= 0 else [*lines[:MAX_LISTED], f"  ... and {more} more in {folder / 'report.txt'}"]
-            print(title, *shown, sep="\n")
+    write_text(folder / "report.txt", "".join(f"{line}\n" for title, lines in sections for line in (title, *lines)))
     (folder / "pairs.png").unlink(missing_ok=True)
     if pairs:
         draw_pairs(pairs[:MAX_PAIRS], kind, folder / "pairs.png")
+    for title, lines in sections:
+        more = len(lines) - max(MAX_LISTED, len(classes) + 1)
+        shown = lines if more <= 0 else [*lines[:MAX_LISTED], f"  ... and {more} more in {folder / 'report.txt'}"]
+        print(title, *shown, sep="\n")
+    if pairs:
         print(f"\nthe first {min(len(pairs), MAX_PAIRS)} pairs are drawn in {folder / 'pairs.png'}")
-    return 3 if broken or any(rank < 2 for rank, *_ in pairs) else 0
+    return 3 if broken or small or odd or any(rank < 2 for rank, *_ in pairs) else 0
 
 
 def read_sides(target):
     """{path of the source: "train" or "val"} as makedata.py split it; {} if it has not."""
-    path = Path(target, MANIFEST)
-    if not path.is_file():
+    if not Path(target, MANIFEST).is_file():
         return {}
-    return {Path(file["source"]): file["path"].split("/")[0] for file in read_json(path).get("files", [])}
+    table = read_table(target)
+    return {Path(source): path.split("/")[0] for source, path in zip(table.source, table.path)}
 
 
 def examine(sample, kind):
     """Read one file, of a `common.audio.Kind`, and complete `sample`."""
     if not kind.fits(sample.path):
-        sample.reason = f"{sample.path} has no {kind.name} extension ({', '.join(kind.extensions)})"
+        sample.reason = kind.why_not(sample.path)
         return sample
     try:
         image = kind.load(sample.path)
@@ -120,7 +134,9 @@ def examine(sample, kind):
     sample.content = hash_file(sample.path)
     sample.size = image.size
     if kind.name == "image":
-        sample.bits = require("imagehash").phash(image).hash.ravel()
+        sample.pixels = look_at(image)
+        [imagehash] = require("imagehash")
+        sample.bits = imagehash.phash(image).hash.ravel()
     else:  # spectrograms of one word are all similar, so only identical recordings are reported
         sample.bits = np.unpackbits(np.frombuffer(bytes.fromhex(sample.content[:16]), np.uint8)).astype(bool)
     return sample
@@ -129,9 +145,9 @@ def examine(sample, kind):
 def class_table(classes, samples):
     """Lines: usable files of each class, as numbers and as bars."""
     counts = Counter(sample.name for sample in samples)
-    width, most = max(map(len, classes)), max(counts.values(), default=1)
+    columns, most = max(width(label(name, 60)) for name in classes), max(counts.values(), default=1)
     for name in classes:
-        yield f"  {name:{width}}  {counts[name]:6}  {'#' * round(40 * counts[name] / most)}"
+        yield f"  {pad(label(name, 60), columns)}  {counts[name]:6}  {'#' * round(40 * counts[name] / most)}"
     small = [name for name in classes if counts[name] * SMALL_CLASS < most]
     if small:
         yield (
@@ -198,5 +214,6 @@ def draw_pairs(pairs, kind, path):
     for _, where, _, first, second, what in pairs:
         for sample, note in ((first, what), (second, where)):
             cells.append(kind.load(sample.path).resize((192, 192)))
-            captions.append(f"{sample.name}{f', {sample.side}' if sample.side else ''}\n{sample.path.name}\n{note}")
+            side = f", {sample.side}" if sample.side else ""
+            captions.append(f"{label(sample.name)}{side}\n{label(sample.path.name)}\n{note}")
     plot_sheet(cells, captions, path)

@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from common.files import written_whole
+
 SUPERSAMPLING = 3  # images are drawn this many times larger and then averaged down
 MIN_SIZE = 16  # pixels; in smaller images a leaf is hardly a pixel wide
 
@@ -131,7 +133,8 @@ def draw_data_set(root: Path, images_per_class: int, size: int = 150, seed: int 
             image = draw_seedling(species, random.Random(f"{seed}/{species}/{index}"), size)
             path = Path(root) / species / f"{slug}_{index:03d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path, quality=90)
+            with written_whole(path) as partial:
+                image.save(partial, "jpeg", quality=90)
             yield path
 
 

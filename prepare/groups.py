@@ -5,6 +5,7 @@ training, and looks better than it is.
 """
 
 import hashlib
+import os
 import re
 
 import numpy as np
@@ -26,45 +27,53 @@ def compile_group(pattern):
         raise ConstantError(f"GROUP must be a regular expression ({error}), got {pattern!r}") from error
 
 
-def split_by_group(contents, pattern, val_groups, val_ratio, seed):
+def split_by_group(files, contents, pattern, val_groups, val_ratio, seed):
     """Split files by group.
 
     Args:
-        contents: {path: SHA-256}; the name of a path's folder is its class.
+        files: a `common.columns.Files`.
+        contents: `common.columns.Hashes`, the content of each.
         pattern: see `find_groups`.
         val_groups: the validation groups; []: see `choose_val_groups`.
         val_ratio, seed: see `choose_val_groups`.
 
     Returns:
-        (set of the validation paths, sorted list of their groups).
+        (bool array (files,): the validation files, sorted list of their groups).
 
     Raises:
         UserError: if `pattern` or `val_groups` do not fit the files.
     """
-    paths = list(contents)
-    groups = find_groups(paths, pattern)
-    first = {}
-    for path, content in contents.items():
-        twin = first.setdefault(content, path)
-        if groups[twin] != groups[path]:
-            raise UserError(
-                f"{twin} and {path} are identical, but belong to the groups {groups[twin]} and {groups[path]}; delete "
-                "the wrong one"
-            )
-    counts = count_groups(paths, groups)
+    groups = find_groups(files, pattern)
+    names = sorted(set(groups))
+    number = {name: place for place, name in enumerate(names)}
+    groups = np.array([number[group] for group in groups])
+    # Files of equal content stand one after the other.
+    keys = contents.keys()
+    order = np.argsort(keys, kind="stable")
+    first, second = order[:-1], order[1:]
+    split = np.flatnonzero((keys[first] == keys[second]) & (groups[first] != groups[second]))
+    if len(split):
+        twin, other = first[split[0]], second[split[0]]
+        raise UserError(
+            f"{files[twin]} and {files[other]} are identical, but belong to the groups {names[groups[twin]]} and "
+            f"{names[groups[other]]}; delete the wrong one"
+        )
+    table = np.zeros((len(names), len(files.classes)), int)
+    np.add.at(table, (groups, files.labels), 1)
+    counts = dict(zip(names, table))
     unknown = [group for group in val_groups if group not in counts]
     if unknown:
-        known = ", ".join([*counts][:24]) + (", ..." if len(counts) > 24 else "")
+        known = ", ".join(names[:24]) + (", ..." if len(names) > 24 else "")
         raise UserError(f"VAL_GROUPS names {', '.join(unknown)}, which GROUP does not find; it finds {known}")
     chosen = set(val_groups) or choose_val_groups(counts, val_ratio, seed)
     missing = ~is_on_both_sides(counts, chosen)
     if missing.any():
-        name = sorted({path.parent.name for path in paths})[missing.argmax()]
+        name = files.classes[missing.argmax()]
         raise UserError(
             f"with these groups one side would have no file of the class {name!r}; change GROUP or VAL_GROUPS, or "
             "add files of more groups"
         )
-    return {path for path in paths if groups[path] in chosen}, sorted(chosen)
+    return np.isin(groups, [number[group] for group in chosen]), sorted(chosen)
 
 
 def find_groups(paths, pattern):
@@ -75,34 +84,30 @@ def find_groups(paths, pattern):
         pattern: compiled regular expression.
 
     Returns:
-        {path: group}.
+        list of the groups, in which equal ones are the same object.
 
     Raises:
         UserError: if `pattern` does not match every name, or puts all files into one group.
     """
-    found = {path: pattern.search(path.name) for path in paths}
-    groups = {path: match[min(pattern.groups, 1)] for path, match in found.items() if match}
-    lost = [path for path in paths if groups.get(path) is None]
+    groups, seen, lost = [], {}, []
+    for path in paths:
+        match = pattern.search(os.path.basename(path))
+        group = match and match[min(pattern.groups, 1)]
+        if group is None:
+            lost.append(path)
+        else:
+            groups.append(seen.setdefault(group, group))
     if lost:
         raise UserError(
             f"GROUP {pattern.pattern!r} finds nothing in {len(lost)} of {len(paths)} file names, such as {lost[0]}; "
             "change the pattern or the names"
         )
-    if len(set(groups.values())) == 1:
+    if len(seen) == 1:
         raise UserError(
-            f"GROUP {pattern.pattern!r} puts all files into one group, {groups[paths[0]]!r}, and a split needs two; "
+            f"GROUP {pattern.pattern!r} puts all files into one group, {groups[0]!r}, and a split needs two; "
             "change the pattern"
         )
     return groups
-
-
-def count_groups(paths, groups):
-    """{group: int array (classes,) of its files in each class, the classes in the order of their names}."""
-    classes = {name: number for number, name in enumerate(sorted({path.parent.name for path in paths}))}
-    counts = {group: np.zeros(len(classes), int) for group in sorted(set(groups.values()))}
-    for path in paths:
-        counts[groups[path]][classes[path.parent.name]] += 1
-    return counts
 
 
 def choose_val_groups(counts, val_ratio, seed):
@@ -112,7 +117,7 @@ def choose_val_groups(counts, val_ratio, seed):
     best of `ORDERS` orders is used.
 
     Args:
-        counts: see `count_groups`.
+        counts: {group: int array (classes,) of its files in each class}.
         val_ratio: fraction of each class to choose; at least one file lands on either side.
         seed: any integer.
 

@@ -5,7 +5,7 @@
     python tests/browser.py --photo photo.jpg --browser /usr/bin/chromium
 
 Starts the page, opens it in headless Chromium, uploads the photograph, compares the class on the page with the
-network's prediction, and writes screenshot.png. Exit status: 0 if they agree, else 1.
+network's prediction, and writes screenshot.png. Exit status: 0 if they agree, else 1; 3 if there is no browser to try.
 """
 
 import socket
@@ -16,12 +16,11 @@ import time
 import urllib.request
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # common/, models/, tools/
 from common.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
 from common.device import choose_device  # noqa: E402
+from common.extras import require  # noqa: E402
 from common.options import Name, UserError, run  # noqa: E402
 from tools.web_demo import Predictor  # noqa: E402
 
@@ -35,8 +34,14 @@ FLAGS += ["--disable-background-networking", "--disable-component-update"]
 
 
 def main():
+    problem = find_problem(BROWSER or None)
+    if problem:
+        print(f"skipped: {problem}")
+        return 3
+    if not Path(PHOTO).is_file():
+        raise UserError(f"there is no file {PHOTO}; give an image with --photo")
     checkpoint = find_checkpoint(CHECKPOINT)
-    expected, _ = Predictor(load_checkpoint(checkpoint), choose_device("cpu"), 5)(PHOTO)
+    expected, *_ = Predictor(load_checkpoint(checkpoint), choose_device("cpu"), 5)(PHOTO)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -51,6 +56,19 @@ def main():
     predicted = next(iter(expected))
     print(f"the page says {shown.strip()!r}, the network {predicted!r}; {SCREENSHOT}")
     return 0 if shown.strip() == predicted else 1
+
+
+def find_problem(browser_path):
+    """What is missing to try the page, with the remedy; "" if nothing is."""
+    try:
+        playwright, _ = require("playwright.sync_api", "gradio")
+        with playwright.sync_playwright() as running:
+            path = browser_path or running.chromium.executable_path
+    except UserError as error:
+        return str(error)
+    if not Path(path).is_file():
+        return f"there is no browser {path}; run playwright install chromium, or set BROWSER to one that is installed"
+    return ""
 
 
 def wait_for(address, server, seconds=120):
@@ -68,8 +86,9 @@ def wait_for(address, server, seconds=120):
 
 def upload(address, photo, browser_path, screenshot):
     """Upload `photo` in a browser; returns the class that the page shows."""
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as profile:
-        browser = playwright.chromium.launch_persistent_context(
+    [playwright] = require("playwright.sync_api")
+    with playwright.sync_playwright() as running, tempfile.TemporaryDirectory() as profile:
+        browser = running.chromium.launch_persistent_context(
             profile, executable_path=browser_path, args=FLAGS, viewport=dict(width=1100, height=1000)
         )
         page = browser.new_page()

@@ -1,6 +1,7 @@
 """What the test files share: the scripts from the repository root, and small images to run them on."""
 
 import colorsys
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import makedata  # noqa: E402
 import tiny  # noqa: E402, F401  registers unireplknet_test
 import train  # noqa: E402
 from common import run_folder  # noqa: E402
+from common.manifest import read_table  # noqa: E402
 from common.options import current_values  # noqa: E402
 
 DEFAULTS = current_values(vars(train))
@@ -89,6 +91,28 @@ def fill_classes(root, counts, size=48):
             paths.append(folder / f"{index:03d}.png")
             draw_noise(f"{name}/{index}", size, colour).save(paths[-1])
     return sorted(paths)
+
+
+def read_manifest(folder="data"):
+    """What makedata.py recorded: its manifest.json, with the lines of manifest.csv as a list of dicts, "files"."""
+    manifest = json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))
+    table = read_table(folder)
+    manifest["files"] = []
+    for index, path in enumerate(table.path):
+        n, *sums = map(int, table.sums[index])
+        file = dict(path=path, source=table.source[index], sha256=table.sha256[index], bytes=int(table.bytes[index]))
+        if table.image_sha256 is not None:
+            file |= dict(image_sha256=table.image_sha256[index], image_bytes=int(table.image_bytes[index]))
+            file["seconds"] = float(table.seconds[index])
+        manifest["files"].append(file | dict(sums=[[n] * 3, sums[:3], sums[3:]]))
+    return manifest
+
+
+def write_former_manifest(manifest, folder="data"):
+    """Write what `read_manifest` returned as earlier versions did: everything in manifest.json."""
+    Path(folder, "manifest.csv").unlink()
+    manifest = {name: value for name, value in manifest.items() if name != "images"}
+    Path(folder, "manifest.json").write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
 
 
 @pytest.fixture

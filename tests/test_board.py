@@ -1,12 +1,14 @@
 """train.py's switch for TensorBoard."""
 
 import csv
+import shutil
 
 import pytest
 import torch
 from conftest import CLASSES
 from torchvision import transforms
 
+import train
 from common.augment import BatchMixup
 from common.board import Board
 from common.dataset import open_image_folder
@@ -68,3 +70,45 @@ def test_an_absent_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         Board(tmp_path, 0)
+
+
+def test_a_board_that_fails_ends_nothing_and_catches_up(run_train, monkeypatch, capsys):
+    """The folder is blocked at first, then a plot fails, and then the thread that writes: the disk is full."""
+    from tensorboard.summary.writer import record_writer
+
+    original, writes = record_writer.RecordWriter.write, []
+
+    def write(writer, data):
+        writes.append(1)
+        if len(writes) > 3 and "full" in state:
+            raise OSError(28, "No space left on device")
+        return original(writer, data)
+
+    state = set()
+    monkeypatch.setattr(record_writer.RecordWriter, "write", write)
+    train_epoch = train.RunFolder.finish_epoch
+
+    def finish_epoch(folder, *arguments):
+        row = train_epoch(folder, *arguments)
+        if row["epoch"] == 1:
+            shutil.rmtree(folder.path / "tensorboard")
+            (folder.path / "tensorboard").touch()  # a file in the way
+        if row["epoch"] == 2:
+            (folder.path / "tensorboard").unlink()
+        state.add("full") if row["epoch"] == 3 else state.discard("full")
+        return row
+
+    monkeypatch.setattr(train.RunFolder, "finish_epoch", finish_epoch)
+    folder = run_train(TENSORBOARD=True, EPOCHS=4)
+    captured = capsys.readouterr()
+    assert captured.out.count("warning: ") == 1 and "tensorboard" in captured.out and "Traceback" not in captured.err
+    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
+    assert [event.value for event in read(folder).Scalars("loss/train")] == pytest.approx(losses, rel=1e-5)
+    # Removed in between, it is written again as far as the checkpoint knows it.
+    shutil.rmtree(folder / "tensorboard")
+    run_train(TENSORBOARD=True, EPOCHS=4, RESUME="auto")
+    assert [event.step for event in read(folder).Scalars("loss/train")] == [1, 2, 3, 4]
+    run_train(TENSORBOARD=True, EPOCHS=5, RESUME="auto")
+    events = read(folder)
+    assert [event.step for event in events.Scalars("lr")] == [1, 2, 3, 4, 5]

@@ -103,3 +103,11 @@ def test_near_pairs_are_those_of_a_plain_comparison(number, limit, seed):
     found = find_near(bits, limit, block=7)
     assert set(map(tuple, found.tolist())) == expected and len(found) == len(expected)
     assert (np.diff(found[:, 2]) >= 0).all()
+
+
+def test_classes_that_makedata_would_refuse_are_named(check, make_data1):
+    make_data1("data1", {"Maize": 4, "Wheat": 1})
+    Path("data1/Oat").mkdir()
+    status, out = check()
+    assert status == 3 and "2 classes with fewer than two different images" in out and "  Wheat: 1\n" in out
+    assert "  Oat: 0\n" in out

@@ -1,5 +1,6 @@
 """What the scripts share: order and augmentation of the images depend on the seed and the epoch only."""
 
+import json
 import random
 
 import numpy as np
@@ -7,7 +8,11 @@ import pytest
 import torch
 from torchvision import transforms
 
-from common.dataset import EpochBatches, CachedImageFolder, SeededImages, open_image_folder, seed_everything
+from common.dataset import CachedImageFolder, EpochBatches, SeededImages, open_image_folder, seed_everything
+from common.device import choose_device
+from common.extras import require
+from common.options import ConstantError, UserError
+from common.text import label, pad, read_text, width
 
 
 def test_every_image_once_an_epoch_in_another_order():
@@ -60,3 +65,61 @@ def test_seed_everything_reaches_all_three_generators():
 def test_hidden_folders_are_no_classes(tmp_path, make_data1):
     make_data1(tmp_path, {"b": 1, "a": 1, ".ipynb_checkpoints": 1})
     assert open_image_folder(tmp_path).classes == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "modules, task, packages",
+    [
+        (["not_there"], [], "not_there"),
+        (["not_there", "json", "nor_there.part"], [], "not_there nor_there"),
+        (["not_there"], ["not_there", "json", "third"], "not_there third"),
+    ],
+)
+def test_all_missing_packages_are_named_at_once(modules, task, packages):
+    with pytest.raises(UserError) as error:
+        require(*modules, task=task)
+    what = "packages" if " " in packages else "package"
+    assert str(error.value).startswith(f"this needs the {what} {packages} (")
+    assert str(error.value).endswith(f"; pip install {packages}")
+
+
+def test_packages_of_later_steps_are_not_needed_before(monkeypatch):
+    assert require("json", "json.decoder", task=["not_there"]) == [json, json.decoder]
+
+
+DEVICES = ["gpu", "GPU", "CUDA", "0", "gpu:0", "cuda0", "Cuda:1", "cuda 1", "nvidia", "cuda:7777"]
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_device_that_is_misspelt_or_absent_gets_a_sentence(name):
+    with pytest.raises(ConstantError) as error:
+        choose_device(name)
+    text = str(error.value)
+    assert text.startswith(f"DEVICE {name!r} is not available here (") and "\n" not in text
+    if name != "cuda:7777":
+        number = name.strip("gpuGPUCUDAcuda: nvi")
+        assert f'did you mean "cuda{":" + number if number else ""}"?' in text
+
+
+@pytest.mark.parametrize("name", ["graphics", "cpu:x", "tpu", "meta", "GPU card"])
+def test_a_device_that_nobody_knows_gets_a_sentence(name):
+    with pytest.raises(ConstantError, match=r'is not available here \(.*\); set it to "auto" or "cpu"$'):
+        choose_device(name)
+
+
+LABELS = ["short", "n" * 300, "玉" * 300, "a\nb\t", "a\u200db\ufe0f", "a\udc80", "e\u0301" * 90, ""]
+
+
+@pytest.mark.parametrize("name", LABELS, ids=ascii)
+def test_a_label_fits_and_is_printable(name):
+    shown = label(name)
+    assert width(shown) <= 24 and shown.isprintable() and (shown == name or not name.isprintable() or len(name) > 24)
+    assert width(pad(shown, 30)) == 30
+    assert label(f"{name}1") != label(f"{name}2")  # ends differ in data sets
+
+
+@pytest.mark.parametrize("content", ["a\r\nb", "a\rb", "a\nb"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_files_of_all_systems_are_read(content, encoding, tmp_path):
+    (tmp_path / "a.txt").write_bytes(content.encode(encoding))
+    assert read_text(tmp_path / "a.txt") == "a\nb"

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -235,3 +236,12 @@ def test_images_are_chosen_from_all_classes_alike(files):
     assert [list(CLASSES)[label] for label in labels] == [path.parent.name for path in paths]
     every = choose_images("data/val", list(CLASSES), 0)[0]
     assert len(every) == 9 and every[:6] == paths  # a smaller number chooses the first of a larger one
+
+
+def test_all_missing_packages_of_an_export_are_named_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(export, "FORMATS", ["int8"])
+    with pytest.raises(UserError, match=r"needs the packages onnx onnxscript \(.*\); pip install onnx onnxscript$"):
+        export.main()

@@ -1,29 +1,39 @@
 """What breaks a run, and what train.py must do about it: one test for each fault."""
 
+import csv
+import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import partial, partialmethod
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from faulty import FAULTS, Faulty
 from kill import differences, kill_and_compare
+from tqdm import tqdm
 
 import train
-from common import faults
+from common import checkpoint, faults, run_folder
 from common.augment import BatchMixup
 from common.checkpoint import load_checkpoint, load_file, load_newest, save_checkpoint
-from common.faults import first_non_finite_layer
-from common.images import load_image
-from common.options import UserError
+from common.faults import Interrupt, first_non_finite_layer, is_out_of_memory
+from common.images import ImageError, load_image
+from common.loading import Loader, message_of
+from common.options import UserError, end_processes
+from common.output import guard_output
+from common.workers import StoodStill, map_in_processes, watched
 
 # 21 training images: 5 batches of 4, so 3 steps an epoch; enough randomness to notice a step that is not repeated.
 RUN = dict(EPOCHS=3, ACCUMULATE=2, MIX_PROB=0.7, DROP_PATH=0.3)
@@ -31,10 +41,15 @@ OPTIONS = "--model unireplknet_test --img-size 32 --batch-size 4 --workers 0 --d
 OPTIONS += ["--optimizer", "adamw"]
 
 
+STRAIGHT = []
+
+
 @pytest.fixture
 def straight(run_train):
-    """The end of RUN when nothing happens."""
-    return load_checkpoint(run_train(**RUN, OUTPUT="straight") / "last.pth")
+    """The end of RUN when nothing happens, the same for each test."""
+    if not STRAIGHT:
+        STRAIGHT.append(load_checkpoint(run_train(**RUN, OUTPUT="straight") / "last.pth"))
+    return STRAIGHT[0]
 
 
 def at_step(monkeypatch, numbers, action):
@@ -51,12 +66,12 @@ def at_step(monkeypatch, numbers, action):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
 
 
-def start(folder, *options):
-    """train.py as a process of its own."""
+def start(folder, *options, session=False):
+    """train.py as a process of its own; `session`: as in a terminal of its own."""
     command = [sys.executable, str(ROOT / "tests" / "tiny.py"), *OPTIONS, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
-    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=session, **pipes)
 
 
 def wait_for(path, run, seconds=120):
@@ -74,8 +89,11 @@ def test_killed_while_training_and_while_saving_the_run_ends_the_same(place):
     assert (different, kills) == ([], 2)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("step", [2, 3, 5])
+ASKED = [(signal.SIGTERM, 143, 2), (signal.SIGTERM, 143, 3), (signal.SIGINT, 130, 5), (signal.SIGINT, 130, 3)]
+ASKED += [(signal.SIGHUP, 129, 2)] if hasattr(signal, "SIGHUP") else []
+
+
+@pytest.mark.parametrize(("number", "status", "step"), ASKED)
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     number, status, step, run_train, straight, monkeypatch, capsys
 ):
@@ -109,31 +127,131 @@ def test_a_signal_during_validation_does_not_lose_the_epoch(epoch, run_train, st
     assert not differences(load_checkpoint(run_train(**RUN, RESUME="auto") / "last.pth"), straight)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows has no signals between processes")
-def test_the_second_ctrl_c_ends_at_once(place):
-    run = start(place, "--epochs", "1000", "--save-minutes", "0", "--workers", "1")
-    wait_for(place / "checkpoints" / "unireplknet_test" / "last.pth", run)
-    # Stopped in between, the process gets both signals before it can finish its step.
-    run.send_signal(signal.SIGSTOP)
-    run.send_signal(signal.SIGINT)
-    run.send_signal(signal.SIGCONT)
-    time.sleep(0.01)
-    run.send_signal(signal.SIGINT)
-    out, errors = run.communicate(timeout=30)
-    assert run.returncode in (-signal.SIGINT, 130) and "Traceback" not in errors
-    load_checkpoint(place / "checkpoints" / "unireplknet_test" / "last.pth")
+posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no signals between processes")
+
+# A process that computes in C, as PyTorch does, and looks at Python's signals only in between.
+BUSY = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[1])
+from common.faults import Interrupt
+with Interrupt() as interrupt:
+    while not interrupt.signal:
+        print("busy", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", int(float(sys.argv[2])))
+    sys.exit(interrupt.exit_status)
+"""
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows has no signals between processes")
+def start_busy(iterations):
+    command = [sys.executable, "-c", BUSY, str(ROOT), str(iterations)]
+    busy = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert busy.stdout.readline() == "busy\n", busy.communicate()
+    return busy
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_answered_at_once_and_the_second_ends_at_once(number):
+    busy = start_busy(2e9)
+    # Whoever starts several processes may pass a signal on to them that they have received themselves.
+    for _ in range(3):
+        busy.send_signal(number)
+        time.sleep(0.05)
+    assert busy.stderr.readline() == "\n"
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    answer = busy.stderr.readline()
+    assert answer.startswith(f"{name} received; finishing this step") and "another" in answer and "without" in answer
+    time.sleep(1.1)
+    assert busy.poll() is None
+    busy.send_signal(number)
+    out, errors = busy.communicate(timeout=30)
+    assert busy.returncode == 128 + number and "ended at once" in errors and "Traceback" not in errors
+
+
+@posix
+def test_a_closed_terminal_that_sends_sighup_twice_ends_nothing_at_once():
+    busy = start_busy(3e6)  # a second or more
+    for _ in range(3):
+        busy.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+    out, errors = busy.communicate(timeout=60)
+    assert busy.returncode == 129 and errors.count("SIGHUP received") == 1
+
+
+@posix
+def test_sighup_that_nohup_has_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            assert interrupt.signal is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupt.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@posix
 def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_the_run_still_saves(place):
-    command = [sys.executable, str(ROOT / "tests" / "tiny.py"), *OPTIONS, "--epochs", "1000", "--workers", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
-    run = subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, **pipes)
+    run = start(place, "--epochs", "1000", "--workers", "2", session=True)
     wait_for(place / "checkpoints" / "unireplknet_test" / "last.pth", run)
     os.killpg(run.pid, signal.SIGINT)
     out, errors = run.communicate(timeout=60)
     assert run.returncode == 130 and "saved" in out and "Traceback" not in errors, errors
+    assert "Ctrl-C received; finishing this step" in errors
+    assert left_of(run) == []
+
+
+def left_of(run):
+    """Command lines of the processes of a run that was started in a session of its own."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == run.pid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+@posix
+def test_a_closed_terminal_ends_no_run(place):
+    """Its output fails from then on, as after `nohup`, or in a session of its own, which gets no SIGHUP."""
+    master, terminal = os.openpty()
+    command = [sys.executable, str(ROOT / "tests" / "tiny.py"), *OPTIONS, "--epochs", "3", "--save-minutes", "1e-9"]
+    run = subprocess.Popen(
+        command, cwd=place, stdout=terminal, stderr=terminal, stdin=terminal, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    os.close(terminal)
+    folder = place / "checkpoints" / "unireplknet_test"
+    until = time.monotonic() + 120
+    while not (folder / "last.pth").exists():
+        assert run.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    os.close(master)
+    assert run.wait(timeout=120) == 0
+    assert load_checkpoint(folder / "last.pth")["epoch"] == 3
+
+
+@posix
+@pytest.mark.parametrize("kind", ["terminal", "pipe"])
+def test_output_that_nobody_receives_is_dropped(kind, monkeypatch):
+    other, end = os.openpty() if kind == "terminal" else os.pipe()
+    lost = open(end, "w", encoding="utf-8", buffering=1)
+    monkeypatch.setattr(sys, "stdout", lost)
+    monkeypatch.setattr(sys, "stderr", lost)
+    print("heard")
+    with guard_output("ignore"):
+        assert sys.stdout.isatty() == (kind == "terminal") and sys.stdout.encoding == "utf-8"
+        os.close(other)
+        print("lost")
+        with tqdm(total=2) as bar:
+            bar.update()
+            bar.write("a line")
+        print("lost, too", file=sys.stderr, flush=True)
+    assert sys.stdout is lost
+    lost.close()  # what it still holds is no error either, as it would be when Python ends
 
 
 def test_metrics_that_are_not_finite_make_no_best_checkpoint(run_train, monkeypatch):
@@ -159,6 +277,244 @@ def test_a_finished_run_that_is_continued_stays_as_it_is(run_train, straight, ca
     run_train(**RUN, RESUME="auto")
     assert (folder / "last.pth").read_bytes() == before
     assert "best acc1" in capsys.readouterr().out
+
+
+# --- processes that read images
+
+
+def test_the_table_of_faults_has_many_members():
+    print(f"{len(FAULTS) - 1} faults of reading processes")
+    assert len(FAULTS) >= 15
+
+
+def read_all(fault, persistent=True, method=None, workers=2):
+    minutes = 0.02 if fault == "stands still" else 5  # starting a process takes half a minute on a busy machine
+    loader = Loader(
+        Faulty(fault), 4, num_workers=workers, persistent_workers=persistent and workers > 0, wait_minutes=minutes,
+        multiprocessing_context=method, what="training images", collate_fn=list if fault == "cannot be sent" else None,
+    )  # fmt: skip
+    batches = [batch for _ in range(2) for batch in loader]
+    return loader, [index for _, labels in batches for index in labels.tolist()]
+
+
+@posix
+@pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "anew"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_happens_to_a_reading_process_is_one_sentence_and_leaves_nothing_running(fault, persistent, capfd):
+    _, error, words = FAULTS[fault]
+    if error is None:
+        loader, indices = read_all(fault, persistent, "fork")
+        assert indices == [*range(64)] * 2
+        loader.close()
+    else:
+        with pytest.raises(error, match=words) as caught:
+            read_all(fault, persistent, "fork")
+        if isinstance(caught.value, (UserError, OSError)):
+            assert "Traceback" not in str(caught.value) and "Traceback" not in capfd.readouterr().err
+    assert multiprocessing.active_children() == []
+    assert [child for child in psutil.Process().children() if child.name() == "pt_data_worker"] == []
+
+
+@posix
+def test_processes_that_are_spawned_end_alike():
+    _, error, words = FAULTS["broken image"]
+    with pytest.raises(error, match=words):
+        read_all("broken image", method="spawn")
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("fault", ["broken image", "memory", "no file", "a bug"])
+def test_without_processes_the_errors_are_the_same(fault):
+    _, error, words = FAULTS[fault]
+    with pytest.raises(error, match="x" if fault == "a bug" else words):
+        read_all(fault, workers=0)
+
+
+def test_a_pass_that_is_given_up_leaves_nothing_running_and_the_next_one_begins_anew():
+    loader = Loader(Faulty("none"), 4, num_workers=2, persistent_workers=True)
+    for _, labels in loader:
+        break
+    assert multiprocessing.active_children() == []
+    assert [index for _, labels in loader for index in labels.tolist()] == [*range(64)]
+    loader.close()
+
+
+@posix
+def test_a_process_ends_with_its_parent_whatever_kills_that():
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from common.workers import map_in_processes\n"
+        "print('ready', flush=True)\n"
+        "list(map_in_processes(time.sleep, [1000] * 40, 2, 'files'))\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, ROOT], stdout=subprocess.PIPE, start_new_session=True, text=True
+    )
+    run.stdout.readline()
+    until = time.monotonic() + 60
+    while len(left_of(run)) < 3:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    while left_of(run):
+        assert time.monotonic() < until, left_of(run)
+        time.sleep(0.05)
+
+
+@posix
+@pytest.mark.parametrize("how", ["killed", "error", "given up"])
+def test_a_pool_of_processes_leaves_nothing_running(how):
+    action = dict(killed=kill_at_21, error=fail_at_21).get(how, abs)
+    results = map_in_processes(action, range(64), 2, "files")
+    if how == "given up":
+        assert next(results) == 0
+        results.close()
+    else:
+        error, words = (UserError, "SIGKILL|killed.*WORKERS") if how == "killed" else (UserError, "the 21st")
+        with pytest.raises(error, match=words):
+            list(results)
+    until = time.monotonic() + 30
+    while multiprocessing.active_children():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert list(map_in_processes(abs, range(-64, 0), 2, "files")) == [*range(64, 0, -1)]
+
+
+def kill_at_21(number):
+    if number == 21:
+        os.kill(os.getpid(), 9)
+
+
+def fail_at_21(number):
+    if number == 21:
+        raise UserError("the 21st")
+
+
+@posix
+def test_a_small_shared_memory_is_named():
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:]; __file__ = 'x'\n"
+        "from faulty import Faulty\n"
+        "from common.loading import Loader\n"
+        "from common.options import run\n"
+        "def main():\n"
+        "    list(Loader(Faulty('none'), 32, num_workers=2))\n"
+        "run.__globals__['set_constants'] = lambda *_: {}\n"
+        "run.__globals__['script_name'] = lambda *_: 'x'\n"
+        "run(main)\n"
+    )
+    shell = 'mount -t tmpfs -o size=16k tmpfs /dev/shm && exec "$@"'
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("a /dev/shm of its own needs root on Linux")
+    command = ["unshare", "-m", "sh", "-c", shell, "sh", sys.executable, "-c", code, ROOT, ROOT / "tests"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(command, start_new_session=True, **pipes)
+    out, errors = run.communicate(timeout=120)
+    assert run.returncode == 1 and "error: the shared memory is full" in errors and "Traceback" not in errors, errors
+    assert "WORKERS to 0" in errors and "--shm-size" in errors
+    assert left_of(run) == []
+
+
+@posix
+def test_a_broken_image_beside_workers_ends_the_run_with_its_sentence(place):
+    victim = sorted((place / "data" / "train" / "Maize").iterdir())[0]
+    victim.unlink()
+    victim.write_bytes(b"garbage")
+    run = start(place, "--workers", "2", "--cache-gb", "0", session=True)
+    out, errors = run.communicate(timeout=120)
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert run.returncode == 1 and len(lines) == 1 and victim.name in lines[0] and "Traceback" not in errors, errors
+    assert left_of(run) == []
+
+
+def test_the_message_of_an_error_survives_the_way_out_of_a_process():
+    for message in ("plain", "a.jpg cannot be read (OSError: cut off)", "one\ntwo: three", "ImageError: x", "中文 图"):
+        try:
+            raise ImageError(message)
+        except ImageError:
+            from torch._utils import ExceptionWrapper
+
+            wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+        with pytest.raises(ImageError) as caught:
+            wrapped.reraise()
+        assert message_of(caught.value) == message != str(caught.value)
+        assert message_of(ImageError(message)) == message
+
+
+# --- readers that stand still
+
+
+def stand_still(monkeypatch, epoch, workers):
+    """Let whoever reads his 6th image of an epoch stand still for ever."""
+    original, reads = train.SeededImages.__getitem__, []
+
+    def read(dataset, key):
+        reads.append(key[0])
+        if reads.count(epoch) == 6:
+            Path("standing").touch()
+            os.kill(os.getpid(), signal.SIGSTOP) if workers else threading.Event().wait()
+        return original(dataset, key)
+
+    monkeypatch.setattr(train.SeededImages, "__getitem__", read)
+
+
+@posix
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_reader_that_stands_still_is_named_and_the_run_saves_and_stops(
+    workers, run_train, straight, monkeypatch, capsys
+):
+    monkeypatch.setattr("common.workers.SAY_SECONDS", 0.5)
+    stand_still(monkeypatch, 2, workers)
+    with pytest.raises(StoodStill, match="nothing came for 0.1 minutes while waiting for training images"):
+        run_train(**RUN, WORKERS=workers, WAIT_MINUTES=0.1)
+    out, errors = capsys.readouterr()
+    assert "saved, and resumed by --resume auto" in out and errors.count("waiting for training images for") >= 3
+    assert end_processes() == [] == multiprocessing.active_children()
+    folder = Path.cwd()
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert not differences(load_checkpoint(run_train(**RUN, RESUME="auto") / "last.pth"), straight)
+
+
+@posix
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_while_a_reader_stands_still_saves_and_stops(workers, run_train, straight, monkeypatch):
+    stand_still(monkeypatch, 2, workers)
+    main = os.getpid()
+    monkeypatch.setattr(Loader, "look", partialmethod(signal_once, Loader.look, main))
+    folder = run_train(143, **RUN, WORKERS=workers, WAIT_MINUTES=0.0)
+    saved = load_checkpoint(folder / "last.pth")
+    assert saved["epoch"] == 1 and multiprocessing.active_children() == []
+    monkeypatch.undo()
+    monkeypatch.chdir(folder.parent.parent)
+    assert not differences(load_checkpoint(run_train(**RUN, RESUME="auto") / "last.pth"), straight)
+
+
+def signal_once(loader, look, main):
+    if Path("standing").exists():
+        os.kill(main, signal.SIGTERM)
+    look(loader)
+
+
+def test_watched_reads_in_order_and_only_while_it_is_waited_for():
+    inside, seen = [], []
+
+    def numbers():
+        for number in range(50):
+            inside.append(1)
+            time.sleep(0.001)
+            inside.pop()
+            yield number
+
+    for number in watched(numbers, "numbers"):
+        assert not inside
+        time.sleep(0.001)
+        assert not inside
+        seen.append(number)
+    assert seen == [*range(50)]
+    with pytest.raises(ZeroDivisionError):
+        list(watched(lambda: (1 // number for number in (1, 0)), "numbers"))
 
 
 # --- files
@@ -277,13 +633,14 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays_whole(place):
 def test_a_quota_stops_the_save_and_the_file_before_it_stays(tmp_path):
     code = (
         "import resource, sys, torch; sys.path.insert(0, sys.argv[1])\n"
-        "from common.checkpoint import save_checkpoint\n"
+        "from common import checkpoint; from common.checkpoint import save_checkpoint\n"
+        "checkpoint.PAUSES = (0.01,)\n"
         "save_checkpoint(dict(epoch=1), 'last.pth')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "save_checkpoint(dict(epoch=2, weight=torch.zeros(100_000)), 'last.pth')\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
-    assert "UserError: cannot save last.pth (File too large)" in done.stderr
+    assert "SaveError: cannot save last.pth (File too large)" in done.stderr
     assert load_file(tmp_path / "last.pth") == dict(epoch=1)
     assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
 
@@ -294,6 +651,288 @@ def test_a_read_only_folder_is_named(place):
         out, errors = start(place, "--epochs", "1", "--output", str(disk)).communicate(timeout=120)
         assert errors.strip().splitlines()[-1].startswith("error:") and "Read-only" in errors and "disk" in errors
         assert "Traceback" not in errors
+
+
+# --- files for people
+
+
+def block(path):
+    """Put a folder that is not empty in the place of a file."""
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    (path / "inside").touch()
+
+
+def read_side_files(folder):
+    """{name: content} of a run's files for people, without times and OUTPUT."""
+    texts = [name for name in SIDE_FILES if name.endswith((".json", ".txt"))]
+    files = {name: (folder / name).read_text(encoding="utf-8") for name in texts}
+    files["result.json"] = files["result.json"].replace(f'"{folder.parent.name}"', '"output"')
+    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+        files["log.csv"] = [
+            {name: cell for name, cell in row.items() if name not in ("seconds", "img_per_s")}
+            for row in csv.DictReader(file)
+        ]
+    return files
+
+
+SIDE_FILES = ("class_indices.json", "result.json", "classification_report.txt", "log.csv", "loss.png", "acc.png")
+
+
+def test_side_files_that_fail_end_nothing_and_are_written_as_soon_as_possible(
+    run_train, straight, monkeypatch, capsys, learning_curves, place
+):
+    expected = read_side_files(run_train(**RUN, OUTPUT="straight"))
+    folder = place / "checkpoints" / "unireplknet_test"
+
+    def hinder(_):
+        if not (folder / "log.csv").is_dir():
+            for name in SIDE_FILES:
+                block(folder / name)
+        else:
+            shutil.rmtree(folder / "log.csv")
+
+    at_step(monkeypatch, {4, 8}, hinder)
+    run_train(**RUN)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 5 and len([line for line in warnings if "Is a directory" in line or os.name == "nt"]) == 5
+    assert all(sum(name in line for line in warnings) == 1 for name in SIDE_FILES if name != "loss.png")
+    assert not differences(load_checkpoint(folder / "last.pth"), straight)
+    assert (folder / "log.csv").is_file() and (folder / "loss.png").is_dir()
+    for name in SIDE_FILES:
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    run_train(**RUN, RESUME="auto")  # the run is finished
+    out = capsys.readouterr().out
+    assert expected["classification_report.txt"] in out and "warning" not in out
+    assert read_side_files(folder) == expected
+    assert all((folder / name).stat().st_size > 1000 for name in ("loss.png", "acc.png"))
+
+
+@pytest.mark.parametrize("name", ["plot_curves", "classification_report", "write_json", "write_csv", "write_text"])
+def test_whatever_fails_in_a_report_the_run_ends_well(name, run_train, straight, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(run_folder, name, fail)
+    folder = run_train(**RUN)
+    warned = sum(line.startswith("warning: cannot write") for line in capsys.readouterr().out.splitlines())
+    assert warned == (2 if name == "write_json" else 1)
+    assert not differences(load_checkpoint(folder / "last.pth"), straight)
+
+
+# --- checkpoints that cannot be saved at once
+
+
+def fail_often(monkeypatch, module, name, numbers, error):
+    """Let the calls `numbers` (from 1) of a function fail, or each from one number on."""
+    original, calls = getattr(module, name), []
+
+    def call(*arguments, **options):
+        calls.append(1)
+        if len(calls) in numbers:
+            raise error
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, name, call)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE, errno.EIO, errno.ENOSPC, errno.EBUSY])
+@pytest.mark.parametrize(("module", "name"), [(os, "replace"), (os, "fsync"), (torch, "save")])
+@pytest.mark.parametrize("first", range(1, 7))
+def test_a_checkpoint_that_cannot_be_saved_is_tried_again(first, module, name, code, tmp_path, monkeypatch, capsys):
+    path, pauses = tmp_path / "last.pth", []
+    for epoch in (1, 2, 3):
+        save_checkpoint(dict(epoch=epoch), path, keep=3)
+    monkeypatch.setattr(checkpoint.time, "sleep", pauses.append)
+    fail_often(monkeypatch, module, name, range(first, first + 4), OSError(code, os.strerror(code)))
+    for epoch in (4, 5):
+        save_checkpoint(dict(epoch=epoch, tensor=torch.zeros(3)), path, keep=3)
+    assert [load_file(tmp_path / f"last{number}.pth")["epoch"] for number in ("", ".1", ".2")] == [5, 4, 3]
+    assert pauses == sorted(pauses) or len(pauses) < 4
+    assert capsys.readouterr().out.count(os.strerror(code)) <= 2
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_after_half_a_minute_one_sentence_ends_the_run(tmp_path, monkeypatch, capsys):
+    path, pauses = tmp_path / "last.pth", []
+    save_checkpoint(dict(epoch=1), path)
+    monkeypatch.setattr(checkpoint.time, "sleep", pauses.append)
+    fail_often(monkeypatch, os, "replace", range(1, 100), PermissionError(errno.EACCES, "Permission denied"))
+    with pytest.raises(checkpoint.SaveError, match="cannot save .*last.pth .Permission denied.; what was saved before"):
+        save_checkpoint(dict(epoch=2), path)
+    assert 20 < sum(pauses) < 60 and pauses == sorted(pauses)
+    assert capsys.readouterr().out.count("\n") == 1
+    assert load_file(path) == dict(epoch=1) and len(list(tmp_path.iterdir())) == 1
+    pauses.clear()
+    fail_often(monkeypatch, torch, "save", [1], RuntimeError("CUDA error: device-side assert triggered"))
+    with pytest.raises(checkpoint.SaveError, match="device-side assert"):
+        save_checkpoint(dict(epoch=2), path)
+    assert pauses == []  # waiting does not help
+
+
+# --- errors inside an epoch of three steps, two batches each (the last one has one)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "numbers", "error", "images"),
+    [
+        # module, function, the calls of it that fail (those in the second step of the second epoch), images saved
+        (train.SeededImages, "__getitem__", [33], ImageError("a.png cannot be read as an image"), 8),
+        (train.SeededImages, "__getitem__", [29], OSError(errno.EIO, "Input/output error", "a.png"), 8),
+        (train, "prepare_batch", [9], KeyError("a mistake"), 8),
+        (train, "measure", [9], RuntimeError("CUDA error: unspecified launch failure"), 8),
+        (torch.nn.utils, "clip_grad_norm_", [5], MemoryError(), 8),
+        (train.distributed, "total", [6], RuntimeError("gloo: connection closed by peer"), 16),
+        (train, "validate", [3], ImageError("b.png cannot be read as an image"), 24),
+        (train, "validate", [4], ZeroDivisionError(), 24),
+        (train.RunFolder, "is_best", [2], TypeError("a mistake"), 24),
+        (torch.optim.AdamW, "step", [5], RuntimeError("CUDA out of memory, but too late"), None),
+        (train.ModelEma, "update", [5], RuntimeError("a mistake"), None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value if isinstance(value, str) else "",
+)
+def test_an_error_inside_an_epoch_saves_what_was_trained_before_it(
+    module, name, numbers, error, images, run_train, straight, monkeypatch, capsys, place
+):
+    with monkeypatch.context() as patch:
+        fail_often(patch, module, name, numbers, error)
+        with pytest.raises((type(error), UserError)) as raised:
+            run_train(**RUN)
+    assert raised.value is error or raised.value.__cause__ is error
+    folder, out = place / "checkpoints" / "unireplknet_test", capsys.readouterr().out
+    saved = load_checkpoint(folder / "last.pth")
+    assert (saved["epoch"], saved["pictures"], saved["pieces"]) == (1, images or 0, 1)
+    assert ("an error ends the run in epoch 2; saved" in out) == (images is not None)
+    assert ("while the weights change" in out) == (images is None)
+    assert not differences(load_checkpoint(run_train(**RUN, RESUME="auto") / "last.pth"), straight)
+
+
+def test_memory_that_is_full_for_good_is_no_setting_of_the_resumed_run(run_train, monkeypatch, place):
+    fail_often(monkeypatch, train, "measure", range(3, 99), torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(UserError, match="lower BATCH_SIZE"):
+        run_train(EPOCHS=1, IMG_SIZE=64)
+    saved = load_checkpoint(place / "checkpoints" / "unireplknet_test" / "last.pth")
+    assert (saved["pictures"], saved["pieces"]) == (8, 1)
+
+
+def test_an_error_before_anything_new_was_trained_saves_nothing(run_train, monkeypatch, place):
+    folder = place / "checkpoints" / "unireplknet_test"
+    for options in (dict(), dict(RESUME="auto")):
+        with monkeypatch.context() as patch:
+            fail_often(patch, train, "prepare_batch", [6 if options == {} else 1], KeyError("a mistake"))
+            with pytest.raises(KeyError):
+                run_train(**RUN | options)
+        assert load_checkpoint(folder / "last.pth")["epoch"] == 1 and not (folder / "last.1.pth").exists()
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_save_that_fails_hides_no_error(name, run_train, monkeypatch, place, capsys):
+    def fail(*_, **__):
+        monkeypatch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        raise KeyError("the first error")
+
+    monkeypatch.setattr(checkpoint, "PAUSES", ())
+    monkeypatch.setattr(train, "validate", fail)
+    with pytest.raises(KeyError, match="the first error"):
+        run_train(**RUN)
+    assert "it cannot be saved (cannot save" in capsys.readouterr().out
+
+
+# --- a process that ends between two file operations
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL does: after it, no file operation succeeds."""
+
+
+def kill_at(monkeypatch, number):
+    """Let file operation `number` (from 1), and all after it, raise `Killed`; returns the list of those before it."""
+    done = []
+
+    def patch(module, name):
+        original = getattr(module, name)
+
+        def operate(*arguments, **options):
+            if len(done) + 1 >= number:
+                raise Killed
+            done.append(f"{name} {Path(arguments[-1] if name == 'replace' else str(arguments[0])).name}")
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, operate)
+
+    for name in ("replace", "fsync", "open"):
+        patch(os, name)
+    patch(torch, "save")
+    patch(Path, "unlink")
+    patch(Path, "write_text")
+    return done
+
+
+class OneEpoch:
+    """A run of a network of two weights, of which only the end of each epoch happens."""
+
+    def __init__(self, path):
+        self.path = path
+        self.folder = run_folder.RunFolder(path.parent, path.name, "auto", 0)
+        model = torch.nn.Linear(1, 2)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        self.state = run_folder.TrainingState(model, None, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+        about = dict.fromkeys(("arch", "model_args", "mean", "std", "config", "versions", "pictures_train"), 1)
+        self.folder.about = about | dict(classes=["a", "b"])
+        path.mkdir(parents=True, exist_ok=True)
+        saved, _ = load_newest(path / "last.pth", check=id)
+        if saved is not None:
+            self.state.load(saved, path)
+        self.folder.print_history(self.state)
+
+    def finish_epochs(self, epochs):
+        for epoch in range(self.state.epoch, epochs):
+            torch.nn.init.constant_(self.state.model.weight, epoch + 1)
+            self.state.img_size = 32
+            results = dict(loss=1.0, acc1=[50.0, 75.0, 60.0][epoch], acc5=100.0)
+            validation = dict(val=(results, [0, 0, 1, 1], [0, epoch % 2, 1, 1]))
+            self.folder.finish_epoch(self.state, dict(lr=0.1, train_loss=1.0), validation, 0.0, 32)
+        return self
+
+
+def test_a_run_that_is_killed_between_two_file_operations_ends_the_same(tmp_path, monkeypatch):
+    def plot_curves(history, folder):
+        (folder / "loss.png").write_text(str(history))
+
+    monkeypatch.setattr(run_folder, "plot_curves", plot_curves)
+    monkeypatch.setattr(run_folder.time, "perf_counter", lambda: 0.0)
+    straight = OneEpoch(tmp_path / "straight").finish_epochs(3).path
+    names = {file.name for file in straight.iterdir()}
+    assert {"last.pth", "last.1.pth", "best.pth", "result.json", "log.csv"} < names
+    points = states = 0
+    while True:
+        path = tmp_path / f"killed{points}"
+        OneEpoch(path).finish_epochs(1)
+        with monkeypatch.context() as patch:
+            done = kill_at(patch, points + 1)
+            try:
+                OneEpoch(path).finish_epochs(2)
+                break
+            except Killed:
+                points += 1
+        saved, _ = load_newest(path / "last.pth", check=id)
+        best = load_checkpoint(path / "best.pth", check=id)
+        assert saved["epoch"] in (1, 2) and best["epoch"] >= saved["best"]["result"]["epoch"]
+        states += best["epoch"] == 2 and saved["epoch"] == 1  # best.pth is written, last.pth is not
+        OneEpoch(path).finish_epochs(3)
+        assert {file.name for file in path.iterdir() if file.suffix != ".part"} == names
+        for name in names:
+            if name.endswith(".pth"):
+                one, other = (load_checkpoint(folder / name, check=id) for folder in (path, straight))
+                assert torch.equal(one["best"].pop("cells"), other["best"].pop("cells"))
+                assert torch.equal(one["state_dict"].pop("weight"), other["state_dict"].pop("weight"))
+                assert all(one[part] == other[part] for part in ("epoch", "history", "best"))
+            else:
+                assert (path / name).read_bytes() == (straight / name).read_bytes(), (done, name)
+        assert json.loads((path / "result.json").read_text(encoding="utf-8"))["epoch"] == 2
+    assert points > 20 and states > 3
 
 
 # --- two runs at once
@@ -458,7 +1097,7 @@ def limit_memory(monkeypatch, most, error):
     monkeypatch.setattr(F, "cross_entropy", cross_entropy)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
 def test_out_of_memory_halves_the_batch_and_keeps_the_step(error, run_train, monkeypatch, capsys):
     limit_memory(monkeypatch, 2, error)
     constants = dict(IMG_SIZE=64, BATCH_SIZE=8, EPOCHS=2)
@@ -491,6 +1130,54 @@ def test_micro_batches_give_the_gradient_of_the_whole():
     for gradient, total in zip(gradients[1:], sums[1:]):
         torch.testing.assert_close(gradient, gradients[0])
         torch.testing.assert_close(total, sums[0])
+
+
+FULL = """
+DefaultCPUAllocator: can't allocate memory: you tried to allocate 123 bytes. Error code 12 (Cannot allocate memory)
+[enforce fail at alloc_cpu.cpp:75] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.
+could not create a primitive
+could not create a memory object
+CUDA out of memory. Tried to allocate 20.00 MiB
+CUDA error: out of memory
+Triton Error [CUDA]: out of memory
+CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`
+CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`
+cuDNN error: CUDNN_STATUS_ALLOC_FAILED
+CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED
+HIP out of memory. Tried to allocate 2.00 GiB
+HIP error: hipErrorOutOfMemory
+MIOpen Error: miopenStatusAllocFailed
+MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB, max allowed: 9.07 GB)
+Invalid buffer size: 12.34 GB
+XPU out of memory. Tried to allocate 1.00 GiB
+UR error: UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY
+Intel oneMKL ERROR: insufficient memory
+std::bad_alloc
+bad allocation
+Unable to allocate 3.20 GiB for an array with shape (9, 9) and data type float64
+[WinError 1455] The paging file is too small for this operation to complete
+NCCL Error 1: unhandled cuda error, Cuda failure 2 'out of memory'
+""".strip().splitlines()
+OTHER = """
+could not create a primitive descriptor for a convolution forward propagation primitive
+CUDA error: device-side assert triggered
+CUDA error: an illegal memory access was encountered
+cuDNN error: CUDNN_STATUS_EXECUTION_FAILED
+cuDNN error: CUDNN_STATUS_NOT_SUPPORTED
+CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`
+view size is not compatible with input tensor's size and stride
+Expected all tensors to be on the same device
+Sizes of tensors must match except in dimension 1
+Connection closed by peer [127.0.0.1]:1234
+invalid memory format
+""".strip().splitlines()
+
+
+def test_all_spellings_of_a_full_memory_are_known():
+    print(f"{len(FULL)} spellings")
+    assert [text for text in FULL if not is_out_of_memory(RuntimeError(text))] == []
+    assert [text for text in OTHER if is_out_of_memory(RuntimeError(text))] == []
+    assert all(map(is_out_of_memory, (MemoryError(), torch.OutOfMemoryError("x"), OSError(12, "x"))))
 
 
 def test_if_nothing_fits_one_sentence_says_what_to_lower(run_train, monkeypatch):

@@ -387,7 +387,7 @@ def test_a_checkpoint_alone_forecasts(finished, run_forecast, capsys):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["date", "north", "south"] and len(rows) == 12
     assert rows[0]["date"] == "2021-06-07 06:00:00"
-    checkpoint = load_checkpoint(best, forecast.REQUIRED)
+    checkpoint = load_checkpoint(best, forecast.REQUIRED, forecast.check_resumed)
     model = forecast.open_model(checkpoint, torch.device("cpu"))
     values = read_series("new.csv", "date", ["north", "south"]).values[-96:]
     z = torch.tensor((values - checkpoint["mean"]) / checkpoint["std"], dtype=torch.float32).T[None]
@@ -433,25 +433,88 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished, run_forecas
 
     monkeypatch.setattr(forecast, "draw_batch", draw_batch)
     folder = run_forecast(status=143)
-    stopped = load_newest(folder / "12-seed1" / "unireplknet" / "last.pth", forecast.REQUIRED)[0]
+    last = folder / "12-seed1" / "unireplknet" / "last.pth"
+    stopped = load_newest(last, forecast.REQUIRED, forecast.check_resumed)[0]
     assert (stopped["epoch"], stopped["step"]) == (1, 2)
     with pytest.raises(UserError, match="LEARNING_RATE was 0.002 and is 0.5 now; set it back"):
         run_forecast(RESUME="auto", LEARNING_RATE=0.5)
     run_forecast(RESUME="auto")
     for name in ("unireplknet", "dlinear"):
         file = Path("12-seed1", name, "last.pth")
-        uninterrupted = load_checkpoint(finished / RUN / file, forecast.REQUIRED)
-        resumed = load_checkpoint(folder / file, forecast.REQUIRED)
+        uninterrupted = load_checkpoint(finished / RUN / file, forecast.REQUIRED, forecast.check_resumed)
+        resumed = load_checkpoint(folder / file, forecast.REQUIRED, forecast.check_resumed)
         for part in ("state_dict", "state_dict_ema"):
             assert all(torch.equal(tensor, resumed[part][key]) for key, tensor in uninterrupted[part].items())
         assert resumed["best_mse"] == uninterrupted["best_mse"] and resumed["epoch"] == 2
     assert len(calls) == 2 * 2 * 5
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "number", "saved"),
+    [
+        (forecast, "draw_batch", 8, (1, 2)),
+        (torch.nn.utils, "clip_grad_norm_", 8, (1, 2)),  # after a forward pass, which changes batch norms
+        (forecast, "evaluate", 2, (1, 5)),
+        (torch.optim.AdamW, "step", 8, (1, 0)),  # the weights may have changed in part
+        (torch.optim.AdamW, "step", 3, None),
+    ],
+)
+def test_an_error_saves_what_was_trained_before_it(
+    module, name, number, saved, finished, run_forecast, no_plots, monkeypatch
+):
+    original, calls = getattr(module, name), []
+
+    def fail(*arguments, **options):
+        calls.append(None)
+        if len(calls) == number:
+            raise KeyError("a mistake")
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, fail)
+        with pytest.raises(KeyError, match="a mistake"):
+            run_forecast()
+    file = RUN / "12-seed1" / "unireplknet" / "last.pth"
+    if saved is None:
+        assert not file.exists()
+        return
+    stopped = load_checkpoint(file, forecast.REQUIRED, forecast.check_resumed)
+    assert (stopped["epoch"], stopped["step"]) == saved
+    run_forecast(RESUME="auto")
+    files = file, finished / file
+    resumed, straight = (load_checkpoint(path, forecast.REQUIRED, forecast.check_resumed) for path in files)
+    for part in ("state_dict", "state_dict_ema"):
+        assert all(torch.equal(tensor, resumed[part][key]) for key, tensor in straight[part].items())
+
+
+def test_results_that_cannot_be_written_end_nothing_and_are_written_later(run_forecast, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("no font")
+
+    monkeypatch.setattr(forecast, "plot_forecasts", fail)
+    names = ("12.png", "results.csv", "results.json", "12-seed1/dlinear/log.csv")
+    original = forecast.set_aside
+
+    def block(folder):
+        original(folder)
+        for name in names[1:]:
+            (folder / name / "inside").mkdir(parents=True)
+
+    monkeypatch.setattr(forecast, "set_aside", block)
+    folder = run_forecast(EPOCHS=1)
+    out = capsys.readouterr().out
+    assert all(sum(name in line and "warning" in line for line in out.splitlines()) == 1 for name in names)
+    for name in names[1:]:
+        shutil.rmtree(folder / name)
+    monkeypatch.setattr(forecast, "plot_forecasts", lambda *arguments: arguments[-1].touch())
+    run_forecast(EPOCHS=1, RESUME="auto")
+    assert all((folder / name).is_file() for name in (*names, "12.csv")) and "warning" not in capsys.readouterr().out
+
+
 def test_runs_of_earlier_versions_resume(finished, run_forecast, no_plots, capsys):
     shutil.copytree(finished / "checkpoints", "checkpoints")
     for path in (RUN / "12-seed1").rglob("*.pth"):
-        checkpoint = load_checkpoint(path, forecast.REQUIRED)
+        checkpoint = load_checkpoint(path, forecast.REQUIRED, forecast.check_resumed)
         checkpoint["config"] |= dict(PERIOD=0, DATE="")  # as earlier versions wrote what is None today
         save_checkpoint(checkpoint, path)
     run_forecast(RESUME="auto")
@@ -480,7 +543,7 @@ def test_non_finite_steps_are_skipped(run_forecast, no_plots, monkeypatch):
 
     monkeypatch.setattr(forecast, "draw_batch", draw_batch)
     folder = run_forecast(EPOCHS=1)
-    saved = load_checkpoint(folder / "12-seed1" / "unireplknet" / "last.pth", forecast.REQUIRED)
+    saved = load_checkpoint(folder / "12-seed1" / "unireplknet" / "last.pth", forecast.REQUIRED, forecast.check_resumed)
     assert saved["history"][0]["skipped"] == 1 and math.isfinite(saved["history"][0]["train_loss"])
     assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
     bad.update(range(100))
@@ -503,3 +566,12 @@ def test_15_minute_data_and_one_target(run_forecast, no_plots):
     folder = run_forecast(CSV="quarter.csv", TARGETS=["south"], LOOKBACK=2, EPOCHS=1, EPOCH_STEPS=2)
     metadata = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert metadata["period"] == 96 and metadata["targets"] == ["south"] and metadata["columns"] == ["north", "south"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_csv_file_that_excel_or_powershell_saved_is_read(encoding, end, tmp_path):
+    lines = ["date,温度,_b$", *(f"2016-07-0{day},{day}.5,{day}" for day in range(1, 6))]
+    (tmp_path / "a.csv").write_bytes((end.join(lines) + end).encode(encoding))
+    series = read_series(tmp_path / "a.csv", "date")
+    assert series.columns == ["温度", "_b$"] and series.values[:, 0].tolist() == [1.5, 2.5, 3.5, 4.5, 5.5]

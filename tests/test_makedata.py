@@ -1,6 +1,7 @@
 """makedata.py: which image lands where, what is skipped, what is refused, and that nothing is ever lost."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -8,15 +9,24 @@ import re
 import shutil
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import fill_classes, read_manifest, write_former_manifest
+from handmade import png
 from PIL import Image
 
 import makedata
-from common.audio import input_kind
-from common.images import level_sums, load_image
+import mean_std
+from common.audio import input_kind, kind_of
+from common.checkpoint import load_checkpoint
+from common.columns import Files
+from common.dataset import open_image_folder
+from common.images import level_sums, load_image, scan_class_folders
+from common.manifest import read_json, read_value_range
 from common.options import ConstantError, UserError, set_constants
+from common.text import width
 from prepare.drawn_data import SPECIES, draw_data_set, draw_seedling
 
 IMAGES = input_kind(None)
@@ -50,6 +60,9 @@ def tree(folder):
     """{relative path: (SHA-256, time of change)} of all files in `folder`."""
     files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): (sha256(path), path.stat().st_mtime_ns) for path in files}
+
+
+RECORDS = {"manifest.json", "manifest.csv", "cache/contents.npz"}
 
 
 def contents(folder):
@@ -145,14 +158,17 @@ def test_extensions_in_any_case(make, draw_image):
 def test_many_images_are_checked_in_parallel_with_the_same_result(make_data1):
     paths = make_data1("data1", {"a": 40, "b": 30}, size=8)
     paths[50].write_bytes(b"broken")
-    files = makedata.check_files(paths, IMAGES, 2)
-    assert files == makedata.check_files(paths, IMAGES, 0)
-    assert files[50].record is None and "broken" not in files[50].reason and files[50].reason
-    del files[50], paths[50]
-    for path, file in zip(paths, files, strict=True):
-        assert (file.record["sha256"], file.record["bytes"]) == (sha256(path), path.stat().st_size)
+    files = scan_class_folders("data1").files
+    (checked, skipped), (others, _) = (makedata.check_files(files, IMAGES, workers, io.BytesIO()) for workers in (2, 0))
+    assert list(checked.files) == list(others.files) and list(checked.sha256) == list(others.sha256)
+    assert np.array_equal(checked.sums, others.sums) and np.array_equal(checked.stamps, others.stamps)
+    assert len(skipped) == 1 and skipped[0].startswith(str(paths[50]))
+    del paths[50]
+    for index, path in enumerate(paths):
+        assert checked.files[index] == str(path) and checked.sha256[index] == sha256(path)
+        assert checked.stamps["size"][index] == path.stat().st_size
         levels = np.asarray(Image.open(path)).reshape(-1, 3).astype(int)
-        assert file.record["sums"] == [[64] * 3, levels.sum(0).tolist(), (levels**2).sum(0).tolist()]
+        assert checked.sums[index].tolist() == [64, *levels.sum(0), *(levels**2).sum(0)]
 
 
 def test_images_are_hard_links(make, make_data1):
@@ -199,10 +215,10 @@ def test_data1_is_never_changed(make, make_data1):
 def test_manifest_lists_every_file(make, make_data1):
     make_data1("data1", CLASSES)
     make(SEED=7)
-    manifest = json.loads(Path("data/manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest()
     assert (manifest["source"], manifest["seed"], manifest["val_ratio"]) == ("data1", 7, 0.3)
     files = {file["path"]: file for file in manifest["files"]}
-    assert files.keys() == tree("data").keys() - {"manifest.json"} and len(files) == len(manifest["files"]) == 19
+    assert files.keys() == tree("data").keys() - RECORDS and len(files) == len(manifest["files"]) == 19
     for path, file in files.items():
         placed = Path("data", path)
         assert file.pop("sums") == level_sums(load_image(placed)).tolist()
@@ -220,7 +236,7 @@ def test_hidden_files_are_ignored_silently(make, make_data1, capsys):
     Path("data1/.gitkeep").touch()
     assert make() == 0
     assert "skipped" not in capsys.readouterr().out
-    assert len(tree("data")) == 5
+    assert len(tree("data").keys() - RECORDS) == 4
 
 
 def test_what_is_no_image_is_listed_and_skipped(make, make_data1, capsys):
@@ -435,6 +451,18 @@ def test_a_damaged_manifest_is_refused_naming_it(text, make, make_data1):
     assert tree("data") == before
 
 
+def test_a_folder_with_a_manifest_of_an_earlier_version_is_replaced(make, make_data1):
+    make_data1("data1", {"a": 4})
+    make(LINK=False)
+    before = sides()
+    write_former_manifest(read_manifest())
+    assert make() == 0 and sides() == before and Path("data/manifest.csv").is_file()
+    write_former_manifest(read_manifest())
+    make_data1("data/train/a", {"mine": 1})
+    with pytest.raises(UserError, match="000.png was not put there"):
+        make()
+
+
 @pytest.mark.parametrize("change", ["another size", "the same size"])
 def test_a_placed_file_that_the_user_changed_is_refused(change, make, make_data1):
     make_data1("data1", {"a": 4})
@@ -547,7 +575,7 @@ def test_a_target_that_is_a_symbolic_link_stays_one(make, make_data1):
     os.symlink("big disk", "data")
     for _ in range(3):
         assert make() == 0
-        assert len(sides()) == 4 and Path("data").is_symlink() and len(tree("big disk")) == 5
+        assert len(sides()) == 4 and Path("data").is_symlink() and len(tree("big disk").keys() - RECORDS) == 4
 
 
 def test_the_command_line(run_script, make_data1):
@@ -605,3 +633,143 @@ def test_wrong_arguments_of_the_drawing():
         draw_seedling("Maize", random.Random(1), size=15)
     with pytest.raises(ValueError, match="at least 1"):
         list(draw_data_set(Path("x"), 0))
+
+
+def test_everything_that_is_wrong_with_folders_is_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fill_classes("data1", {"a": 3, "b": 3, "c": 3})
+    for nested in ("a/x", "a/y", "b/z"):
+        Path("data1", nested).mkdir()
+    twins = os.path.normcase("A") != "a" and not Path("data1/A").exists()
+    if twins:
+        fill_classes("data1", {"C": 3})
+    for call in (makedata.main, mean_std.main, lambda: open_image_folder("data1")):
+        with pytest.raises(UserError) as error:
+            call()
+        lines = str(error.value).replace("\\", "/").splitlines()
+        assert len(lines) == 2 + twins
+        assert sum("is a folder inside a class folder" in line for line in lines) == 2
+        assert any("data1/a/x (and 1 more in data1/a) is a folder" in line for line in lines)
+        assert sum("differ by case only" in line for line in lines) == twins
+        assert all(line.startswith("error: ") for line in lines[1:])
+    assert not Path("data").exists()
+
+
+def test_duplicates_across_classes_and_small_classes_are_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fill_classes("data1", {"a": 4, "b": 4, "one": 1})
+    Path("data1/none").mkdir()
+    for number in (0, 1):
+        shutil.copy(f"data1/a/00{number}.png", f"data1/b/copy {number}.png")
+    with pytest.raises(UserError) as error:
+        makedata.main()
+    text = str(error.value)
+    assert text.count("are the same image in two classes") == 2 and text.count("is too small to split") == 2
+    assert text.count("\n") == 3 and not Path("data").exists()
+
+
+def test_classes_without_an_image_are_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fill_classes("data1", {"a": 3})
+    for name in ("b", "c"):
+        Path("data1", name).mkdir()
+    for call in (mean_std.main, lambda: open_image_folder("data1")):
+        with pytest.raises(UserError) as error:
+            call()
+        assert str(error.value).count("contains no image") == 2
+
+
+def test_recordings_beside_images_are_counted_and_located(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fill_classes("data1", {"a": 3, "b": 3})
+    for name in ("a/1.wav", "b/2.mp3", "b/3.WAV"):
+        Path("data1", name).write_bytes(b"RIFF")
+    with pytest.raises(UserError, match=r"is a recording and .* an image.* such as the 3 in data1.a, data1.b"):
+        makedata.main()
+
+
+def test_the_table_of_classes_is_aligned_and_shortens_names(capsys):
+    files = Files("data1", ["玉米", "wheat", "n" * 200, "line\nbreak"], [], np.zeros(0, int))
+    makedata.report(SimpleNamespace(files=files), np.zeros(0, bool), [])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and len({width(line) for line in lines}) == 1 and width(lines[0]) < 90
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+def test_json_files_that_an_editor_saved_are_read(encoding, tmp_path):
+    path = tmp_path / "mean_std.json"
+    text = json.dumps({"a": "玉米"}, ensure_ascii=False)
+    path.write_bytes((b"\xff\xfe" if encoding == "utf-16-le" else b"") + text.encode(encoding))
+    assert read_json(path) == {"a": "玉米"}
+
+
+# --- images with more than 8 bits
+
+
+@pytest.fixture
+def twelve_bits(make_data1, tmp_path, monkeypatch):
+    """data1 with two classes of 12-bit images in 16 bits; returns {path: their 8-bit levels (16, 16)}."""
+    monkeypatch.chdir(tmp_path)
+    levels = {}
+    for name in ("a", "b"):
+        Path("data1", name).mkdir(parents=True)
+        for number in range(8):
+            values = np.random.default_rng([ord(name), number]).integers(0, 4096, (48, 48)).astype(np.uint16)
+            values[0, 0] = 4095
+            path = Path("data1", name, f"{number}.png")
+            path.write_bytes(png(values))
+            levels[path] = values.astype(int) * 255 // 4095
+    return levels
+
+
+def test_value_range_holds_for_everything_that_reads_the_data_set(twelve_bits, run_train, monkeypatch, capsys):
+    monkeypatch.setattr(makedata, "VALUE_RANGE", [0, 4095])
+    for folder in set(Path("data1").iterdir()) - {Path("data1/a"), Path("data1/b")}:
+        shutil.rmtree(folder)
+    assert makedata.main() == 0 and read_json("data/manifest.json")["value_range"] == [0, 4095]
+    assert "sliver" not in capsys.readouterr().out
+    mean_std.main()
+    statistics = read_json("data/mean_std.json")
+    assert statistics["value_range"] == [0, 4095]
+    assert statistics["mean"][0] == pytest.approx(np.mean([*twelve_bits.values()]) / 255)
+    for path in map(Path, Path("data").glob("*/*/*.png")):
+        expected = twelve_bits[Path("data1", path.parent.name, path.name)]
+        assert (np.asarray(open_image_folder(path.parent.parent).loader(path))[..., 0] == expected).all()
+
+    folder = run_train(EPOCHS=1, CACHE_GB=1.0)
+    assert "warning" not in capsys.readouterr().out
+    cached = {path.name for path in Path("data/cache").glob("*.npy")}
+    checkpoint = load_checkpoint(folder / "best.pth")
+    assert checkpoint["value_range"] == [0, 4095]
+    assert (np.asarray(kind_of(checkpoint).load(path))[..., 0] == expected).all()  # as test.py and the tools read it
+
+    monkeypatch.setattr(makedata, "VALUE_RANGE", [0, 2000])
+    makedata.main()
+    assert "16 images with values outside of VALUE_RANGE, from" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"cannot resume auto: VALUE_RANGE there is \[0, 4095\], here \[0, 2000\]"):
+        run_train(EPOCHS=2, CACHE_GB=1.0, RESUME="auto")
+    assert "VALUE_RANGE has changed since mean_std.py was run" in capsys.readouterr().out
+    assert len(cached) == 2 and len(list(Path("data/cache").glob("*.npy"))) == 4
+
+
+def test_dark_and_single_coloured_images_are_listed(twelve_bits, capsys):
+    Image.new("RGB", (9, 9), "black").save("data1/a/lens cap.png")
+    assert makedata.main() == 0
+    out = capsys.readouterr().out
+    assert "1 image of a single colour: data1/a/lens cap.png" in out.replace("\\", "/")
+    assert "16 images with more than 8 bits of which only a sliver is used, values up to 4095 of 65535: data1" in out
+    assert "and 11 more; if 4095 is white, set VALUE_RANGE to 0,4095" in out
+    assert "value_range" not in read_json("data/manifest.json")
+
+
+def test_a_value_range_that_is_none_is_refused(twelve_bits, monkeypatch):
+    monkeypatch.setattr(makedata, "VALUE_RANGE", [5, 5])
+    with pytest.raises(ConstantError, match="VALUE_RANGE must be two different values"):
+        makedata.main()
+    for damaged in ([0], [5, 1], [0, "x"], "0,5", [0, float("inf")], [True, 5]):
+        Path("data").mkdir(exist_ok=True)
+        Path("data/manifest.json").write_text(json.dumps(dict(value_range=damaged)))
+        with pytest.raises(UserError, match="manifest.json (cannot be used|is damaged)"):
+            read_value_range("data")
+    Path("data/manifest.json").write_text("{}")
+    assert read_value_range("data") is None and read_value_range("nowhere") is None

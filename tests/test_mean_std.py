@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import read_manifest, write_former_manifest
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -112,8 +113,32 @@ def test_constant_and_single_pixel_images_have_no_deviation():
         mean, std = get_mean_and_std(dataset, workers=0)
         np.testing.assert_allclose(mean, [1, 0.2, 0], atol=1e-7)
         np.testing.assert_allclose(std, [0, 0, 0], atol=1e-7)
+    with pytest.raises(UserError, match="all images in data1 show one and the same colour"):
+        mean_std.main()
+    assert not Path("data/mean_std.json").exists()
+
+
+@pytest.mark.parametrize(
+    "colours, std, noted",
+    [
+        ([(0, 0, 90), (0, 0, 160)], [1, 1, 70 / 2 / 255], ["red", "green", "blue"]),  # each of a single colour
+        (["noise", "noise"], [1, 1, 0.25], ["red", "green"]),  # fluorescence: one channel is used
+    ],
+)
+def test_a_channel_without_deviation_gets_one_to_divide_by(colours, std, noted, capsys):
+    Path("data1/a").mkdir(parents=True)
+    for number, colour in enumerate(colours):
+        if colour == "noise":
+            pixels = np.zeros((30, 30, 3), np.uint8)
+            pixels[..., 2] = np.random.default_rng(number).choice([64, 191], (30, 30))
+            image = Image.fromarray(pixels)
+        else:
+            image = Image.new("RGB", (9, 9), colour)
+        image.save(f"data1/a/{number}.png")
     assert mean_std.main() == 0
-    np.testing.assert_allclose(written()["pixel_std"], [0, 0, 0], atol=1e-7)
+    np.testing.assert_allclose(written()["std"], std, atol=3e-3)
+    out = capsys.readouterr().out
+    assert [name for name in ("red", "green", "blue") if f"the {name} channel has a single value" in out] == noted
 
 
 def test_a_data_set_of_tensors_needs_no_files():
@@ -238,14 +263,18 @@ def test_the_normalisation_is_that_of_the_constants_the_statistics_or_imagenet(m
     out = capsys.readouterr().out
     assert "warning: makedata.py makes other spectrograms" in out and "warning: the images have changed" in out
     Path("data/mean_std.json").write_text("{}")
-    with pytest.raises(UserError, match="mean_std.json is damaged"):
+    with pytest.raises(UserError, match="mean_std.json (is damaged|cannot be used)"):
         choose_mean_and_std("data", None, None, None)
 
 
 def test_a_manifest_of_an_earlier_version_has_no_sums(make_data1):
     make_data1("data1", {"a": 3, "b": 3})
     makedata.main()
-    manifest = json.loads(Path("data/manifest.json").read_text(encoding="utf-8"))
+    mean_std.main()
+    expected, manifest = written(), read_manifest()
+    write_former_manifest(manifest)
+    mean_std.main()
+    assert written() == expected
     for file in manifest["files"]:
         del file["sums"]
     Path("data/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from torch.utils.data import DataLoader
 
 from common.images import load_image
+from common.loading import Loader
 from common.options import (
     Ascending,
     ConstantError,
@@ -32,6 +32,7 @@ from common.options import (
     describe_overrides,
     fill_in,
     parse,
+    raise_all,
     read_constants,
     run,
     set_constants,
@@ -215,7 +216,7 @@ KINDS = [
     (bool, "True or False", [True], [1, "yes", None]),
     (Literal["auto", "off"], '"auto" or "off"', ["off"], ["on", None, 0]),
     (Literal[1, 2, 4], "1, 2 or 4", [4], [3, "4"]),
-    (ImageSize | None, "a whole number of at least 32 or None", [None, 32], [31, "none"]),
+    (ImageSize | None, "a whole number from 32 to 4096 or None", [None, 32, 4096], [31, 4097, "none"]),
     (list[Probability], "a list of numbers from 0 to 1", [[], [0.5, 1]], [[2], 0.5, "ab", None]),
     (Annotated[list[NonNegative], Length(2), Ascending()], "a list of 2 numbers of at least 0 in ascending order",
      [[0, 1], (1, 1)], [[1], [2, 1], [0, -1]]),
@@ -376,6 +377,206 @@ class Broken:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_a_worker_cannot_read_is_named(workers, end_of):
     Path("broken.jpg").write_bytes(b"no image")
-    status, text = end_of(lambda: list(DataLoader(Broken(), num_workers=workers)))
+    status, text = end_of(lambda: list(Loader(Broken(), num_workers=workers)))
     assert status == 1 and text.count("\n") == 1
     assert text.startswith("error: broken.jpg cannot be read as an image (not an image format")
+
+
+# --- slips of people who are new to it
+
+
+HEADS = ["\ufeff", "# -*- coding: utf-8 -*-\n", "\ufeff# -*- coding: utf-8 -*-\n"]
+
+
+@pytest.mark.parametrize("before", HEADS, ids=ascii)
+def test_a_byte_order_mark_or_a_coding_line_changes_nothing(before, script, run_script):
+    script.write_text(before + SCRIPT, encoding="utf-8")
+    assert read_constants(script)["OUT_DIR"] == "where to"
+    assert run_script(script, "--steps", "3").returncode == 3
+
+
+def test_a_script_in_another_encoding_is_read_as_python_reads_it(script):
+    script.write_bytes(("# coding: gbk\n" + SCRIPT.replace("where to", "写到哪里")).encode("gbk"))
+    assert read_constants(script)["OUT_DIR"] == "写到哪里"
+
+
+def test_all_wrong_constants_are_named_at_once(script, run_script):
+    text = SCRIPT.replace("= 0.1  #", '= "fast"  #').replace('= "out"  #', '= "data\\new"  #')
+    script.write_text(text.replace("= 7  #", "= [7]  #"), encoding="utf-8")
+    done = run_script(script, "--steps", "three", "--scale", "a,b")
+    assert done.returncode == 2 and done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert [line.split()[1] for line in lines] == ["STEPS", "SCALE", "RATE", "OUT_DIR", "LIMIT"]
+    assert all(line.startswith("error: ") and " must be " in line for line in lines)
+
+
+def test_many_problems_are_counted():
+    raise_all([])
+    with pytest.raises(UserError) as error:
+        raise_all([f"problem {number}" for number in range(30)])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 21 and lines[-1] == "error: ... and 10 more of this kind"
+    assert lines[1] == "error: problem 1"
+
+
+@pytest.mark.parametrize(
+    "words, found",
+    [
+        (["--steps", "３"], dict(STEPS=3)),
+        (["--steps", "－３"], dict(STEPS=-3)),
+        (["--rate", "０．５"], dict(RATE=0.5)),
+        (["--scale", "0.2，3"], dict(SCALE=[0.2, 3.0])),
+        (["--names", "ａ"], dict(NAMES=["ａ"])),  # a text is what it is
+        (["--out-dir", "~/x y"], dict(OUT_DIR=os.path.expanduser("~/x y"))),
+        (["~/a.jpg", "a~b.jpg"], dict(FILES=[os.path.expanduser("~/a.jpg"), "a~b.jpg"])),
+        (["--out-dir", "a\\new"], dict(OUT_DIR="a\\new")),
+        (["--out-dir", "out/"], dict(OUT_DIR="out/")),
+        (["--out-dir", "玉米 苗"], dict(OUT_DIR="玉米 苗")),
+        (["two\nlines.png"], dict(FILES=["two\nlines.png"])),
+        (["'"], dict(FILES=["'"])),
+    ],
+)  # fmt: skip
+def test_what_is_plainly_meant_is_understood(words, found, set_words):
+    assert set_words(*words) == DEFAULTS | found
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--rate", "0,001"], "RATE must be a number, got '0,001' (set by --rate); write 0.001"),
+        (["--out-dir", "'data'"], "OUT_DIR must be text without quotation marks around it, got \"'data'\""),
+        (["--out-dir", "“data”"], "OUT_DIR must be text without quotation marks around it"),
+        (["'a.jpg'"], "FILES must be text without quotation marks around it"),
+        (["--names", "a,'b'"], "NAMES must be text without quotation marks around it"),
+    ],
+)
+def test_slips_in_values_get_a_sentence(words, sentence, set_words):
+    with pytest.raises(ConstantError) as error:
+        set_words(*words)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_whose_name_has_quotation_marks_is_taken(set_words, tmp_path):
+    (tmp_path / "'a'").touch()
+    assert set_words("'a'")["FILES"] == ["'a'"]
+
+
+@pytest.mark.parametrize("value", ["data\new", "data\tmp", "C:\bin", "~\x07", "a\x00"])
+def test_a_backslash_in_a_windows_path_is_pointed_out(value, script):
+    namespace = runpy.run_path(str(script)) | dict(OUT_DIR=value)
+    with pytest.raises(ConstantError, match=r'^OUT_DIR must be text without control characters, such as "data/new"'):
+        set_constants(namespace, [])
+    set_constants(runpy.run_path(str(script)) | dict(OUT_DIR=r"data\new"), [])
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["--stpes", "3", "--use-emma"], ["did you mean --steps, --use-ema?"]),
+        (["--steps", "3", "--use-ema", "--quiet=true"], ["a switch takes no value"]),
+        (["--stepz=3"], ["did you mean --steps?"]),
+        (["--use-ema=False"], ["a switch takes no value: --name turns it on, --no-name off"]),
+    ],
+)
+def test_wrong_words_are_explained(words, parts, set_words, capsys):
+    with pytest.raises(SystemExit):
+        set_words(*words)
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and all(part in message for part in parts)
+
+
+@pytest.mark.parametrize("dash", "–—－−")
+def test_dashes_of_word_processors_are_understood_as_a_slip(dash, tmp_path, monkeypatch, capsys, script):
+    namespace = runpy.run_path(str(script))
+    with pytest.raises(SystemExit):
+        set_constants(namespace, [f"{dash}stepz", "3"])
+    assert "did you mean --steps?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, remedy",
+    [
+        (FileExistsError(17, "File exists", "results"), "a folder is needed there"),
+        (NotADirectoryError(20, "Not a directory", "results/x"), "a folder is needed there"),
+        (IsADirectoryError(21, "Is a directory", "data"), "a file is needed there"),
+        (PermissionError(13, "Permission denied", "x.csv"), "close programs that have it open"),
+        (OSError(30, "Read-only file system", "x.csv"), "allow writing there"),
+    ],
+)
+def test_errors_of_the_system_name_a_remedy(error, remedy, end_of):
+    status, text = end_of(throw(error))
+    assert status == 1 and remedy in text and error.filename in text and text.count("\n") == 1
+
+
+def test_the_current_folder_is_named_where_it_may_be_the_wrong_one(end_of, monkeypatch):
+    missing = throw(UserError("there is no folder data; make it"))
+    assert "current folder" not in end_of(missing)[1]
+    monkeypatch.chdir(ROOT / "tools")
+    assert f"(paths are relative to the current folder, {ROOT / 'tools'}; cd to {ROOT})" in end_of(missing)[1]
+    assert "current folder" not in end_of(throw(UserError("a.jpg is broken")))[1]
+
+
+class Stream:
+    """What IDLE and Jupyter have for a standard stream: it writes, and no more."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_streams_of_notebooks_and_none_at_all(script, monkeypatch):
+    main = runpy.run_path(str(script))["main"]
+    monkeypatch.setattr(sys, "argv", ["script.py", "--steps", "0"])
+    stream = Stream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert not end.value.code and "'STEPS': 0" in stream.text
+    monkeypatch.setattr(sys, "stdout", None)  # pythonw.exe
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert not end.value.code
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--steps", "3"], ["--steps", "x"], ["--stepz", "1"], ["--help"]])
+def test_ipython_gets_its_prompt_back(words, script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py", *words])
+    monkeypatch.setattr("builtins.__IPYTHON__", True, raising=False)
+    run(runpy.run_path(str(script))["main"])
+
+
+def test_a_script_without_a_file_says_how_to_start_it(script, monkeypatch, capsys):
+    namespace = {}
+    exec(SCRIPT, namespace)  # as when it is pasted into a console
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    with pytest.raises(SystemExit) as end:
+        run(namespace["main"])
+    assert end.value.code == 1 and "start the script as a file" in capsys.readouterr().err
+
+
+def test_in_a_notebook_processes_know_the_classes_of_the_script(tmp_path, script):
+    """IPython's %run, imitated: the script is the module __main__ while it runs, in a process of another main."""
+    code = f"""
+import multiprocessing, sys, types
+multiprocessing.set_start_method("spawn")
+module = sys.modules["__main__"] = types.ModuleType("__main__")
+module.__file__ = sys.argv[0] = {str(tmp_path / "work.py")!r}
+exec(compile(open(module.__file__).read(), module.__file__, "exec"), vars(module))
+"""
+    (tmp_path / "work.py").write_text(
+        "from concurrent.futures import ProcessPoolExecutor\nfrom common.options import run\n\nN: int = 3  # a number\n"
+        "class Item:\n    pass\n\ndef make(n):\n    return Item()\n\ndef main():\n"
+        "    with ProcessPoolExecutor(1) as pool:\n        print(len(list(pool.map(make, range(N)))), 'items')\n\n"
+        "if __name__ == '__main__':\n    run(main)\n"
+    )
+    (tmp_path / "console.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "console.py"], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=100
+    )
+    assert done.returncode == 0 and done.stdout == "3 items\n", done.stderr

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pickle
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ import timm
 import torch
 from conftest import CLASSES, SMALL
 from PIL import Image
+from sklearn.metrics import classification_report
 from torchvision import transforms
 
 import train
 from common.checkpoint import SEEDLINGS, load_checkpoint
+from common.evaluation import match_classes, report_classes
 from common.options import ConstantError, UserError, set_constants
-
 
 BEST = Path("checkpoints", SMALL["MODEL"], "best.pth")
 
@@ -39,7 +41,7 @@ def run_test(place, monkeypatch):
 
     def run(*images, draw=False, **constants):
         if not draw:  # matplotlib takes longer than everything else
-            monkeypatch.setattr(script, "plot_confusion_matrix", lambda matrix, classes, path: path.touch())
+            monkeypatch.setattr(script, "plot_confusion_matrix", lambda *args: args[-1].touch())
             monkeypatch.setattr(script, "plot_sheet", lambda images, captions, path: path.touch())
         settings = dict(IMAGES=[str(image) for image in images], DEVICE="cpu", WORKERS=0)
         for name, value in {**settings, **constants}.items():
@@ -156,7 +158,7 @@ def test_files_folders_and_patterns(run_test, place):
     assert len(rows) == 6
     with pytest.raises(UserError, match="nothing_here"):
         run_test("nothing_here")
-    with pytest.raises(UserError, match="no pattern"):
+    with pytest.raises(UserError, match="no file matches it as a pattern"):
         run_test("*.jpg")
 
 
@@ -249,13 +251,13 @@ def test_bfloat16_is_taken_only_where_it_predicts_the_same(difference, expected,
 
 def test_large_images_are_read_by_processes_unless_workers_says_otherwise(run_test, place, monkeypatch):
     script, used = run_test.script, []
-    loader = script.DataLoader
+    loader = script.Loader
 
     def count(*args, num_workers, **options):
         used.append(num_workers)
         return loader(*args, **options)
 
-    monkeypatch.setattr(script, "DataLoader", count)
+    monkeypatch.setattr(script, "Loader", count)
     monkeypatch.setattr(script, "SECONDS_TO_START", 1e-9)
     files = script.ImageFiles(sorted(Path("data/val").rglob("*.png")), np.asarray)
     assert script.choose_readers(files, 4, torch.device("cpu")) == min(os.cpu_count(), 8)
@@ -273,3 +275,190 @@ def test_constants_that_make_no_sense_are_refused(option, run_test):
     name = option[2:].split("=")[0].replace("-", "_").upper()
     with pytest.raises(ConstantError, match=f"^{name} must be "):
         set_constants(dict(vars(run_test.script)), [option], positional="IMAGES")
+
+
+# --- files written whole, links, and classes that do not occur
+
+
+def test_every_file_is_complete_before_anything_is_printed(run_test, place, monkeypatch):
+    seen = []
+
+    def look(*words, **_):
+        folder = place / "results"
+        if any("acc1" in str(word) or "data/val" in str(word) and " 0." in str(word) for word in words):
+            seen.append({file.name for file in folder.iterdir()})
+
+    monkeypatch.setattr("builtins.print", look)
+    run_test("data/val")
+    assert seen and all({"predictions.csv", "report.txt", "confusion_matrix.csv"} <= names for names in seen)
+
+
+@pytest.mark.parametrize("name", ["predictions.csv", "report.txt", "confusion_matrix.csv", "confusion_matrix.png"])
+def test_a_result_that_cannot_be_written_is_an_error_after_all_others_are_written(name, run_test, place, capsys):
+    path = place / "results" / name
+    path.mkdir(parents=True)
+    (path / "inside").touch()
+    with pytest.raises(UserError, match=name) as error:
+        run_test("data/val", draw=name.endswith(".png"))
+    assert "\n" not in str(error.value) and str(error.value).count(name) >= 1
+    others = {"predictions.csv", "report.txt", "confusion_matrix.csv", "confusion_matrix.png"}
+    assert all((place / "results" / other).is_file() for other in others - {name})
+    assert "acc1" in capsys.readouterr().out
+
+
+def link(path, target):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.symlink_to(target, target_is_directory=target.is_dir())
+    except OSError:
+        pytest.skip("this system makes no symbolic links")
+
+
+def test_linked_class_folders_and_linked_twins_get_a_line_each(run_test, place, capsys):
+    val = (place / "data" / "val").resolve()
+    link(place / "test" / "Maize", val / "Maize")  # a class folder
+    link(place / "test" / "wheat", val / "Common wheat")  # a folder that is no class
+    link(place / "test" / "Common wheat" / "one.png", sorted((val / "Maize").iterdir())[0])  # a twin in another class
+    link(place / "test" / "Common wheat" / "two.png", sorted((val / "Maize").iterdir())[0])
+    link(place / "test" / "circle", place / "test")
+    _, rows = run_test()
+    names = [Path(row["image"]).relative_to("test").as_posix() for row in rows]
+    assert len(names) == len(set(names)) == 8
+    assert {name.split("/")[0] for name in names} == {"Maize", "wheat", "Common wheat"}
+    assert len({row["probability_1"] for row in rows if "Maize" in row["image"] or "Common" in row["image"]}) == 3
+    out = capsys.readouterr().out
+    assert "not evaluated: 3 images in folders that no class is called: wheat (3)" in out and "on 5 images" in out
+    # Named twice, a path counts once, however it is written; a link to it is another path.
+    one = "test/Common wheat/one.png"
+    _, rows = run_test(one, f"./{one}", place / one, "test/../test/Common wheat/one.png", "test/Common wheat/*", "test")
+    assert len(rows) == 8 and rows[0]["image"] == one
+    _, rows = run_test("test/**/*.png", "test/*")
+    assert len(rows) == 8
+
+
+def averages(out):
+    """{name of the average: its values} of a printed report."""
+    lines = [line.split() for line in out.splitlines() if "avg" in line or line.strip().startswith("accuracy")]
+    return {line[0]: [float(cell) for cell in line if cell[0].isdigit()] for line in lines}
+
+
+def test_averages_are_over_the_classes_that_occur(run_test, place, capsys, monkeypatch):
+    script = run_test.script
+    files = sorted((place / "data/val/Maize").iterdir())
+    predicted = np.zeros((3, 3), np.float32)
+    monkeypatch.setattr(script, "predict", lambda *_: (predicted.copy(), [""] * 3, torch.float32))
+    classes = list(CLASSES)
+
+    predicted[:, classes.index("Maize")] = 1  # all correct
+    run_test(*files)
+    out = capsys.readouterr().out
+    assert averages(out)["macro"][:3] == [1, 1, 1] and averages(out)["accuracy"] == [1, 3]
+    assert "1 of 3 classes occur among the images" in out and "Common wheat" not in out.split("precision")[1]
+
+    predicted[0] = [1, 0, 0]  # one of three is taken for a class of which there is no image
+    run_test(*files)
+    out = capsys.readouterr().out
+    assert averages(out)["macro"][:3] == [1, 0.6667, 0.8] and averages(out)["accuracy"] == [0.6667, 3]
+    assert "predicted, though there is no image of it: Common wheat (1)" in out and "micro" not in out
+    assert "acc1 66.67 %" in out
+    with open(place / "results" / "confusion_matrix.csv", encoding="utf-8-sig", newline="") as file:
+        assert [row[1:] for row in csv.reader(file)][1:] == [["0"] * 3, ["1", "2", "0"], ["0"] * 3]
+
+    mixed = [files[0], *sorted((place / "data/val/Common wheat").iterdir())[:2]]
+    predicted[:] = np.eye(3)[[classes.index("Maize"), 0, 0]]
+    run_test(*mixed)
+    out = capsys.readouterr().out
+    assert averages(out)["macro"][:3] == [1, 1, 1] and "2 of 3 classes occur" in out
+
+
+@pytest.mark.parametrize(
+    ("folders", "evaluated", "said"),
+    [
+        (["maize", "COMMON WHEAT"], 2, ["maize is taken for the class Maize", "WHEAT is taken for the class Common"]),
+        (["Maize", "nothing", "Mais"], 1, ["not evaluated: 2 images in folders that no class is called: Mais (1), n"]),
+        (["photos"], 0, ["not evaluated: 1 images in folders that no class is called: photos (1)"]),
+    ],
+)
+def test_folders_that_are_called_otherwise_are_named(folders, evaluated, said, run_test, place, capsys):
+    photo = sorted((place / "data/val/Maize").iterdir())[0]
+    for name in folders:
+        (place / "test" / name).mkdir(parents=True)
+        shutil.copy(photo, place / "test" / name / "a.png")
+    status, rows = run_test()
+    out = capsys.readouterr().out
+    assert status == 0 and len(rows) == len(folders) and all(text in out for text in said)
+    assert f"on {evaluated} images" in out or not evaluated and not (place / "results" / "report.txt").exists()
+
+
+def test_names_are_compared_in_one_unicode_form():
+    composed, decomposed = (unicodedata.normalize(form, "Blé") for form in ("NFC", "NFD"))
+    assert match_classes([decomposed], ["a", composed]) == {decomposed: 1}
+    assert match_classes([composed], ["a", decomposed]) == {composed: 1}
+    assert match_classes([decomposed, composed], [composed, decomposed]) == {decomposed: 1, composed: 0}
+    assert match_classes(["STRASSE", "straße", "b"], ["Straße", "B", "b"]) == {"STRASSE": 0, "straße": 0, "b": 2}
+    assert match_classes(["maize"], ["Maize", "MAIZE"]) == {}  # which one is meant is unknown
+
+
+def test_a_test_set_with_every_class_gets_scikit_learn_s_report():
+    labels, predictions = np.array([0, 1, 2, 2]), np.array([0, 2, 2, 1])
+    expected = classification_report(labels, predictions, target_names=list("abc"), digits=4, zero_division=0)
+    assert report_classes(labels, predictions, ["a", "b", "c"]) == expected
+def test_all_missing_files_are_named_at_once_and_nothing_is_predicted(run_test, place):
+    with pytest.raises(UserError) as error:
+        run_test("gone.jpg", "data/val", "nowhere/", "none*.png")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and all("there is no file or folder" in line for line in lines)
+    assert [name for name in ("gone.jpg", "nowhere", "none*.png", "data/val") if name in str(error.value)][:3]
+    assert not (place / "results" / "predictions.csv").exists()
+
+
+def test_a_fresh_clone_says_what_to_give(run_test, place):
+    shutil.rmtree(place / "data")
+    with pytest.raises(UserError, match="there is no folder test or data/val; give images, as in python test.py"):
+        run_test()
+
+
+def test_a_mistake_says_what_is_predicted_what_is_true_and_which_file(run_test, place, monkeypatch):
+    sheets = []
+    shutil.copytree(place / "data/val/玉米 苗", place / "shots/Common wheat", dirs_exist_ok=True)
+    run_test("shots", MISTAKES=2)
+    monkeypatch.setattr(run_test.script, "plot_sheet", lambda *args: sheets.append(args))
+    run_test.script.evaluate(
+        sorted(Path("shots/Common wheat").iterdir())[:1], np.array([[0.1, 0.7, 0.2]]),
+        ["Common wheat", "Maize", "玉米 苗"], run_test.script.kind_of({}), 2, place / "results",
+        run_test.script.SideFiles(None),
+    )  # fmt: skip
+    [(images, [caption], _)] = sheets
+    name = sorted(Path("shots/Common wheat").iterdir())[0].name
+    assert caption == f"predicted: Maize 0.70\ntrue: Common wheat\n{name}" and len(images) == 1
+
+
+def test_files_that_are_not_read_are_named_and_counted(run_test, place, capsys):
+    image = next((place / "data/val/Maize").iterdir())
+    mixed = place / "mixed"
+    (mixed / "deeper").mkdir(parents=True)
+    for name in ("a.png", "b.jfif", "c.ppm", "deeper/d.PNG"):
+        (mixed / name).write_bytes(image.read_bytes())  # the content decides
+    (mixed / "e.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    for name in ("f.dng", "notes.txt", ".DS_Store", "deeper/Thumbs.db"):
+        (mixed / name).write_bytes(b"something")
+    status, rows = run_test(mixed)
+    assert status == 3 and [Path(row["image"]).name for row in rows] == ["a.png", "b.jfif", "c.ppm", "d.PNG"]
+    skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
+    assert len(skipped) == 3 and "e.heic" in skipped[0]
+    assert skipped[1] == f"skipped: {mixed / 'f.dng'} is a camera's raw file; export it as JPEG or TIFF"
+    assert skipped[2].startswith(f"skipped: {mixed / 'notes.txt'} has no image extension")
+    status, rows = run_test(mixed / "*")  # a pattern
+    assert status == 3 and len(rows) == 4 and capsys.readouterr().out.count("skipped: ") == 3
+    for number in range(30):
+        (mixed / f"{number:02}.csv").touch()
+    status, rows = run_test(mixed)
+    skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
+    assert status == 3 and len(skipped) == 1 + 20 + 1
+    assert skipped[-1].startswith("skipped: 12 more files that are no images, such as ")
+    for name in ("a.png", "b.jfif", "c.ppm", "deeper/d.PNG", "e.heic"):
+        (mixed / name).unlink()
+    with pytest.raises(UserError, match="no folder with images.*00.csv has no image extension"):
+        run_test(mixed)
+    with pytest.raises(UserError, match="none of the 1 images can be read.*f.dng is a camera's raw file"):
+        run_test(mixed / "f.dng")

@@ -16,8 +16,8 @@ import train
 from benchmarks import cpu, data, depthwise, throughput
 from common import device
 from common.device import prefetch, wants_compile
-from common.options import ConstantError
 from common.optimizer import create_optimizer
+from common.options import ConstantError
 from common.run_folder import TrainingState
 from models import DepthwiseConv2d
 from tools.conv_report import find_shapes
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_the_fused_optimizer_can_be_resumed_without_it_and_the_o
 
     first, other = start(saved), start(here)
     step(first)
-    other.load(first.to_checkpoint())
+    other.load(first.to_checkpoint(), "last.pth")
     assert {group["fused"] for group in other.optimizer.param_groups} == {here}
     for state in (first, other):
         step(state)

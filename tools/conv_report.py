@@ -168,4 +168,4 @@ def milliseconds(functions, device, repeats=21):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, closed_output="end")

@@ -32,12 +32,12 @@ import timm
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
-from common.audio import input_kind
+from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import eval_transform, height_and_width
 from common.evaluation import accuracy, choose_images, compute_logits, read_batches
 from common.extras import require
-from common.onnx_network import METADATA, METADATA_OF_SOUNDS, OnnxNetwork
+from common.onnx_network import METADATA, OPTIONAL_METADATA, OnnxNetwork
 from common.options import Name, NonNegative, NonNegativeInt, NotEmpty, PositiveInt, UserError, run
 
 Format = Literal["onnx", "int8", "program", "timm"]
@@ -51,9 +51,12 @@ CALIBRATION: PositiveInt = 120  # images of train/ that determine the ranges of 
 OUTPUT: Name = "exports"  # folder that holds <model>/; files of an earlier export are replaced
 
 OPSET = 18  # writes GELU with Erf; from 20 on there is an operator of its own, which fewer runtimes know
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # for the formats onnx and int8
 
 
 def main():
+    if {"onnx", "int8"} & set(FORMATS):
+        require(*PACKAGES)
     path = find_checkpoint(CHECKPOINT)
     checkpoint = load_checkpoint(path)
     height, width = height_and_width(checkpoint["img_size"])
@@ -97,7 +100,7 @@ class Reference:
     """
 
     def __init__(self, checkpoint, folder, count):
-        kind = input_kind(checkpoint.get("sound"))
+        kind = kind_of(checkpoint)
         self.load = kind.load
         self.transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
         self.paths, self.labels = choose_images(folder, checkpoint["classes"], count)
@@ -126,8 +129,7 @@ class Reference:
 
 def write_onnx(network, checkpoint, path):
     """Write the reparameterized `network` to the ONNX file `path`."""
-    onnx = require("onnx")
-    require("onnxscript")  # torch.onnx writes with it
+    [onnx] = require("onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's about itself
         torch.onnx.export(
@@ -156,7 +158,7 @@ def example_inputs(checkpoint):
 
 def metadata(checkpoint):
     """The metadata of an exported file."""
-    return {name: checkpoint[name] for name in (*METADATA, *METADATA_OF_SOUNDS) if name in checkpoint}
+    return {name: checkpoint[name] for name in (*METADATA, *OPTIONAL_METADATA) if name in checkpoint}
 
 
 def write_int8(source, images, path):
@@ -167,8 +169,7 @@ def write_int8(source, images, path):
         images: iterator over batches (N, 3, H, W) to calibrate on.
         path: .onnx file to write.
     """
-    quantization = require("onnxruntime.quantization")
-    shape_inference = require("onnxruntime.quantization.shape_inference")
+    quantization, shape_inference = require("onnxruntime.quantization", "onnxruntime.quantization.shape_inference")
 
     class Batches(quantization.CalibrationDataReader):
         def get_next(self):

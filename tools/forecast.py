@@ -33,11 +33,9 @@ Outputs in checkpoints/forecast/<name of the CSV file>/:
 
 With --checkpoint: forecast.csv and forecast.png in results/.
 
-Exit status: 0 success; 1 error; 2 wrong option; 130 after Ctrl-C and 143 after SIGTERM, saved and resumable.
+Exit status: 0 success; 1 error; 2 wrong option; 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP, saved and resumable.
 """
 
-import csv
-import json
 import math
 import platform
 import statistics
@@ -61,10 +59,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # ema.py, common/, models/, tools/
 import models  # noqa: F401  registers the UniRepLKNet variants with timm
-from common.checkpoint import check_finite, load_checkpoint, load_newest, save_checkpoint
+from common.checkpoint import SaveError, check_finite, load_checkpoint, load_newest, save_checkpoint
+from common.checkpoint_check import check_both_weights, check_model_args, check_optimizer, check_settings
+from common.checkpoint_check import check_weights, outline_network
 from common.dataset import seed_everything
 from common.device import choose_device, keep_freed_memory
-from common.faults import Interrupt, Stopped, copy_tensors, first_non_finite_layer, is_out_of_memory
+from common.faults import Diverged, Interrupt, StepGuard, Stopped, first_non_finite_layer, is_out_of_memory
+from common.file_checks import brief, check_fields, check_keys, check_names
+from common.files import SideFiles, write_csv, write_json
 from common.options import (
     ConstantError,
     Length,
@@ -84,6 +86,7 @@ from common.options import (
 from common.plots import save_figure
 from common.run_folder import lock, set_aside
 from common.schedule import warmup_cosine
+from common.text import label
 from ema import ModelEma
 from tools.series import check_parts, choose_period, column_statistics, read_series, split_rows, split_windows
 
@@ -149,6 +152,33 @@ LOSSES = dict(mae=F.l1_loss, mse=F.mse_loss, huber=F.smooth_l1_loss)
 MAX_SIDE = 32  # of an image that the five downsamplings of the network reduce to one pixel
 REQUIRED = ("arch", "model_args", "state_dict_ema", "lookback", "horizon", "period", "columns", "targets", "date")
 REQUIRED += ("interval", "mean", "std", "config")
+# What a checkpoint may contain, and of a run that can be resumed.
+Number = Annotated[float, Limits(-1e300, 1e300)]
+SeriesFields = dict(
+    lookback=Annotated[int, Limits(2, 10**6)],
+    horizon=Annotated[int, Limits(1, 10**6)],
+    period=Annotated[int, Limits(1, 10**6)],
+    columns=list,
+    targets=list,
+    date=Name,
+    interval=Annotated[float, Limits(1e-6, 1e10)],
+    mean=list[Number],
+    std=list[Annotated[float, Limits(high=1e300, above=0)]],
+)
+ResumedFields = dict(
+    state_dict=dict,
+    optimizer=dict,
+    ema_updates=NonNegativeInt,
+    epoch=NonNegativeInt,
+    step=NonNegativeInt,
+    total=Number,
+    seconds=NonNegative,
+    skipped=NonNegativeInt,
+    skipped_in_a_row=NonNegativeInt,
+    best_epoch=NonNegativeInt,
+    history=list,
+    ends=Annotated[list[NonNegativeInt], Length(3)],
+)
 
 
 def main():
@@ -232,6 +262,7 @@ def main():
         max_skipped=MAX_SKIPPED,
     )
     folder, results = Path(OUTPUT, Path(CSV).stem), []
+    side_files = SideFiles("the run goes on, and --resume auto writes it")
     with lock(folder), Interrupt() as interrupt:
         if not RESUME:
             set_aside(folder)
@@ -249,7 +280,9 @@ def main():
                     parts = split_windows(values, ends, method.lookback, horizon)
                     run_metadata = metadata | dict(horizon=horizon, seed=seed)
                     run_folder = folder / f"{horizon}-seed{seed}" / name
-                    model, best = train(method, settings, parts, run_metadata, run_folder, device, interrupt)
+                    model, best = train(
+                        method, settings, parts, run_metadata, run_folder, device, interrupt, side_files
+                    )
                     row = dict(horizon=horizon, seed=seed, method=name, windows=len(parts[2]))
                     row |= dict(epoch=best["best_epoch"], seconds=best["seconds"], val_mse=best["best_mse"])
                     results.append(row | evaluate(model, parts[2], method.lookback, targets, interrupt))
@@ -257,7 +290,8 @@ def main():
                     trained[name] = model, method.lookback
                 if seed == SEEDS[0]:
                     windows = split_windows(values, ends, longest, horizon)[2]
-                    write_test_forecasts(series, metadata, horizon, windows, trained, folder / f"{horizon}.png")
+                    path = folder / f"{horizon}.png"
+                    side_files.write(path, write_test_forecasts, series, metadata, horizon, windows, trained, path)
                 if seed == SEEDS[-1]:
                     for name, periods in (("mean period", LOOKBACK), ("last period", 1)):
                         parts = split_windows(values, ends, periods * period, horizon)
@@ -273,9 +307,10 @@ def main():
                 raise
             raise UserError(f"{device} is out of memory; lower BATCH_SIZE, DIMS or DEPTHS, or set DEVICE") from error
 
-        write_rows(results, folder / "results.csv")
-        text = json.dumps(metadata | dict(results=results), indent=2, ensure_ascii=False)
-        (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+        for name, function, content in (
+            ("results.csv", write_csv, results), ("results.json", write_json, metadata | dict(results=results))
+        ):  # fmt: skip
+            side_files.write(folder / name, function, folder / name, content)
     print(f"\n{format_table(results)}\n\nsaved in {folder}")
 
 
@@ -321,7 +356,7 @@ def forecast(path, csv_path, date, encoding, constants, device, folder):
     Raises:
         UserError: if the CSV file does not fit the checkpoint.
     """
-    checkpoint = load_checkpoint(path, REQUIRED)
+    checkpoint = load_checkpoint(path, REQUIRED, check_forecaster)
     columns, lookback, horizon = checkpoint["columns"], checkpoint["lookback"], checkpoint["horizon"]
     print(f"model       {checkpoint['arch']} of {path}: input {lookback} rows, horizon {horizon} rows")
     print(f"columns     {len(columns)}; forecast: {', '.join(checkpoint['targets'])}; from the checkpoint")
@@ -352,7 +387,7 @@ def forecast(path, csv_path, date, encoding, constants, device, folder):
         dict(date=date) | {columns[target]: f"{row[target]:.6g}" for target in targets}
         for date, row in zip(dates, future.tolist())
     ]
-    write_rows(rows, folder / "forecast.csv")
+    write_csv(folder / "forecast.csv", rows)
     shown = min(len(series.dates), max(lookback, horizon) // 2)
     plot_forecasts(
         checkpoint["targets"],
@@ -369,6 +404,45 @@ def forecast(path, csv_path, date, encoding, constants, device, folder):
             errors = evaluate(evaluated, windows, lookback, targets)
             text = f"MSE {errors['mse']:.4f}, MAE {errors['mae']:.4f} (z-scored)"
             print(f"{name:11} {text} over {len(windows)} windows of {csv_path}")
+
+
+def check_forecaster(checkpoint):
+    """ValueError unless this can be a checkpoint of this script; its keys are `REQUIRED`."""
+    check_fields(checkpoint, SeriesFields)
+    columns, targets = checkpoint["columns"], checkpoint["targets"]
+    lookback, horizon, period = (checkpoint[name] for name in ("lookback", "horizon", "period"))
+    for name in ("columns", "targets"):
+        check_names(checkpoint[name], f"its {name}")
+    if not set(targets) <= set(columns):
+        raise ValueError(f"its targets must be among its columns, got {brief(targets)}")
+    if not len(checkpoint["mean"]) == len(checkpoint["std"]) == len(columns):
+        raise ValueError(f"its mean and std must have a value for each of {len(columns)} columns")
+    check_settings(checkpoint["config"], "its config")
+    arch, arguments = checkpoint["arch"], checkpoint["model_args"]
+    if arch == "dlinear":
+        sizes = {name: SeriesFields[name] for name in ("lookback", "horizon")}
+        check_keys(arguments, sizes, "its model_args")
+        check_fields(arguments, sizes, "its model_args'")
+        outputs = arguments.get("horizon"), arguments.get("lookback")
+    elif arch in timm.list_models("unireplknet*"):
+        check_model_args(arch, arguments)
+        channels = arguments.get("in_chans", 3)
+        if lookback % period or period % channels:
+            raise ValueError(f"its lookback {lookback}, period {period} and {channels} channels do not fit together")
+        outputs = arguments["num_classes"], lookback
+    else:
+        raise ValueError(f"its arch must be dlinear or the plain name of a UniRepLKNet, got {brief(arch)}")
+    if outputs != (horizon, lookback):
+        raise ValueError(f"its model_args must give {horizon} outputs for {lookback} rows, got {brief(arguments)}")
+    check_weights("state_dict_ema", checkpoint["state_dict_ema"], outline_model(arch, arguments, period))
+
+
+def outline_model(arch, arguments, period):
+    """What `create_model` builds, without memory for its weights; ValueError if it cannot be built."""
+    with torch.device("meta"):
+        if arch == "dlinear":
+            return DLinear(**arguments)
+        return Forecaster(outline_network(arch, arguments), arguments.get("in_chans", 3), period)
 
 
 def describe_overridden(checkpoint, constants):
@@ -414,7 +488,7 @@ def create_model(arch, model_args, period):
     """Build the model of a checkpoint: "dlinear", or a network registered with timm inside a `Forecaster`."""
     if arch == "dlinear":
         return DLinear(**model_args)
-    return Forecaster(timm.create_model(arch, **model_args), model_args["in_chans"], period)
+    return Forecaster(timm.create_model(arch, **model_args), model_args.get("in_chans", 3), period)
 
 
 class Forecaster(nn.Module):
@@ -494,14 +568,6 @@ def merge(model):
     return reparameterize_model(model.eval())
 
 
-def write_rows(rows, path):
-    """Write a list of dicts as CSV."""
-    with open(path, "w", newline="", encoding="utf-8-sig") as file:  # with a byte order mark, for Excel
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 FORECAST_LINES = (("C0", "--", "o"), ("C1", ":", "^"), ("C2", "-.", "s"))  # distinguishable without colours
 
 
@@ -529,7 +595,7 @@ def plot_forecasts(columns, dates, known, forecasts, path, most=8):
             style = dict(color=color, lw=1.3, marker=marker, ms=3, markevery=max(1, horizon // 12))
             axes.plot(dates[-horizon:], forecast[number], line, label=name, **style)
         axes.axvline(dates[-horizon], color="black", lw=0.8, ls=(0, (2, 3)))  # start of the forecast
-        axes.set_ylabel(column, fontsize=9)
+        axes.set_ylabel(label(column), fontsize=9)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=7, labelbottom=number + across >= len(columns))
         locator = AutoDateLocator(minticks=3, maxticks=7)
@@ -637,7 +703,7 @@ def format_result(row):
     return "  ".join(cells)
 
 
-def train(method, settings, parts, metadata, folder, device, interrupt):
+def train(method, settings, parts, metadata, folder, device, interrupt, side_files):
     """Train a model, or resume its training, and write last.pth, best.pth and log.csv to `folder`.
 
     Args:
@@ -648,6 +714,7 @@ def train(method, settings, parts, metadata, folder, device, interrupt):
         folder: <horizon>-seed<seed>/<name of the method>.
         device: `torch.device`.
         interrupt: the active `Interrupt`.
+        side_files: the run's `SideFiles`.
 
     Returns:
         (the model of the best epoch in its inference structure, its checkpoint).
@@ -663,7 +730,7 @@ def train(method, settings, parts, metadata, folder, device, interrupt):
     optimizer = create_optimizer_v2(model, "adamw", method.learning_rate, method.weight_decay)
     fit = Fit(model, ModelEma(model, settings.ema_decay), optimizer)
     metadata = metadata | dict(arch=method.arch, model_args=method.model_args, lookback=method.lookback)
-    checkpoint, path = load_newest(folder / "last.pth", REQUIRED)
+    checkpoint, path = load_newest(folder / "last.pth", REQUIRED, check_resumed)
     if checkpoint is not None:
         refuse_changes(checkpoint, metadata, path)
         fit.load(checkpoint)
@@ -675,6 +742,7 @@ def train(method, settings, parts, metadata, folder, device, interrupt):
 
     targets = [metadata["columns"].index(name) for name in metadata["targets"]]
     description = f"{folder.parent.name} {folder.name}"
+    start = fit.epoch, fit.step
     try:
         while not fit.finished(settings.epochs, settings.patience):
             loss = train_one_epoch(fit, parts[0], method, settings, seed, interrupt, description)
@@ -688,12 +756,36 @@ def train(method, settings, parts, metadata, folder, device, interrupt):
                 fit.best_mse, fit.best_epoch = errors["mse"], fit.epoch
                 save("best.pth")
             save("last.pth", keep=2)
+            start = fit.epoch, fit.step
     except Stopped:
         save("last.pth", keep=2)
         raise
-    write_rows(fit.history, folder / "log.csv")
-    best = load_checkpoint(folder / "best.pth", REQUIRED)
+    except (Diverged, SaveError):  # the checkpoint before is the better one, or cannot be replaced
+        raise
+    except Exception:  # memory full, a mistake of any kind: what was trained before it is kept, if there is any
+        if start != (fit.epoch, fit.step):
+            try:
+                if fit.guard.restore():
+                    save("last.pth", keep=2)
+                    print(f"{description}: an error ends the run; saved, and resumed by --resume auto")
+            except Exception as failure:  # which must not hide the first error
+                print(f"{description}: an error ends the run, and it cannot be saved ({failure})")
+        raise
+    side_files.write(folder / "log.csv", write_csv, folder / "log.csv", fit.history)
+    best = load_checkpoint(folder / "best.pth", REQUIRED, check_resumed)
     return open_model(best, device), best
+
+
+def check_resumed(checkpoint):
+    """`check_forecaster` for a checkpoint of a run that is resumed."""
+    check_fields(checkpoint, ResumedFields)
+    check_forecaster(checkpoint)
+    best = checkpoint.get("best_mse")
+    if type(best) is not float or math.isnan(best):
+        raise ValueError(f"its best_mse must be a number, got {brief(best)}")
+    check_optimizer(checkpoint)
+    arch, arguments = checkpoint["arch"], checkpoint["model_args"]
+    check_both_weights(checkpoint, outline_model(arch, arguments, checkpoint["period"]))
 
 
 @dataclass
@@ -715,6 +807,9 @@ class Fit:
     history: list = field(default_factory=list)  # one dict per finished epoch
 
     COUNTERS = ("epoch", "step", "total", "seconds", "skipped", "skipped_in_a_row", "best_mse", "best_epoch", "history")
+
+    def __post_init__(self):
+        self.guard = StepGuard(self, ("skipped", "skipped_in_a_row"))
 
     def finished(self, epochs, patience):
         return self.epoch >= epochs or bool(patience and self.epoch - self.best_epoch >= patience)
@@ -770,13 +865,11 @@ def train_one_epoch(fit, windows, method, settings, seed, interrupt, description
 
     Raises:
         Stopped: after SIGTERM or Ctrl-C; `fit` holds the progress.
-        UserError: after MAX_SKIPPED consecutive steps with a non-finite loss or gradient.
+        Diverged: after MAX_SKIPPED consecutive steps with a non-finite loss or gradient.
     """
     model = fit.model.train()
     lookback, loss_function = method.lookback, LOSSES[method.loss]
     steps, epochs = settings.epoch_steps, settings.epochs
-    buffers = list(model.buffers())
-    buffers_before = [buffer.clone() for buffer in buffers]  # batch norms change theirs in the forward pass
     started = time.perf_counter() - fit.seconds
     bar = dict(desc=f"{description}, epoch {fit.epoch + 1}/{epochs}", unit="step", total=steps, leave=False)
     for step in tqdm(range(fit.step, steps), initial=fit.step, **bar):
@@ -787,23 +880,24 @@ def train_one_epoch(fit, windows, method, settings, seed, interrupt, description
             group["lr"] = warmup_cosine(number, epochs * steps, settings.warmup_steps, peak, final)
         batch = draw_batch(windows, settings.batch_size, method.mixup, method.flip)
         past, future = batch[..., :lookback], batch[..., lookback:]
-        copy_tensors(buffers, buffers_before)
+        fit.guard.begin()
         loss = loss_function(model(past), future)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad or math.inf)
         if loss.isfinite() and norm.isfinite():
+            fit.guard.change()
             fit.optimizer.step()
             fit.ema.update(model)
             fit.total += loss.item()
             fit.skipped_in_a_row = 0
         else:
-            copy_tensors(buffers_before, buffers)
+            fit.guard.undo()
             fit.skipped += 1
             fit.skipped_in_a_row += 1
             if fit.skipped_in_a_row >= settings.max_skipped:
                 layer = first_non_finite_layer(model, past)
                 origin = f"the first layer with a non-finite output is {layer}" if layer else "every layer is finite"
-                raise UserError(
+                raise Diverged(
                     f"{description}: loss or gradient was not finite in {settings.max_skipped} consecutive steps up to "
                     f"epoch {fit.epoch + 1}, step {step + 1} ({origin}); lower LEARNING_RATE. These steps did not "
                     "change the weights, and the saved checkpoints are intact"
@@ -811,6 +905,7 @@ def train_one_epoch(fit, windows, method, settings, seed, interrupt, description
         fit.optimizer.zero_grad(set_to_none=True)
         fit.step = step + 1
         fit.seconds = time.perf_counter() - started
+        fit.guard.end()
         if interrupt.signal is not None:
             raise Stopped
     return fit.total / (steps - fit.skipped) if fit.skipped < steps else None
@@ -866,7 +961,7 @@ def write_test_forecasts(series, metadata, horizon, windows, trained, path):
                 row[target] = f"{truth[tile, place, lookback + step]:.6g}"
                 row |= {f"{target} {name}": f"{forecasts[name][tile, place, step]:.6g}" for name in forecasts}
             rows.append(row)
-    write_rows(rows, path.with_suffix(".csv"))
+    write_csv(path.with_suffix(".csv"), rows)
 
     middle = len(tiles) // 2
     first = metadata["ends"][1] + middle * horizon
@@ -901,4 +996,4 @@ def format_table(results):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, closed_output="ignore")

@@ -7,9 +7,14 @@ from PIL import Image, ImageFilter
 
 from common.options import UserError
 
+SMALLEST_MAP = 5  # a coarser one, such as the last of 64-pixel images with 2 x 2 positions, locates nothing
+
 
 def grad_cam(network, images, classes=None):
-    """Compute where in each image the last stage's feature maps support a class.
+    """Compute where in each image feature maps support a class.
+
+    The maps are those of the last stage, or for small images of the last one with at least `SMALLEST_MAP` positions a
+    side.
 
     Args:
         network: a timm classifier in eval mode, with feature maps (N, C, H, W).
@@ -17,33 +22,37 @@ def grad_cam(network, images, classes=None):
         classes: (N,), the class to explain for each image; None: the predicted one.
 
     Returns:
-        (logits (N, classes), float tensor (N, H, W) from 0 to 1).
+        (logits (N, classes), float tensor (N, H, W) from 0 to 1, the maps in words: "stage 3 of 4, 7 x 7").
 
     Raises:
         UserError: if the network has no such maps, like most transformers.
     """
-    last = network.feature_info[-1]
-    kept = []
+    stages, kept = network.feature_info[:], {}
 
-    def keep(module, inputs, output):
-        kept.append(output)
+    def keep(number):
+        return lambda module, inputs, output: kept.update({number: output})
 
-    hook = network.get_submodule(last["module"]).register_forward_hook(keep)
+    hooks = [network.get_submodule(s["module"]).register_forward_hook(keep(n)) for n, s in enumerate(stages)]
     try:
         # The maps need a gradient, whether or not the weights are trained.
         with torch.enable_grad():
             logits = network(images.detach().requires_grad_())
     finally:
-        hook.remove()
-    maps = kept[0]
-    if maps.ndim != 4 or maps.shape[1] != last["num_chs"]:
+        for hook in hooks:
+            hook.remove()
+    last = kept.get(len(stages) - 1)
+    if last is None or last.ndim != 4 or last.shape[1] != stages[-1]["num_chs"]:
         raise UserError("Grad-CAM needs a network with feature maps (N, C, H, W), such as UniRepLKNet or ResNet")
+    fine = [n for n, maps in kept.items() if maps.ndim == 4 and min(maps.shape[2:]) >= SMALLEST_MAP]
+    stage = max(fine, default=min(kept))
+    maps = kept[stage]
     classes = logits.argmax(1) if classes is None else classes
     gradient = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), maps)[0]
-    cam = F.relu((gradient.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True))  # (N, 1, H / 32, W / 32)
+    cam = F.relu((gradient.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True))  # (N, 1, h, w)
     cam = F.interpolate(cam, images.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
     cam = cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
-    return logits.detach(), cam.detach()
+    where = f"stage {stage + 1} of {len(stages)}, {maps.shape[2]} x {maps.shape[3]}"
+    return logits.detach(), cam.detach(), where
 
 
 def overlay(image, cam):

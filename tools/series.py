@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from common.options import UserError
+from common.tables import unguard
+from common.text import read_text
 
 
 @dataclass
@@ -50,7 +52,7 @@ def read_series(path, date_column, columns=(), encoding="utf-8-sig"):
     if not path.is_file():
         raise UserError(f"there is no file {path}; set CSV to the path of a CSV file")
     try:
-        text = path.read_text(encoding=encoding)
+        text = read_text(path, encoding, "strict")
     except UnicodeError as error:
         reason = f"{error.reason} at byte {error.start}" if isinstance(error, UnicodeDecodeError) else error
         raise UserError(
@@ -60,7 +62,7 @@ def read_series(path, date_column, columns=(), encoding="utf-8-sig"):
     header = text.partition("\n")[0]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
     try:
-        names = [name.strip() for name in next(reader, [])]
+        names = [unguard(name.strip()) for name in next(reader, [])]
         rows = [(reader.line_num, row) for row in reader if row]  # skips blank lines
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not valid CSV ({error}); save the table as CSV") from error

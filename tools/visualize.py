@@ -8,8 +8,8 @@ Outputs in results/:
 
     augmentation.png         training images as they are, augmented, and mixed as in the checkpoint's run
     gradcam/<class>.png      the most confident correct and misclassified predictions of each class, and the regions
-                             that support them: bright, with a contour at half of the maximum; the resolution is that
-                             of the last stage's map, 1/32 of the image's
+                             that support them: bright, with a contour at half of the maximum; in small images by the
+                             maps of an earlier stage, since the last one's, 1/32 of the image's size, are too coarse
     receptive_field.png      effective receptive field: how strongly each input pixel influences the centre of the last
                              stage's map, beside other networks; receptive_field.csv holds the numbers
     kernels.png              the merged large kernels of each stage
@@ -19,8 +19,9 @@ Exit status: 0; 1 an error; 2 an invalid option.
 """
 
 import ast
-import csv
+import os
 import sys
+import tokenize
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,15 +32,17 @@ from sklearn.manifold import TSNE
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
-from common.audio import input_kind, spectrogram_size
+from common.audio import kind_of, spectrogram_size
 from common.augment import augmentation_from_config
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
-from common.dataset import eval_transform, open_image_folder, seed_everything
+from common.dataset import eval_transform, height_and_width, open_image_folder, seed_everything
 from common.device import choose_device
 from common.evaluation import choose_images, read_batches
+from common.files import write_csv
 from common.manifest import choose_mean_and_std, read_sound
 from common.options import ConstantError, ImageSize, Limits, Name, NonNegativeInt, PositiveInt, UserError, run
 from common.plots import plot_augmentation, plot_kernels, plot_map, plot_receptive_fields, plot_sheet
+from common.text import label
 from tools.grad_cam import grad_cam, overlay
 
 Plot = Literal["augmentation", "gradcam", "receptive_field", "kernels", "features"]
@@ -84,6 +87,7 @@ def main():
         print(f"skipped         augmentation: {path} does not say how it was trained")
     elif "augmentation" in what:
         config, mean, std = (checkpoint[key] for key in ("config", "mean", "std"))
+        config = dict(IMG_SIZE=max(height_and_width(checkpoint["img_size"]))) | config
         print(f"                augmentation of {path}")
         show_augmentation(config, mean, std, sound, Path(DATA, "train"), SHOWN + 1, SEED, folder)
     if what == ["augmentation"]:
@@ -119,7 +123,8 @@ def read_values(path):
         UserError: if one is computed, or the script is no Python.
     """
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        with tokenize.open(path) as file:  # as Python reads it, with or without a byte order mark
+            tree = ast.parse(file.read())
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}; fix this line") from error
     values = {}
@@ -146,11 +151,12 @@ def show_augmentation(config, mean, std, sound, root, count, seed, folder):
         seed: of their choice and their augmentation.
         folder: to write to.
     """
-    classes = open_image_folder(root).classes
+    dataset = open_image_folder(root)
+    classes = dataset.classes
     paths, labels = choose_images(root, classes, count, seed)
     size = spectrogram_size(sound) if sound else (config["IMG_SIZE"], config["IMG_SIZE"])
     transform, mixup = augmentation_from_config(config, len(classes), size, mean, std, sound)
-    images = [input_kind(sound).load(path) for path in paths]
+    images = [dataset.loader(path) for path in paths]
     seed_everything(seed)
     path = folder / "augmentation.png"
     plot_augmentation(images, labels, classes, transform, mixup, path)
@@ -159,11 +165,11 @@ def show_augmentation(config, mean, std, sound, root, count, seed, folder):
 
 def show_grad_cam(checkpoint, network, paths, labels, shown, device, folder):
     """Draw gradcam/<class>.png with `shown` correct and as many misclassified predictions."""
-    classes, load = checkpoint["classes"], input_kind(checkpoint.get("sound")).load
+    classes, load = checkpoint["classes"], kind_of(checkpoint).load
     transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
     probabilities, cams = [], []
     for images in read_batches(paths, transform, 16, "gradcam", load):
-        logits, cam = grad_cam(network, images.to(device))
+        logits, cam, where = grad_cam(network, images.to(device))
         probabilities.append(logits.softmax(1).cpu().numpy())
         cams.append(cam.half().cpu().numpy())
     probabilities, cams = np.concatenate(probabilities), np.concatenate(cams)
@@ -182,12 +188,14 @@ def show_grad_cam(checkpoint, network, paths, labels, shown, device, folder):
                 empty = columns - len(found)
                 cells += images + [None] * empty + [overlay(image, cams[i]) for image, i in zip(images, found)]
                 cells += [None] * empty
-                captions += [f"{paths[i].name[:24]}" for i in found] + [""] * empty
-                captions += [f"{classes[predictions[i]]} {confidence[i]:.2f}" for i in found] + [""] * empty
-                rows += [f"{name}\n{title}", "Grad-CAM"]
+                captions += [label(paths[i].name) for i in found] + [""] * empty
+                captions += [f"{label(classes[predictions[i]])} {confidence[i]:.2f}" for i in found] + [""] * empty
+                rows += [f"{label(name)}\n{title}", f"Grad-CAM\n{where}"]
         if cells:
-            plot_sheet(cells, captions, folder / f"{name}.png", columns, rows)
-    print(f"gradcam         {folder}, {len(paths)} images")
+            # A folder's name may be too long for a file's, which has an extension.
+            file = f"{name if len(os.fsencode(name)) < 250 else number}.png"
+            plot_sheet(cells, captions, folder / file, columns, rows)
+    print(f"gradcam         {folder}, {len(paths)} images, maps of {where}")
 
 
 def show_receptive_field(checkpoint, network, paths, size, compare, device, folder):
@@ -201,15 +209,14 @@ def show_receptive_field(checkpoint, network, paths, size, compare, device, fold
     fields = {}
     transform = eval_transform(size, checkpoint["mean"], checkpoint["std"])
     for name, network in networks.items():
-        batches = read_batches(paths, transform, 1, name, input_kind(checkpoint.get("sound")).load)
+        batches = read_batches(paths, transform, 1, name, kind_of(checkpoint).load)
         field = receptive_field(network, batches, device)
         fields[name] = field, {percent: central_square(field, percent) for percent in PERCENTAGES}
     path = folder / "receptive_field.png"
     plot_receptive_fields(fields, path)
-    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["network", *(f"side of the square with {percent} % / pixels" for percent in PERCENTAGES)])
-        writer.writerows([name, *sides.values()] for name, (_, sides) in fields.items())
+    header = ["network", *(f"side of the square with {percent} % / pixels" for percent in PERCENTAGES)]
+    rows = [[name, *sides.values()] for name, (_, sides) in fields.items()]
+    write_csv(path.with_suffix(".csv"), [header, *rows], encoding="utf-8")
     for name, (_, sides) in fields.items():
         print(f"                {name}: " + ", ".join(f"{percent} % within {sides[percent]} px" for percent in sides))
     print(f"receptive_field {path}, {len(paths)} images")
@@ -290,7 +297,7 @@ def show_features(checkpoint, network, paths, labels, seed, device, folder):
         raise UserError(f"features needs 4 images or more, got {len(paths)}; raise IMAGES, or remove it from WHAT")
     transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
     features = []
-    for images in read_batches(paths, transform, 32, "features", input_kind(checkpoint.get("sound")).load):
+    for images in read_batches(paths, transform, 32, "features", kind_of(checkpoint).load):
         maps = network.forward_features(images.to(device))
         features.append(network.forward_head(maps, pre_logits=True).float().cpu().numpy())
     # The usual perplexity is 30; it must be smaller than the number of images.

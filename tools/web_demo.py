@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
-from common.audio import input_kind
+from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import eval_transform, height_and_width
 from common.device import choose_device
 from common.extras import require
 from common.options import Limits, Name, PositiveInt, UserError, run
+from common.text import label
 from tools.grad_cam import grad_cam, overlay
 
 CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth, else "seedlings"
@@ -26,6 +27,7 @@ DEVICE: Name = "auto"  # "auto": cuda, else mps, else cpu; or a device such as "
 PORT: Annotated[int, Limits(1, 65535)] = 7860  # TCP port, the page is http://127.0.0.1:PORT
 SHARE: bool = False  # make the page public at a gradio.live address while it runs
 
+SHOWN_CLASSES = 40  # names in the heading
 EXPLANATION = "Bright regions support the top class; the contour is at half of the maximum."
 
 
@@ -37,14 +39,16 @@ def main():
     (height, width), classes = height_and_width(checkpoint["img_size"]), checkpoint["classes"]
     if TOP_K > len(classes):
         print(f"TOP_K {TOP_K}: the network has {len(classes)} classes, and all are shown")
-    title = f"{checkpoint['arch']}, {height} x {width} pixels, {len(classes)} classes: {', '.join(classes)}"
+    names = ", ".join(map(label, classes[:SHOWN_CLASSES])) + (", ..." if len(classes) > SHOWN_CLASSES else "")
+    title = f"{checkpoint['arch']}, {height} x {width} pixels, {len(classes)} classes: {names}"
     predictor = Predictor(checkpoint, device, TOP_K)
     page = build_page(predictor, title, TOP_K, predictor.kind.name)
     page.launch(server_port=PORT, share=SHARE)
 
 
 class Predictor:
-    """Function on the path of a file -> ({class: probability} of the top-k classes, PIL image of the Grad-CAM map).
+    """Function on the path of a file -> ({class: probability} of the top-k classes, PIL image of the Grad-CAM map, the
+    map in words).
 
     Args:
         checkpoint: what `load_checkpoint` returned.
@@ -58,14 +62,14 @@ class Predictor:
         self.transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
         self.device = device
         self.top_k = min(top_k, len(self.classes))
-        self.kind = input_kind(checkpoint.get("sound"))
+        self.kind = kind_of(checkpoint)
 
     def __call__(self, path):
         image = self.kind.load(path)
-        logits, cam = grad_cam(self.network, self.transform(image)[None].to(self.device))
+        logits, cam, where = grad_cam(self.network, self.transform(image)[None].to(self.device))
         top = logits[0].softmax(0).topk(self.top_k)
         probabilities = {self.classes[i]: p for p, i in zip(top.values.tolist(), top.indices.tolist())}
-        return probabilities, overlay(image, cam[0].cpu())
+        return probabilities, overlay(image, cam[0].cpu()), f"Grad-CAM: {where}"
 
 
 def build_page(predict, title, top_k, kind="image"):
@@ -80,35 +84,37 @@ def build_page(predict, title, top_k, kind="image"):
     Returns:
         `gradio.Blocks`.
     """
-    gradio = require("gradio")
+    [gradio] = require("gradio")
 
     def predict_file(path):
         if path is None:  # the file was removed from the page
-            return None, None
+            return None, None, ""
         try:
             return predict(path)
         except UserError as error:
             raise gradio.Error(f"{Path(path).name}: {error}") from error
 
     with gradio.Blocks(title="UniRepLKNet", analytics_enabled=False) as page:
-        gradio.Markdown(f"# UniRepLKNet\n{title}")
+        gradio.Markdown("# UniRepLKNet")
+        gradio.Textbox(title, show_label=False, interactive=False, lines=1, max_lines=6)  # names are no Markdown
         with gradio.Row():
             with gradio.Column():
                 inputs = []
                 if kind == "recording":
                     inputs.append(gradio.Audio(type="filepath", sources=["upload", "microphone"], label="recording"))
-                label = "image" if kind == "image" else "or a spectrogram that makedata.py wrote"
+                title = "image" if kind == "image" else "or a spectrogram that makedata.py wrote"
                 # image_mode None: the file as it is; gradio's own conversion clips 16 bits and blackens transparency.
                 sources = ["upload", "clipboard"]
-                inputs.append(gradio.Image(type="filepath", image_mode=None, sources=sources, label=label))
+                inputs.append(gradio.Image(type="filepath", image_mode=None, sources=sources, label=title))
             with gradio.Column():
                 top = gradio.Label(num_top_classes=top_k, label="most likely classes")
                 cam = gradio.Image(label="Grad-CAM", interactive=False)
                 gradio.Markdown(EXPLANATION)
+                where = gradio.Textbox(label="feature maps", interactive=False)
         for file in inputs:
-            file.change(predict_file, file, [top, cam])
+            file.change(predict_file, file, [top, cam, where])
     return page
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, closed_output="ignore")
