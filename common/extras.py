@@ -4,6 +4,8 @@ import importlib
 
 from common.options import UserError
 
+PACKAGES = {"pillow_heif": "pillow-heif"}  # modules that pip knows by another name
+
 
 def require(*modules, task=()):
     """Import optional modules.
@@ -26,7 +28,8 @@ def require(*modules, task=()):
         try:
             found.append(importlib.import_module(name))
         except (ImportError, OSError) as error:  # OSError: a system library that the package needs is missing
-            missing[name.split(".")[0].replace("_", "-")] = error
+            package = name.split(".")[0]
+            missing[PACKAGES.get(package, package)] = error
     if missing:
         packages, reasons = " ".join(missing), "; ".join(map(str, missing.values()))
         what = "packages" if len(missing) > 1 else "package"

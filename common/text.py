@@ -8,7 +8,7 @@ import codecs
 import unicodedata
 from pathlib import Path
 
-WIDE = 24  # characters of a name in a figure
+WIDE = 28  # characters of a name in a figure
 
 
 def read_text(path, encoding="utf-8", errors="surrogateescape"):

@@ -804,7 +804,7 @@ def test_an_error_inside_an_epoch_saves_what_was_trained_before_it(
     folder, out = place / "checkpoints" / "unireplknet_test", capsys.readouterr().out
     saved = load_checkpoint(folder / "last.pth")
     assert (saved["epoch"], saved["pictures"], saved["pieces"]) == (1, images or 0, 1)
-    assert ("an error ends the run in epoch 2; saved" in out) == (images is not None)
+    assert ("an error ends the run in epoch 2; it is saved" in out) == (images is not None)
     assert ("while the weights change" in out) == (images is None)
     assert not differences(load_checkpoint(run_train(**RUN, RESUME="auto") / "last.pth"), straight)
 

@@ -388,7 +388,7 @@ def test_any_name_is_shown_as_it_is(name, figures):
     plots.plot_map(points, [0, 0, 0, 1, 1, 1], [name, "other"], "map.png")
     plots.plot_sheet([None], [f"{label(name)} 0.93\ntrue: {label(name)}"], "sheet.png")
     shown = label(name)
-    assert "\n" not in shown and width(shown) <= 24 and shown.isprintable()
+    assert "\n" not in shown and width(shown) <= 28 and shown.isprintable()
     for figure, _ in figures:
         assert any(shown in text for text in texts_of(figure))
         assert not any(text.get_parse_math() or text.get_usetex() for text in figure.findobj(Text))
