@@ -44,6 +44,12 @@ OPTIONS += ["--optimizer", "adamw"]
 STRAIGHT = []
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_by_others():
+    """Processes that tests before this one have left running, such as those of a loader in a kept traceback, end."""
+    end_processes()
+
+
 @pytest.fixture
 def straight(run_train):
     """The end of RUN when nothing happens, the same for each test."""
