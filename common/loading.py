@@ -86,7 +86,11 @@ class Loader(DataLoader):
         """The error to raise in place of `error`: in one sentence if the user can fix it."""
         text = message_of(error)
         if text == str(error).strip() and isinstance(error, (OSError, EOFError)):
-            wait([process.sentinel for process in self.processes()], 3)  # the connection is lost before the process
+            # The connection is lost before the process is, and its files are closed before its status is known.
+            ended = wait([process.sentinel for process in self.processes()], 3)
+            for process in self.processes():
+                if process.sentinel in ended:
+                    process.join(3)
         lost = [process.exitcode for process in self.processes() if process.exitcode]
         if lost:
             stopping = Interrupt.active is not None and Interrupt.active.signal is not None
