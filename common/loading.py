@@ -2,6 +2,7 @@
 
 import errno
 import re
+import time
 from multiprocessing.connection import wait
 
 import torch
@@ -118,8 +119,9 @@ class Loader(DataLoader):
         """Kill the processes; a later pass starts new ones."""
         for process in self.processes():
             process.kill()
+        wait_until = time.monotonic() + 5  # the system kills none in the middle of a read from a network drive
         for process in self.processes():
-            process.join(1)
+            process.join(max(0.0, wait_until - time.monotonic()))
         if self.batches is not None:
             # torch's way to end them asks them, and may wait forever for one that was killed while it held a lock.
             self.batches._shutdown = True
