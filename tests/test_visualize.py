@@ -300,9 +300,10 @@ NAMES += ["👨\u200d👩\ufe0f", " ", "\u202eright", "<b>"]
 
 
 @pytest.fixture
-def figures(monkeypatch):
+def figures(monkeypatch, tmp_path):
     """Figures that are written, as (figure, width and height in pixels); they are not drawn, which takes longer."""
     written = []
+    monkeypatch.chdir(tmp_path)
 
     def note(figure, path, dpi, **_):
         Path(path).touch()
