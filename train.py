@@ -34,6 +34,7 @@ from common.audio import spectrogram_size
 from common.augment import BatchMixup, spectrogram_transform, train_transform
 from common.board import Board
 from common.cache import cache_images
+from common.convolutions import choose_convolutions
 from common.dataset import EpochBatches, SeededImages, eval_transform, open_image_folder, seed_everything
 from common.device import NetworkForSize, choose_amp, choose_layout, choose_workers, prefetch, wants_compile
 from common.faults import Interrupt, Stopped, explain_not_finite, skip_step, split_when_out_of_memory
@@ -203,12 +204,14 @@ def main():
         mixup = BatchMixup(len(classes), MIXUP, CUTMIX if sound is None else 0.0, MIX_PROB, SMOOTHING)
         criterion = create_criterion(train_set.targets, len(classes), BALANCE, device)
         compiling = wants_compile(COMPILE, device, epochs * steps, GRAD_CHECKPOINTING)
+        convolutions = choose_convolutions(model, sizes, train_loader, val_loader, amp_dtype, DETERMINISTIC, checkpoint)
         compiled_for = NetworkForSize(model, compiling, batch_size, amp)
 
         # --- the run
         about = describe_run(
             arch=MODEL, model_args=model_args, mean=mean, std=std, sound=sound, config=config, train_set=train_set,
             images=images, device=device, amp_dtype=amp_dtype, compiled=compiling, world_size=world_size,
+            convolutions=convolutions,
         )  # fmt: skip
         folder.begin(about, checkpoint)
         if checkpoint is not None:

@@ -581,8 +581,9 @@ def format_row(row, with_ema):
 
 
 def describe_run(
-    *, arch, model_args, mean, std, sound, config, train_set, images, device, amp_dtype, compiled, world_size
-):
+    *, arch, model_args, mean, std, sound, config, train_set, images, device, amp_dtype, compiled, world_size,
+    convolutions,
+):  # fmt: skip
     """What every checkpoint of a run holds besides its state.
 
     Args:
@@ -591,6 +592,7 @@ def describe_run(
         images: see `common.fingerprints.fingerprint_images`.
         device, amp_dtype, compiled, world_size: how and where it is computed, which together with the versions of the
             packages decides the last bits.
+        convolutions: how they are computed, from `choose_convolutions`.
     """
     return dict(
         arch=arch,
@@ -604,6 +606,7 @@ def describe_run(
         pictures_train=len(train_set),
         pictures_fingerprint=fingerprint_names(train_set.files, sound),
         data=images,
+        convolutions=convolutions,
         versions=dict(
             python=platform.python_version(),
             torch=str(torch.__version__),

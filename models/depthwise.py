@@ -9,20 +9,28 @@ Three implementations compute the same results from the same parameters:
 - `pytorch`: PyTorch's own depthwise convolution everywhere else. When training on a CPU, `models/depthwise_cpu.py`
   computes both gradients.
 
-The choice is made at every call. The environment variable UNIREPLKNET_DEPTHWISE selects one of these names wherever it
-can compute the convolution, and PyTorch's elsewhere; it overrides the argument `attempt_use_lk_impl`.
+The choice is made at every call, and without any measurement: it depends on the device and the dtype only. Which way
+is fastest depends on the machine and the shape, so a program that computes for long measures it once, with
+`choose_convolutions` of `models/depthwise_choice.py`, and fills `PLANS`.
+
+The environment variable UNIREPLKNET_DEPTHWISE selects one of these names wherever it can compute the convolution, and
+PyTorch's elsewhere; "default" selects what runs without a measurement. It overrides both what was measured and the
+argument `attempt_use_lk_impl`.
 
     python tools/conv_report.py        each shape of a network: implementation, why not the others, error and time
 """
 
 import functools
 import os
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
-from models import depthwise_cpu
+from models import depthwise_cpu, depthwise_methods
 
 try:
     from models import depthwise_triton
@@ -32,7 +40,7 @@ except Exception as error:  # not installed, or broken in any way
     TRITON_ERROR = f"{type(error).__name__}: {error}"
 
 NAMES = ("triton", "implicit_gemm", "pytorch")  # in order of preference
-CHOICES = f"{', '.join(NAMES)} or auto"
+CHOICES = f"{', '.join(NAMES)} or auto"  # of the argument
 VARIABLE = "UNIREPLKNET_DEPTHWISE"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter computes on a CPU, slowly, for tests
 
@@ -40,17 +48,41 @@ MIN_IMPLICIT_GEMM_KERNEL = 7  # below this the extension has no kernel that is w
 MAX_TRITON_KERNEL = 31  # the largest that is tested
 MIN_CAPABILITY = (8, 0)  # the first GPUs whose tensor cores compute bfloat16
 
+# What was measured to be faster than the default in this process: {`Key`: one of `NAMES`, or a plan of
+# models/depthwise_methods.py}.
+PLANS: dict["Key", str] = {}
+
+
+class Key(NamedTuple):
+    """A convolution for which a plan holds, at any batch size."""
+
+    device: str  # type of the device
+    dtype: str  # in which it computes, such as "float32"
+    training: bool  # whether gradients follow
+    channels: int
+    height: int
+    width: int
+    kernel_size: int
+    dilation: int
+
 
 def environment_choice() -> str:
-    """The implementation that UNIREPLKNET_DEPTHWISE selects: one of `NAMES`, or "auto", also where it is not set.
+    """What UNIREPLKNET_DEPTHWISE selects: one of `NAMES`, "default", or "auto", also where it is not set.
 
     Raises:
         ValueError: for any other value.
     """
     name = os.environ.get(VARIABLE, "auto")
-    if name not in (*NAMES, "auto"):
-        raise ValueError(f"the environment variable {VARIABLE} must be {CHOICES}, got {name!r}; correct it or unset it")
+    if name not in (*NAMES, "default", "auto"):
+        choices = f"{', '.join(NAMES)}, default or auto"
+        raise ValueError(f"the environment variable {VARIABLE} must be {choices}, got {name!r}; correct it or unset it")
     return name
+
+
+def forced_choice() -> str:
+    """The one of `NAMES` that UNIREPLKNET_DEPTHWISE selects, or "auto"."""
+    name = environment_choice()
+    return "auto" if name == "default" else name
 
 
 @functools.cache
@@ -167,7 +199,7 @@ def choose(
     Raises:
         ValueError: for an unknown name in UNIREPLKNET_DEPTHWISE.
     """
-    forced = environment_choice()
+    forced = forced_choice()
     wish = wish if forced == "auto" else forced
     if wish in ("auto", "triton") and not why_not_triton(kernel_size, device, dtype):
         if wish == "triton" or not INTERPRETED:
@@ -176,6 +208,118 @@ def choose(
         if not why_not_implicit_gemm(kernel_size, dilation, device, dtype, contiguous):
             return "implicit_gemm"
     return "pytorch"
+
+
+@torch.compiler.assume_constant_result
+def planned(device: str, dtype: torch.dtype, *shape: int) -> str:
+    """What was measured for a convolution: one of `NAMES` or a plan, or "" for the default; arguments as in `Key`."""
+    key = Key(device, str(dtype).removeprefix("torch."), *shape)
+    return PLANS.get(key, "") if environment_choice() == "auto" else ""
+
+
+@torch.compiler.assume_constant_result
+def has_plans() -> bool:
+    """Whether anything was measured; where nothing was, torch.compile may leave the sizes of a map open."""
+    return bool(PLANS)
+
+
+def find_plan(x: torch.Tensor, kernel_size: int, dilation: int, training: bool, wish: str) -> str:
+    """`planned` for x (N, C, H, W); `training` where the layer is in training mode."""
+    if wish != "auto" or not has_plans() or is_exporting():
+        return ""
+    training = training and torch.is_grad_enabled()
+    return planned(x.device.type, computing_dtype(x), training, *x.shape[1:], kernel_size, dilation)
+
+
+def computing_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a convolution of x computes: that of autocast, where it is on."""
+    device = x.device.type
+    if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def lay_out(x: torch.Tensor, kernel_size: int, dilation: int, training: bool, wish: str) -> torch.Tensor:
+    """x (N, C, H, W) in the memory format that suits a convolution, for several that share it."""
+    plan = find_plan(x, kernel_size, dilation, training, wish)
+    if plan and plan not in NAMES:
+        return depthwise_methods.to_layout(x, plan.split()[0])
+    return x.contiguous() if x.device.type == "cpu" else x  # large kernels and their gradients need it there
+
+
+def convolve(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dilation: int, training: bool, wish: str
+) -> torch.Tensor:
+    """The convolution of `DepthwiseConv2d`, by whichever implementation; one node of a torch.fx graph.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (C, 1, k, k).
+        bias: (C,) or None.
+        dilation: distance between neighbouring taps in pixels.
+        training: whether the layer is in training mode.
+        wish: see `choose`.
+    """
+    if is_exporting():
+        return convolve_by_pytorch(x, weight, bias, dilation, training)
+    kernel_size, dtype = weight.shape[-1], computing_dtype(x)
+    name = find_plan(x, kernel_size, dilation, training, wish)
+    if name and name not in NAMES:
+        return convolve_by_plan(x.to(dtype), weight, bias, dilation, training, name)
+    wish = name or wish
+    name = choose(kernel_size, dilation, x.device, dtype, x.is_contiguous(), wish)
+    if name == "triton":
+        return depthwise_triton.depthwise_conv2d(x.to(dtype), weight, bias, dilation)
+    if name == "implicit_gemm":
+        # The extension's class is an nn.Conv2d whose forward reads `weight` and `bias` only.
+        return import_implicit_gemm()[0].forward(SimpleNamespace(weight=weight, bias=bias), x.to(dtype))
+    return convolve_by_pytorch(x, weight, bias, dilation, training)
+
+
+def convolve_by_pytorch(x, weight, bias, dilation, training):
+    """PyTorch's convolution; arguments as in `convolve`."""
+    weight, padding = crop(weight, x.shape[-2:], dilation)
+    if x.device.type != "cpu" or is_exporting():
+        return F.conv2d(x, weight, bias, 1, padding, dilation, x.shape[1])
+
+    if max(weight.shape[-2:]) > depthwise_cpu.MAX_CHANNELS_LAST_KERNEL:
+        x = x.contiguous()
+    dtype = computing_dtype(x)
+    if training and torch.is_grad_enabled() and depthwise_cpu.fast_gradients(x.device, dtype):
+        out = depthwise_cpu.depthwise_conv2d(x.to(dtype), weight.to(dtype), dilation)
+        return out if bias is None else out + bias.to(dtype)[:, None, None]
+    return depthwise_cpu.conv2d(x, weight, bias, 1, padding, dilation)
+
+
+def convolve_by_plan(x, weight, bias, dilation, training, plan):
+    """The convolution as a plan of models/depthwise_methods.py has it; arguments as in `convolve`."""
+    weight = crop(weight, x.shape[-2:], dilation)[0].to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if training and torch.is_grad_enabled():
+        out = depthwise_methods.depthwise_planned(x, weight, dilation, plan)
+        return out if bias is None else out + bias[:, None, None]
+    return depthwise_methods.compute(x, weight, bias, dilation, plan)
+
+
+def crop(weight, size, dilation):
+    """A kernel without the taps that only ever meet padding, and the padding (rows, columns) that remains.
+
+    On a map smaller than the kernel most taps do: of 13 x 13 taps only 7 x 7 can touch a 4 x 4 map. Skipping the
+    others changes no result and saves most of the work on small images.
+
+    Args:
+        weight: (C, 1, k, k).
+        size: (height, width) of the map in pixels.
+    """
+    half = weight.shape[-1] // 2
+    reach = [min(half, (length - 1) // dilation) for length in size]  # taps beside the middle, (rows, columns)
+    rows, columns = (slice(half - taps, half + taps + 1) for taps in reach)
+    return weight[:, :, rows, columns], [taps * dilation for taps in reach]
+
+
+# torch.fx stores calls of these instead of tracing the choice, which depends on the machine.
+torch.fx.wrap("convolve")
+torch.fx.wrap("lay_out")
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -216,44 +360,16 @@ class DepthwiseConv2d(nn.Conv2d):
             raise ValueError(f"attempt_use_lk_impl must be True, False, {CHOICES}, got {attempt_use_lk_impl!r}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not is_exporting():
-            device, dtype = x.device, x.dtype
-            if device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type):
-                dtype = torch.get_autocast_dtype(device.type)
-            name = choose(self.kernel_size[0], self.dilation[0], device, dtype, x.is_contiguous(), self.wish)
-            if name == "triton":
-                return depthwise_triton.depthwise_conv2d(x.to(dtype), self.weight, self.bias, self.dilation[0])
-            if name == "implicit_gemm":
-                # The extension's class is an nn.Conv2d whose forward reads `weight` and `bias` only.
-                return import_implicit_gemm()[0].forward(self, x.to(dtype))
-        return self.conv2d(x)
+        return convolve(x, self.weight, self.bias, self.dilation[0], self.training, self.wish)
 
-    def conv2d(self, x: torch.Tensor) -> torch.Tensor:
-        """PyTorch's convolution, without the taps that only ever meet padding.
-
-        On a map smaller than the kernel most taps do: of 13 x 13 taps only 7 x 7 can touch a 4 x 4 map. Skipping the
-        others changes no result and saves most of the work on small images.
-        """
-        half = self.kernel_size[0] // 2
-        dilation = self.dilation[0]
-        reach = [min(half, (size - 1) // dilation) for size in x.shape[-2:]]  # taps beside the middle, (rows, columns)
-        rows, columns = (slice(half - taps, half + taps + 1) for taps in reach)
-        weight, padding = self.weight[:, :, rows, columns], [taps * dilation for taps in reach]
-        if x.device.type != "cpu" or is_exporting():
-            return F.conv2d(x, weight, self.bias, 1, padding, self.dilation, self.groups)
-
-        if max(weight.shape[-2:]) > depthwise_cpu.MAX_CHANNELS_LAST_KERNEL:
-            x = x.contiguous()
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if self.training and torch.is_grad_enabled() and depthwise_cpu.fast_gradients(x.device, dtype):
-            out = depthwise_cpu.depthwise_conv2d(x.to(dtype), weight.to(dtype), dilation)
-            return out if self.bias is None else out + self.bias.to(dtype)[:, None, None]
-        return depthwise_cpu.conv2d(x, weight, self.bias, 1, padding, dilation)
+    def lay_out(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the memory format that suits this layer, for other layers that take it as well."""
+        return lay_out(x, self.kernel_size[0], self.dilation[0], self.training, self.wish)
 
 
 def describe_selection(wish: str) -> str:
     """What selected the implementation, in words: UNIREPLKNET_DEPTHWISE, `attempt_use_lk_impl` (`wish`), or nothing."""
-    forced = environment_choice()
+    forced = forced_choice()
     if forced == "auto" == wish:
         return "Triton's interpreter runs only where it is selected by name"
     if forced == "auto":

@@ -110,9 +110,14 @@ def weight_gradient(x: torch.Tensor, grad: torch.Tensor, shape: torch.Size, dila
     Returns:
         (C, 1, kh, kw).
     """
-    padding = same_padding(shape[-2:], dilation)
     if max(shape[-2:]) <= 3 and dilation == 1:  # PyTorch has a fast routine for this one
-        return conv2d_weight(x, shape, grad, padding=padding, groups=shape[0])
+        return conv2d_weight(x, shape, grad, padding=same_padding(shape[-2:], dilation), groups=shape[0])
+    return weight_by_kernel(x, grad, shape, dilation)
+
+
+def weight_by_kernel(x: torch.Tensor, grad: torch.Tensor, shape: torch.Size, dilation: int) -> torch.Tensor:
+    """`weight_gradient` by one convolution for all shapes."""
+    padding = same_padding(shape[-2:], dilation)
     n, channels, height, width = x.shape
     x = x.reshape(1, n * channels, height, width)  # (N, C, H, W) -> (1, N * C, H, W)
     kernels = grad.reshape(n * channels, 1, height, width)  # (N, C, H, W) -> (N * C, 1, H, W)

@@ -9,6 +9,7 @@ step after it. `GRN` keeps the tensors in the dtype of x with float32 sums; the 
 """
 
 import torch
+import torch.fx
 from torch import nn
 
 EPS = 1e-6
@@ -28,10 +29,7 @@ class PublishedGRN(nn.Module):
         self.register_parameter("beta", nn.Parameter(torch.zeros(1, 1, 1, dim)) if use_bias else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gx = torch.norm(x, p=2, dim=(1, 2), keepdim=True)  # (N, 1, 1, C)
-        nx = gx / (gx.mean(dim=-1, keepdim=True) + EPS)
-        x = (self.gamma * nx + 1) * x
-        return x if self.beta is None else x + self.beta
+        return normalise_as_published(x, self.gamma, self.beta)
 
 
 class GRN(PublishedGRN):
@@ -41,9 +39,25 @@ class GRN(PublishedGRN):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float16:  # in which squares overflow from 256 on
-            return super().forward(x)
-        return GlobalResponseNorm.apply(x, self.gamma, self.beta)
+        return normalise_response(x, self.gamma, self.beta)
+
+
+def normalise_as_published(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+    """The function of `PublishedGRN`: x (N, H, W, C), gamma (1, 1, 1, C), beta (1, 1, 1, C) or None."""
+    gx = torch.norm(x, p=2, dim=(1, 2), keepdim=True)  # (N, 1, 1, C)
+    nx = gx / (gx.mean(dim=-1, keepdim=True) + EPS)
+    x = (gamma * nx + 1) * x
+    return x if beta is None else x + beta
+
+
+def normalise_response(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+    """The function of `GRN`; one node of a torch.fx graph, which cannot hold a test of the dtype."""
+    if x.dtype == torch.float16:  # in which squares overflow from 256 on
+        return normalise_as_published(x, gamma, beta)
+    return GlobalResponseNorm.apply(x, gamma, beta)
+
+
+torch.fx.wrap("normalise_response")
 
 
 class GlobalResponseNorm(torch.autograd.Function):

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d
 from timm.models import build_model_with_cfg, register_model
@@ -96,20 +97,23 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(num_batches_tracked)
 
 
-def add_published(x: torch.Tensor, y: torch.Tensor, gamma: torch.Tensor | None, drop_path: nn.Module) -> torch.Tensor:
-    """x + drop_path(gamma * y) for x, y (N, C, H, W) and gamma (C,), by PyTorch's rules for mixed dtypes."""
-    if gamma is not None:
-        y = gamma.view(1, -1, 1, 1) * y
-    return x + drop_path(y)
+def scale_layer(y: torch.Tensor, gamma: torch.Tensor, keep_bfloat16: bool) -> torch.Tensor:
+    """gamma * y for y (N, C, H, W) and gamma (C,), by PyTorch's rules for mixed dtypes, or in bfloat16 where y is."""
+    if keep_bfloat16 and y.dtype == torch.bfloat16:
+        gamma = gamma.to(y.dtype)  # a float32 gamma would turn everything from here on to float32
+    return gamma.view(1, -1, 1, 1) * y
 
 
-def add_in_bfloat16(
-    x: torch.Tensor, y: torch.Tensor, gamma: torch.Tensor | None, drop_path: nn.Module
-) -> torch.Tensor:
-    """`add_published` that keeps bfloat16: a float32 x or gamma would turn everything from here on to float32."""
-    if y.dtype == torch.bfloat16:
-        x, gamma = x.to(y.dtype), None if gamma is None else gamma.to(y.dtype)
-    return add_published(x, y, gamma, drop_path)
+def add_residual(x: torch.Tensor, y: torch.Tensor, keep_bfloat16: bool) -> torch.Tensor:
+    """x + y for x, y (N, C, H, W), by PyTorch's rules for mixed dtypes, or in bfloat16 where y is."""
+    if keep_bfloat16 and y.dtype == torch.bfloat16:
+        x = x.to(y.dtype)
+    return x + y
+
+
+# torch.fx stores calls of these instead of tracing their tests of the dtype.
+torch.fx.wrap("scale_layer")
+torch.fx.wrap("add_residual")
 
 
 class SEBlock(nn.Module):
@@ -175,8 +179,7 @@ class DilatedReparamBlock(nn.Module):
         return self.get_submodule(f"dil_conv_k{k}_{r}"), self.get_submodule(f"dil_bn_k{k}_{r}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu":
-            x = x.contiguous()  # NCHW, once for all branches: large kernels and their gradients need it there
+        x = self.lk_origin.lay_out(x)  # once for all branches
         out = self.origin_bn(self.lk_origin(x))
         for k, r in self.branches:
             conv, bn = self.branch(k, r)
@@ -240,7 +243,8 @@ class UniRepLKNetBlock(nn.Module):
         )
         self.deploy = deploy
         self.with_cp = with_cp
-        grn, self.add_residual = (PublishedGRN, add_published) if published_arithmetic else (GRN, add_in_bfloat16)
+        grn = PublishedGRN if published_arithmetic else GRN
+        self.keep_bfloat16 = not published_arithmetic
         # The merged structure has norms, layer scale and GRN bias in the biases of its convolution and linear layer.
         norm_layer = nn.Identity if deploy else nn.SyncBatchNorm if use_sync_bn else nn.BatchNorm2d
         if deploy:
@@ -275,7 +279,9 @@ class UniRepLKNetBlock(nn.Module):
         y = self.se(self.norm(self.dwconv(x)))  # (N, C, H, W)
         y = self.act(self.pwconv1(y))  # (N, H, W, ffn_factor * C)
         y = self.pwconv2(y)  # (N, C, H, W)
-        return self.add_residual(x, y, self.gamma, self.drop_path)
+        if self.gamma is not None:
+            y = scale_layer(y, self.gamma, self.keep_bfloat16)
+        return add_residual(x, self.drop_path(y), self.keep_bfloat16)
 
     @torch.no_grad()
     def fuse(self) -> "UniRepLKNetBlock":

@@ -1,6 +1,7 @@
 """The large-kernel convolution: which implementation runs, and that it computes what nn.Conv2d computes."""
 
 import os
+import re
 import subprocess
 import sys
 import types
@@ -12,7 +13,7 @@ from torch import nn
 
 import models
 from common.options import ConstantError, UserError, set_constants
-from models import depthwise, depthwise_cpu
+from models import depthwise, depthwise_choice, depthwise_cpu
 from models.depthwise import (
     NAMES,
     DepthwiseConv2d,
@@ -299,8 +300,8 @@ def test_an_unknown_name_in_the_environment_variable_is_refused_in_one_sentence(
     with pytest.raises(ValueError) as raised:
         use()
     assert str(raised.value) == (
-        "the environment variable UNIREPLKNET_DEPTHWISE must be triton, implicit_gemm, pytorch or auto, got 'cudnn'; "
-        "correct it or unset it"
+        "the environment variable UNIREPLKNET_DEPTHWISE must be triton, implicit_gemm, pytorch, default or auto, "
+        "got 'cudnn'; correct it or unset it"
     )
     with pytest.raises(UserError, match="got 'cudnn'; correct it"):
         conv_report.main()
@@ -363,17 +364,27 @@ print(models.DepthwiseConv2d(2, 13)(torch.ones(1, 2, 9, 9)).shape)
     assert "not triton: ModuleNotFoundError" in result.stdout and "[1, 2, 9, 9]" in result.stdout
 
 
-def test_the_report_examines_every_shape(monkeypatch, capsys):
+def test_the_report_examines_every_shape(monkeypatch, capsys, tmp_path):
     for name, value in dict(MODEL="unireplknet_test", IMG_SIZE=32, BATCH_SIZE=1, DEVICE="cpu").items():
         monkeypatch.setattr(conv_report, name, value)
     monkeypatch.setattr(conv_report.examine, "__defaults__", (1,))  # repeats
-    conv_report.main()
-    lines = capsys.readouterr().out.splitlines()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with depthwise_choice.installed({}):
+        conv_report.main()
+    lines, measured = capsys.readouterr().out.split("every method, ms |")
+    lines = lines.splitlines()
     rows = [line.split(" | ") for line in lines if line.startswith("| ") and "channels" not in line]
     assert rows[0][0] == "| 8, 8 x 8, 3, 1" and len(rows) == 18
     for row in rows:
         assert row[1] == "pytorch" and float(row[2]) < 1e-5 and row[3:5] == ["-", "-"] and float(row[5].split()[0]) > 0
     assert "18 of 18 shapes not triton: " in "\n".join(lines)
+    rows = [line.split(" | ") for line in measured.splitlines() if line.startswith("| ")]
+    assert len(rows) == 3 * 18 and rows[0][:2] == ["| 8, 8 x 8, 3, 1", "output"]
+    for row in rows:
+        methods = [cell.split()[0] for cell in row[3].removesuffix(" |").split(", ")]
+        assert len(methods) > 4 and "nhwc" in row[3] and row[2] in ("default", *methods)
+    assert len(re.findall(r": default [\d.]+ ms, chosen [\d.]+ ms, [\d.]+ x", measured)) == 5
+    assert re.search(r"^kernels     .*(as measured before|default)", measured, re.MULTILINE)
 
 
 def test_the_report_refuses_an_unknown_network(monkeypatch):

@@ -318,7 +318,7 @@ REFUSED = {
     ),
     "a kernel": (
         lambda: os.environ.update(UNIREPLKNET_DEPTHWISE="pytorch"),
-        "node-b: UNIREPLKNET_DEPTHWISE is pytorch, on node-a it is auto; set", 1,
+        "node-b: UNIREPLKNET_DEPTHWISE is pytorch, on node-a it is default; set", 1,
     ),
     "a version": (
         lambda: setattr(agreement.PIL, "__version__", "1.0"), "node-b: Pillow is 1.0, on node-a it is .*; install", 1,

@@ -7,12 +7,15 @@ import pickle
 import pytest
 import timm
 import torch
+import torch.fx
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from timm.optim import create_optimizer_v2
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from models import load_weights
+from models import depthwise, load_weights
 from models.grn import GRN, GlobalResponseNorm, PublishedGRN
 from models.pretrained import WRAPPERS
 from models.unireplknet import DILATED_BRANCHES, KERNEL_SIZES, VARIANTS, UniRepLKNet, UniRepLKNetBlock
@@ -95,6 +98,37 @@ def test_golden_gradients_in_float64(network, tiny):
     F.cross_entropy(network(tiny["input"].double()), tiny["train/target"]).backward()
     for name, parameter in network.named_parameters():
         close(parameter.grad, tiny[f"train/grad/{name}"].double(), 5e-5, floor=2e-7)
+
+
+# (plan of undilated kernels, plan of dilated ones): between them every method of models/depthwise_methods.py
+FORCED = [
+    ("nchw nchw native-nchw native-nchw", "nchw nchw native-nchw native-nchw"),
+    ("nhwc nhwc native-nhwc native-nhwc", "nhwc nhwc native-nhwc native-nhwc"),
+    ("nhwc nhwc nhwc kernel-nhwc", "nhwc phases-nhwc phases-nhwc phases-kernel-nhwc"),
+    ("nchw nchw nchw kernel-nchw", "nchw phases-nchw phases-nchw phases-kernel-nchw"),
+    ("nhwc rows rows rows", "nhwc phases-rows phases-rows phases-rows"),
+    ("nchw dense dense dense", "nchw phases-dense phases-dense phases-dense"),
+    ("nchw fft fft fft", "nhwc filled-nhwc filled-nhwc kernel-nhwc"),
+    ("nhwc fft nhwc fft", "nchw filled-nchw filled-nchw kernel-nchw"),
+    ("nhwc nchw native-nchw fft", "nchw nhwc nhwc phases-native-nhwc"),
+]
+
+
+@pytest.fixture(params=FORCED, ids=lambda plans: plans[0])
+def forced(request, monkeypatch):
+    undilated, dilated = request.param
+    find = lambda x, kernel_size, dilation, training, wish: undilated if dilation == 1 else dilated  # noqa: E731
+    monkeypatch.setattr(depthwise, "find_plan", find)
+
+
+def test_golden_numbers_with_every_method_of_the_depthwise_convolution(forced, network, tiny):
+    close(network(tiny["input"]), tiny["eval/logits"], 1e-5)
+    close(timm.utils.reparameterize_model(network)(tiny["input"]), tiny["deploy/logits"], 1e-5)
+    test_golden_training_step(network, tiny)
+
+
+def test_golden_gradients_in_float64_with_every_method(forced, network, tiny):
+    test_golden_gradients_in_float64(network, tiny)
 
 
 @pytest.mark.parametrize("merge", [UniRepLKNet.reparameterize_unireplknet, timm.utils.reparameterize_model])
@@ -520,3 +554,38 @@ def test_tables_fit_together():
     assert set(DILATED_BRANCHES) == set(KERNELS) - {3, 5}
     for depths, sizes in KERNEL_SIZES.items():
         assert tuple(map(len, sizes)) == depths
+
+
+# --- torch.fx
+
+
+@pytest.mark.parametrize("options", [dict(), dict(deploy=True), dict(published_arithmetic=True), dict(in_chans=5)])
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_fx_traces_the_network(options, training):
+    model = UniRepLKNet(**TINY | options, drop_path_rate=0.3, layer_scale_init_value=0.1).train(training)
+    images = torch.randn(2, options.get("in_chans", 3), 64, 64)
+    graph = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(model)))
+    for dtype in (torch.float32, torch.bfloat16):
+        outputs = []
+        for network in (model, graph):
+            torch.manual_seed(1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                outputs.append(network(images))
+        assert torch.equal(*outputs)
+    if not training:
+        assert torch.equal(model.half()(images.half()), graph.half()(images.half()))
+
+
+def test_timm_s_tests_of_torch_fx_pass():
+    """As timm's tests have it: the graph's last node in both modes, gradients of every parameter, feature maps."""
+    model = timm.create_model("unireplknet_a", num_classes=42).eval()
+    images = torch.randn(1, 3, 64, 64)
+    options = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
+    nodes = train_nodes, eval_nodes = get_graph_node_names(model, tracer_kwargs=options)
+    names = dict(zip(("train_return_nodes", "eval_return_nodes"), (each[-1:] for each in nodes)))
+    graph = create_feature_extractor(model, **names, tracer_kwargs=options)
+    assert torch.equal(graph.eval()(images)[eval_nodes[-1]], model(images))
+    graph.train()(torch.randn(2, 3, 64, 64))[train_nodes[-1]].mean().backward()
+    assert all(parameter.grad is not None for parameter in graph.parameters())
+    features = timm.create_model("unireplknet_a", features_only=True, feature_cls="fx", out_indices=(1, 3)).eval()
+    assert [x.shape for x in features(images)] == [(1, 80, 8, 8), (1, 320, 2, 2)]

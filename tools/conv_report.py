@@ -7,6 +7,10 @@ Prints a Markdown table with one row for each shape: the implementation that run
 output, input gradient and weight gradient, each relative to the largest value there; and for every implementation that
 can compute the shape, the milliseconds that all three take together (median). The lines below the table say why the
 other implementations do not run.
+
+Then comes what models/depthwise_choice.py measures for a training run: for each convolution and pass the plan's method
+and the milliseconds of every method, with the reason where one is refused; for each group of convolutions with one
+input the milliseconds of forward and backward pass by default and as planned, and last the choice that holds.
 """
 
 import contextlib
@@ -24,16 +28,19 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
-from common.device import choose_device
+from common.device import choose_device, choose_layout, prepare_device
 from common.options import ConstantError, ImageSize, Name, PositiveInt, UserError, run
-from models import VARIANTS, depthwise
+from models import VARIANTS, depthwise, depthwise_choice
 from models.depthwise import NAMES, DepthwiseConv2d
+from models.depthwise_choice import Use
+from models.depthwise_methods import Plan
 
 MODEL: Name = "unireplknet_t"  # network to examine: unireplknet_a f p n t s b l xl
 IMG_SIZE: ImageSize = 224  # image size in pixels
 BATCH_SIZE: PositiveInt | None = None  # batch size of the timings; None: 128 on a GPU, 4 elsewhere
 DEVICE: Name = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
 AMP: Literal["auto", "bf16", "fp16", "off"] = "auto"  # dtype; "off": float32; "auto": bf16 on cuda, off elsewhere
+MEASURE: bool = True  # also time every method; False: the first table only
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
@@ -66,6 +73,10 @@ def main():
     print()
     for line, count in counts.items():
         print(f"{count} of {len(shapes)} shapes {line}")
+    if MEASURE and device.type in ("cuda", "cpu"):
+        prepare_device(device)
+        model = timm.create_model(MODEL).to(device, memory_format=choose_layout(device)).train()
+        report_choice(model, IMG_SIZE, batch_size, device, dtype)
 
 
 def find_shapes(model, img_size):
@@ -116,6 +127,39 @@ def largest_error(shape, device, dtype):
     out = F.conv2d(*exact, None, 1, conv.padding, conv.dilation, conv.groups)
     expected = out, *torch.autograd.grad(out, exact, grad.cpu().double())
     return max(((a.detach().cpu().double() - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected))
+
+
+def report_choice(model, img_size, batch_size, device, dtype):
+    """Print every method of every convolution of `model`, groups by default and as planned, and what is chosen."""
+    uses = [Use((img_size, img_size), batch_size)]
+    print("\n| channels, map, kernel, dilation | pass | plan | every method, ms |\n|---|---|---|---|")
+    totals, results = [], {}
+    for group in tqdm(depthwise_choice.find_groups(model, uses), unit="group", leave=False):
+        rankings, result = depthwise_choice.measure_group(group, device, dtype)
+        results[depthwise_choice.to_name(group, dtype)] = result
+        for key, ranking, plan in zip(group.keys(device, dtype), rankings, result.plans):
+            shape = f"{key.channels}, {key.height} x {key.width}, {key.kernel_size}, {key.dilation}"
+            chosen = plan.split()[1:] if plan else ["default"] * 3
+            for which, title in enumerate(("output", "input gradient", "weight gradient")):
+                methods = describe_methods(key, ranking, which, device, dtype)
+                tqdm.write(f"| {shape} | {title} | {chosen[which]} | {methods} |")
+        planned = result.milliseconds / result.ratio
+        totals.append(f"{group}: default {result.milliseconds:.1f} ms, chosen {planned:.1f} ms, {result.ratio:.2f} x")
+    print("\n" + "\n".join(totals))
+    machine = depthwise_choice.describe_machine(device)
+    depthwise_choice.save_results(depthwise_choice.results_file(), machine, results)  # for the runs that follow
+    print(f"\nkernels     {depthwise_choice.choose_convolutions(model, uses, dtype=dtype).line}")
+
+
+def describe_methods(key, ranking, which, device, dtype):
+    """The methods of a pass with their milliseconds, the fastest first, and why some are refused."""
+    cells = []
+    for method, seconds in sorted(ranking.times[which].items(), key=lambda item: item[1]):
+        names = [next(iter(times)) for times in ranking.times]
+        names[which] = method
+        refused = dict(depthwise_choice.verify(key, str(Plan("nchw", *names)), device, dtype)).get(which)
+        cells.append(f"{method} {1e3 * seconds:.1f}" if refused is None else f"{method} refused: {refused}")
+    return ", ".join(cells)
 
 
 def make_inputs(batch_size, channels, height, width, kernel_size, dilation, device, dtype):
