@@ -76,8 +76,9 @@ def fingerprint_part(dataset, contents, hashed=True):
 
     Returns:
         dict of plain types: images, their number; hashed, whether contents are known, not only sizes; names and
-        contents, a hash of all names and of all files, both in order; by_class: [number, hash of the files in any order] of each class; files: int64 tensor (images, 2), the
-        first bytes of the hash of each name and each file, or None for more than `MAX_FILES` images.
+        contents, a hash of all names and of all files, both in order; by_class: [number, hash of the files in any
+        order] of each class; files: int64 tensor (images, 2), the first bytes of the hash of each name and each file,
+        or None for more than `MAX_FILES` images.
     """
     labels = np.asarray(dataset.targets, "<i4")
     named, files = hashlib.sha256(), []

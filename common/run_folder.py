@@ -180,7 +180,7 @@ def rehearse(optimizer):
             parameter.grad = torch.zeros_like(parameter)
     try:
         optimizer.step()
-    except Exception:  # some need more than gradients, and each fails in its own way
+    except Exception:  # some need more than gradients, and each fails in its own way; then the check is left out
         return None
     finally:
         optimizer.zero_grad(set_to_none=True)
@@ -369,7 +369,7 @@ class RunFolder(contextlib.ExitStack):
             yield
         except (Diverged, SaveError):
             raise
-        except Exception:
+        except Exception:  # of any kind: it is raised again, so nothing is hidden
             self.save_after_error(state)
             raise
 
