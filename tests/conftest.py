@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import tiny  # noqa: E402, F401  registers unireplknet_test
 import train  # noqa: E402
 from common import run_folder  # noqa: E402
 from common.manifest import read_table  # noqa: E402
-from common.options import current_values  # noqa: E402
+from common.options import READER, current_values  # noqa: E402
 
 DEFAULTS = current_values(vars(train))
 # float32 everywhere, so that the tests see the same numbers on CPUs with and without bfloat16.
@@ -34,6 +35,16 @@ SMALL = dict(MODEL="unireplknet_test", IMG_SIZE=32, BATCH_SIZE=4, EPOCHS=2, WORK
 # AdamW, since muon's matrix products take longer than everything else with so few and small images.
 SMALL |= dict(DEVICE="cpu", AMP="off", OPTIMIZER="adamw")
 CLASSES = {"Common wheat": 10, "Maize": 10, "玉米 苗": 10}
+
+
+@pytest.fixture(autouse=True)
+def no_reader_left():
+    """After each test no thread is left that reads files: a script that ends beside one ends the whole process."""
+    yield
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith(READER)]
+    for thread in threads:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from common.dataset import CachedImageFolder, EpochBatches, SeededImages, open_i
 from common.device import choose_device
 from common.extras import require
 from common.options import ConstantError, UserError
-from common.text import label, pad, read_text, width
+from common.text import WIDE, label, pad, read_text, width
 
 
 def test_every_image_once_an_epoch_in_another_order():
@@ -113,7 +113,8 @@ LABELS = ["short", "n" * 300, "玉" * 300, "a\nb\t", "a\u200db\ufe0f", "a\udc80"
 @pytest.mark.parametrize("name", LABELS, ids=ascii)
 def test_a_label_fits_and_is_printable(name):
     shown = label(name)
-    assert width(shown) <= 24 and shown.isprintable() and (shown == name or not name.isprintable() or len(name) > 24)
+    assert width(shown) <= WIDE and shown.isprintable()
+    assert shown == name or not name.isprintable() or width(name) > WIDE
     assert width(pad(shown, 30)) == 30
     assert label(f"{name}1") != label(f"{name}2")  # ends differ in data sets
 

@@ -453,27 +453,34 @@ def test_the_message_of_an_error_survives_the_way_out_of_a_process():
 # --- readers that stand still
 
 
-def stand_still(monkeypatch, epoch, workers):
-    """Let whoever reads his 6th image of an epoch stand still for ever."""
-    original, reads = train.SeededImages.__getitem__, []
+@pytest.fixture
+def stand_still(monkeypatch):
+    """stand_still(epoch, workers): let whoever reads its 6th image of that epoch stand still until the test ends."""
+    test_ended = threading.Event()
 
-    def read(dataset, key):
-        reads.append(key[0])
-        if reads.count(epoch) == 6:
-            Path("standing").touch()
-            os.kill(os.getpid(), signal.SIGSTOP) if workers else threading.Event().wait()
-        return original(dataset, key)
+    def patch(epoch, workers):
+        original, reads = train.SeededImages.__getitem__, []
 
-    monkeypatch.setattr(train.SeededImages, "__getitem__", read)
+        def read(dataset, key):
+            reads.append(key[0])
+            if reads.count(epoch) == 6:
+                Path("standing").touch()
+                os.kill(os.getpid(), signal.SIGSTOP) if workers else test_ended.wait()
+            return original(dataset, key)
+
+        monkeypatch.setattr(train.SeededImages, "__getitem__", read)
+
+    yield patch
+    test_ended.set()
 
 
 @posix
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_reader_that_stands_still_is_named_and_the_run_saves_and_stops(
-    workers, run_train, straight, monkeypatch, capsys
+    workers, run_train, straight, stand_still, monkeypatch, capsys
 ):
     monkeypatch.setattr("common.workers.SAY_SECONDS", 0.5)
-    stand_still(monkeypatch, 2, workers)
+    stand_still(2, workers)
     with pytest.raises(StoodStill, match="nothing came for 0.1 minutes while waiting for training images"):
         run_train(**RUN, WORKERS=workers, WAIT_MINUTES=0.1)
     out, errors = capsys.readouterr()
@@ -487,8 +494,8 @@ def test_a_reader_that_stands_still_is_named_and_the_run_saves_and_stops(
 
 @posix
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_signal_while_a_reader_stands_still_saves_and_stops(workers, run_train, straight, monkeypatch):
-    stand_still(monkeypatch, 2, workers)
+def test_a_signal_while_a_reader_stands_still_saves_and_stops(workers, run_train, straight, stand_still, monkeypatch):
+    stand_still(2, workers)
     main = os.getpid()
     monkeypatch.setattr(Loader, "look", partialmethod(signal_once, Loader.look, main))
     folder = run_train(143, **RUN, WORKERS=workers, WAIT_MINUTES=0.0)
