@@ -37,6 +37,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+from common.options import answer_early
+
+# --help and wrong options, before imports that take seconds
+answer_early(__name__, __file__, packages=("numpy", "PIL", "tqdm"))
+
 import numpy as np
 from tqdm import tqdm
 

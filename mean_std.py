@@ -18,6 +18,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, Subset

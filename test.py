@@ -21,9 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import numpy as np
 import torch
-from sklearn.metrics import confusion_matrix
 from tqdm import tqdm
 
 from common.audio import kind_of
@@ -251,6 +254,8 @@ def evaluate(paths, probabilities, classes, kind, mistakes, folder, results):
         results.write(path, partial(path.unlink, missing_ok=True))
     if not known:
         return lines
+    from sklearn.metrics import confusion_matrix  # takes two seconds to import
+
     labels = np.array([index[names[number]] for number in known])
     probabilities = probabilities[known]
     predictions = probabilities.argmax(1)

@@ -19,6 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import timm
 import torch
 import torch.distributed as dist

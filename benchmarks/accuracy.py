@@ -22,10 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.files import write_json
 from common.options import Name, NonNegativeInt, NotEmpty, PositiveInt, UserError, run

@@ -13,10 +13,14 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
 from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import eval_transform, height_and_width

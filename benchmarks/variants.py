@@ -25,11 +25,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # ema.py, common/, models/
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import timm
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # ema.py, common/, models/
 from common.device import choose_amp, choose_layout, prepare_device
 from common.extras import require
 from common.optimizer import create_optimizer

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.metrics import classification_report
 from tqdm import tqdm
 
 from common.dataset import open_image_folder
@@ -127,6 +126,8 @@ def report_classes(labels, predictions, classes):
     Returns:
         The text of scikit-learn's `classification_report`, and below it how many classes occur.
     """
+    from sklearn.metrics import classification_report  # takes two seconds to import
+
     present = np.unique(labels)
     names = [classes[number] for number in present]
     text = classification_report(labels, predictions, labels=present, target_names=names, digits=4, zero_division=0)

@@ -2,6 +2,10 @@
 
 A script declares its constants as annotated upper-case names, each with a comment behind it, and ends with `run(main)`:
 
+    from common.options import answer_early
+    answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+    import torch
+
     EPOCHS: PositiveInt = 30  # passes over data/train
     AMP: Literal["auto", "bf16", "off"] = "auto"  # mixed precision
 
@@ -22,6 +26,7 @@ import contextlib
 import difflib
 import errno
 import functools
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -39,6 +44,8 @@ from typing import Annotated
 from common.output import guard_output
 from common.renamed import RENAMED
 
+# What requirements.txt installs, by the names of the modules, but for torchtoolbox, which can be done without.
+PACKAGES = ("torch", "torchvision", "timm", "sklearn", "numpy", "PIL", "matplotlib", "tqdm", "filelock")
 READER = "reader"  # name of the threads of common/workers.py, which may never end
 
 
@@ -455,6 +462,68 @@ def describe_overrides(overrides, script):
     return f"options     {', '.join(texts)}" if texts else None
 
 
+def answer_early(name, path, packages=PACKAGES):
+    """Answer --help, and refuse options and constants that the script does not accept, before its slow imports.
+    Name the packages that are missing, too.
+
+    For that the script's constants are read from its source. They are evaluated with what it imports from here and from
+    `typing`; a script whose constants need more is left to `run`, as are notebooks and all but the first of several
+    processes.
+
+    Args:
+        name: the script's `__name__`; nothing happens where it is imported.
+        path: its `__file__`.
+        packages: modules that it cannot do without.
+
+    Raises:
+        SystemExit: after the answer.
+    """
+    if name != "__main__" or hasattr(builtins, "__IPYTHON__") or "RANK" in os.environ:
+        return
+    prepare_streams()
+    with tokenize.open(path) as file:
+        tree = ast.parse(file.read())
+    namespace = {"__file__": path, "__doc__": ast.get_docstring(tree, clean=False), "__annotations__": {}}
+    evaluate = lambda node: eval(compile(ast.Expression(node), path, "eval"), namespace)  # noqa: E731
+    for node in tree.body:
+        try:
+            if isinstance(node, ast.ImportFrom) and node.module in ("typing", __name__) or isinstance(node, ast.Assign):
+                exec(compile(ast.Module([node], []), path, "exec"), namespace)
+            elif isinstance(node, ast.AnnAssign) and node.value:
+                namespace["__annotations__"][node.target.id] = evaluate(node.annotation)
+                namespace[node.target.id] = evaluate(node.value)
+        except Exception:
+            if isinstance(node, ast.AnnAssign):  # the whole script, which comes next, shows what is wrong
+                return
+    runs = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "run")
+    words = [word.value.value for call in runs for word in call.keywords if word.arg == "positional"]
+    with guard_output("end"):
+        try:
+            set_constants(namespace, sys.argv[1:], next(iter(words), None))
+            require_packages(packages)
+        except UserError as error:
+            leave(2 if isinstance(error, ConstantError) else 1, str(error))
+
+
+def require_packages(modules):
+    """UserError that names all of the modules that are not installed, by the names that pip knows."""
+    names = {"sklearn": "scikit-learn", "PIL": "pillow"}
+    missing = [names.get(module, module) for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(
+            f"not installed in this Python, {sys.executable}: {', '.join(missing)}; activate the environment that you "
+            "made for this repository, or give: python -m pip install -r requirements.txt"
+        )
+
+
+def prepare_streams():
+    """Let nothing that is printed end the script."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # in notebooks and IDLE they are other objects, which stay as they are
+            # A class name that the console cannot show must not end a run; a log file is to show each line at once.
+            stream.reconfigure(errors="replace", line_buffering=True)
+
+
 def run(main, positional=None, closed_output="finish", fail=lambda message, status: None):
     """Run a script: constants, then the command line (see `set_constants`), then `main`.
 
@@ -473,10 +542,7 @@ def run(main, positional=None, closed_output="finish", fail=lambda message, stat
 
 def run_main(main, positional, fail):
     """`run` on streams that can be written to."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # in notebooks and IDLE they are other objects, which stay as they are
-            # A class name that the console cannot show must not end a run; a log file is to show each line at once.
-            stream.reconfigure(errors="replace", line_buffering=True)
+    prepare_streams()
     # Processes that are spawned know the script's classes by this name, which in IPython stands for IPython's own.
     sys.modules["__mp_main__"] = sys.modules["__main__"]
     with nothing_left_running():

@@ -11,12 +11,6 @@ import warnings
 
 import numpy as np
 import torch
-from matplotlib import font_manager, rc_context
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torchvision.transforms import Normalize
 
@@ -70,6 +64,8 @@ class Fonts:
 
     def search(self, chars):
         """Complete `known` by `chars`."""
+        from matplotlib import font_manager
+
         manager = font_manager.fontManager
         left = self.look(chars, [font_manager.findfont(BASE_FONT)])
         if left:
@@ -85,6 +81,8 @@ class Fonts:
 
     def look(self, chars, paths):
         """Note the characters that the font files have; returns those that none has."""
+        from matplotlib import font_manager
+
         left = set(chars)
         for path in paths:
             if not left:
@@ -151,6 +149,13 @@ def choose_font(char):
     return "Noto Sans", "fonts-noto-core", "google-noto-fonts-all"
 
 
+def new_figure(**options):
+    """A `matplotlib.figure.Figure`; matplotlib is imported when the first one is drawn, since that takes a second."""
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
 def save_figure(figure, path):
     """Write a figure as a PNG file of at most `MAX_SIDE` pixels a side, in fonts that have its characters.
 
@@ -160,6 +165,9 @@ def save_figure(figure, path):
         figure: `matplotlib.figure.Figure`.
         path: PNG file, or a binary file object.
     """
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         axis.get_ticklabels()  # makes those that are to be drawn
     texts = figure.findobj(Text)
@@ -228,14 +236,14 @@ def plot_curves(history, folder):
 
 def plot_curve(history, key, quantity, path):
     """Draw one metric of `plot_curves` into a PNG file."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel=quantity)
     for prefix, marker, line, name in CURVES:
         points = [(row["epoch"], row.get(f"{prefix}_{key}")) for row in history]
         points = [(epoch, value) for epoch, value in points if value is not None]
         if points:
             axes.plot(*zip(*points), line, marker=marker, markevery=max(1, len(points) // 15), ms=5, label=name)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.locator_params("x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)
@@ -260,10 +268,10 @@ def plot_confusion_matrix(labels, predictions, classes, path, counts=None):
     if number <= MAX_NUMBERED:
         # Long names beside both axes leave the cells their size.
         size = max(5, 1.8 + 0.45 * number) + 0.06 * max(map(width, names), default=0)
-        figure = Figure(figsize=(size + 1, size), layout="constrained")
+        figure = new_figure(figsize=(size + 1, size), layout="constrained")
         axes = figure.add_subplot()
     else:
-        figure = Figure(figsize=(15, 9), layout="constrained")
+        figure = new_figure(figsize=(15, 9), layout="constrained")
         axes, bars = figure.subplots(1, 2, width_ratios=[2, 1])
         draw_confusions(bars, true, predicted, counts, classes)
 
@@ -298,7 +306,7 @@ def draw_confusions(axes, true, predicted, counts, classes):
     axes.set_yticks(range(len(worst)), pairs, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("images, and their % of the true class")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.locator_params("x", integer=True)
     axes.margins(x=0.12)
     for place, i in enumerate(worst):
         axes.text(counts[i], place, f" {100 * counts[i] / totals[true[i]]:.0f} %", va="center", fontsize=7)
@@ -325,7 +333,7 @@ def plot_sheet(images, captions, path, columns=6, rows=()):
     lines = -(-len(cells) // columns)
     # Inches. A layout engine would take minutes for hundreds of cells, whose sizes are known.
     width, height, side, left = 2.2, 2.6, 2.0, 0.4 if rows else 0.0
-    figure = Figure(figsize=(left + width * columns, height * lines))
+    figure = new_figure(figsize=(left + width * columns, height * lines))
     for place, number in enumerate(cells):
         line, column = divmod(place, columns)
         corner = left + width * column + (width - side) / 2, height * (lines - line) - side - 0.06
@@ -392,7 +400,7 @@ def plot_kernels(kernels, path, channels=6):
         channels: number of single channels to draw, those with the largest weights.
     """
     columns = channels + 2
-    figure = Figure(figsize=(1.9 * columns + 1.2, 2.1 * len(kernels) + 0.5), layout="constrained")
+    figure = new_figure(figsize=(1.9 * columns + 1.2, 2.1 * len(kernels) + 0.5), layout="constrained")
     grid = figure.add_gridspec(len(kernels), columns, width_ratios=[1, 1.6] + [1] * channels)
     for line, (stage, weights) in enumerate(kernels.items()):
         size = weights.shape[-1]
@@ -428,9 +436,12 @@ def plot_receptive_fields(fields, path):
             {percent: side in pixels of the central square that holds it})}.
         path: PNG file to write.
     """
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import Rectangle
+
     columns = min(len(fields), 6)
     lines = -(-len(fields) // columns)
-    figure = Figure(figsize=(3.4 * columns + 0.8, 4.1 * lines), layout="constrained")
+    figure = new_figure(figsize=(3.4 * columns + 0.8, 4.1 * lines), layout="constrained")
     for number, (name, (field, sides)) in enumerate(fields.items(), start=1):
         axes = figure.add_subplot(lines, columns, number, title=label(name, 36), xlabel="pixels")
         half = len(field) / 2
@@ -457,7 +468,7 @@ def plot_map(points, labels, classes, path):
         classes: class names.
         path: PNG file to write.
     """
-    figure = Figure(figsize=(8.5, 6.5), layout="constrained")
+    figure = new_figure(figsize=(8.5, 6.5), layout="constrained")
     axes = figure.add_subplot(xticks=[], yticks=[], title="t-SNE of the pooled features: nearby images are similar")
     labels = np.asarray(labels)
     present = np.unique(labels)

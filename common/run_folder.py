@@ -23,7 +23,6 @@ import timm
 import torch
 import torchvision
 from filelock import FileLock, Timeout
-from sklearn.metrics import classification_report
 
 from common import distributed
 from common.agreement import ON_CONSTANTS, ON_DATA, constant_facts, data_facts
@@ -504,6 +503,8 @@ def count_cells(labels, predictions):
 
 def report_epoch(best):
     """Text of classification_report.txt for `TrainingState.best`."""
+    from sklearn.metrics import classification_report  # takes two seconds to import
+
     labels, predictions, counts = best["cells"].T
     labels, predictions = (values.repeat_interleave(counts).numpy() for values in (labels, predictions))
     classes = best["result"]["classes"]

@@ -10,6 +10,11 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, prepare/, examples/
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import timm
 import torch
 from matplotlib.figure import Figure
@@ -21,7 +26,6 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, prepare/, examples/
 import models  # noqa: F401  registers the UniRepLKNet variants with timm
 from common.device import choose_device
 from common.options import ImageSize, Limits, Name, Positive, PositiveInt, run

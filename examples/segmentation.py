@@ -10,6 +10,11 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, prepare/, examples/
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -18,7 +23,6 @@ from torch import nn
 from torchvision.models.segmentation.fcn import FCNHead
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, prepare/, examples/
 import models  # noqa: F401  registers the UniRepLKNet variants with timm
 from common.device import choose_device
 from common.options import ImageSize, Limits, Name, Positive, PositiveInt, run

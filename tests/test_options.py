@@ -13,6 +13,7 @@ import pytest
 from common.images import load_image
 from common.loading import Loader
 from common.options import (
+    PACKAGES,
     Ascending,
     ConstantError,
     Fraction,
@@ -558,6 +559,94 @@ def test_a_script_without_a_file_says_how_to_start_it(script, monkeypatch, capsy
     with pytest.raises(SystemExit) as end:
         run(namespace["main"])
     assert end.value.code == 1 and "start the script as a file" in capsys.readouterr().err
+
+
+SCRIPTS = [
+    path.relative_to(ROOT).as_posix()
+    for folder in (ROOT, ROOT / "tools", ROOT / "examples")
+    for path in sorted(folder.glob("*.py"))
+    if "    run(main" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.fixture
+def start_without_packages(monkeypatch):
+    """Start a script of the repository where no package can be imported."""
+
+    def start(name, *words):
+        for module in PACKAGES:
+            monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        return end.value.code
+
+    return start
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_options_are_answered_before_packages_are_imported(name, start_without_packages, monkeypatch, capsys):
+    assert not start_without_packages(name, "--help")
+    output = capsys.readouterr().out
+    constants = read_constants(ROOT / name)
+    assert output.startswith(f"usage: {name}") and constants
+    shown = [constant.lower() for constant in constants]  # a list may be words without an option
+    assert all(f"--{word.replace('_', '-')}" in output or f"\n  {word} " in output for word in shown)
+    assert start_without_packages(name, "--surely-unknown=3") == 2
+    assert "--surely-unknown" in capsys.readouterr().err
+    if "--device" in output:
+        assert start_without_packages(name, "--device", "") == 2
+        assert capsys.readouterr().err.startswith("error: DEVICE must be text that is not empty, got ''")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_all_missing_packages_are_named_at_once(name, start_without_packages, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert start_without_packages(name) == 1
+    error = capsys.readouterr().err
+    needed = ["numpy", "pillow", "tqdm"] if name == "makedata.py" else ["torch", "timm", "scikit-learn", "matplotlib"]
+    assert error.startswith("error: not installed in this Python") and error.count("\n") == 1
+    assert all(package in error for package in needed) and "requirements.txt" in error
+    assert ("torch" in error) == (name != "makedata.py")
+
+
+EARLY = """\
+from typing import Annotated
+from common.options import Limits, PositiveInt, answer_early, run
+
+answer_early(__name__, __file__, packages=())
+print("the rest")
+Size = Annotated[int, Limits(2, 8)]
+NAMES = open
+SIZE: Size = 4  # a size
+COUNT: PositiveInt = {count}  # a number
+def main():
+    print(SIZE, COUNT)
+if __name__ == "__main__":
+    run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "count, words, status, out, error",
+    [
+        ("3", [], 0, "the rest\n4 3\n", ""),
+        ("3", ["--size=8"], 0, "the rest\noptions     SIZE 8 (early.py: 4)\n8 3\n", ""),
+        ("3", ["--size=9"], 2, "", "error: SIZE must be a whole number from 2 to 8, got '9' (set by --size)\n"),
+        ("0", [], 2, "", "error: COUNT must be a whole number of at least 1, got 0 (set in early.py)\n"),
+        ("int('0')", [], 2, "", "error: COUNT must be a whole number of at least 1, got 0 (set in early.py)\n"),
+        ("math.inf", [], None, "the rest\n", ""),  # nothing that can be known before the imports
+    ],
+)
+def test_constants_are_checked_before_the_imports(count, words, status, out, error, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "early.py"
+    path.write_text(EARLY.format(count=count), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["early.py", *words])
+    with pytest.raises(NameError if status is None else SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    assert status is None or (end.value.code or 0) == status
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == (out, error)
 
 
 def test_in_a_notebook_processes_know_the_classes_of_the_script(tmp_path, script):

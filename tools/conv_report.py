@@ -22,12 +22,16 @@ from pathlib import Path
 from typing import Literal
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import timm
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
 from common.device import choose_device, choose_layout, prepare_device
 from common.options import ConstantError, ImageSize, Name, PositiveInt, UserError, run
 from models import VARIANTS, depthwise, depthwise_choice

@@ -47,6 +47,11 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # ema.py, common/, models/, tools/
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -57,7 +62,6 @@ from timm.utils import reparameterize_model
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # ema.py, common/, models/, tools/
 import models  # noqa: F401  registers the UniRepLKNet variants with timm
 from common.checkpoint import SaveError, check_finite, load_checkpoint, load_newest, save_checkpoint
 from common.checkpoint_check import check_both_weights, check_model_args, check_optimizer, check_settings

@@ -25,13 +25,16 @@ import tokenize
 from pathlib import Path
 from typing import Annotated, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import numpy as np
 import timm
 import torch
-from sklearn.manifold import TSNE
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
 from common.audio import kind_of, spectrogram_size
 from common.augment import augmentation_from_config
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
@@ -300,6 +303,8 @@ def show_features(checkpoint, network, paths, labels, seed, device, folder):
     for images in read_batches(paths, transform, 32, "features", kind_of(checkpoint).load):
         maps = network.forward_features(images.to(device))
         features.append(network.forward_head(maps, pre_logits=True).float().cpu().numpy())
+    from sklearn.manifold import TSNE  # takes two seconds to import
+
     # The usual perplexity is 30; it must be smaller than the number of images.
     points = TSNE(perplexity=min(30, (len(paths) - 1) / 3), init="pca", random_state=seed)
     path = folder / "features.png"

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import eval_transform, height_and_width
