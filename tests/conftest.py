@@ -23,11 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import makedata  # noqa: E402
-import tiny  # noqa: E402, F401  registers unireplknet_test
 import train  # noqa: E402
+from forked import find_no_groups, touch_curves  # noqa: E402
 from common import run_folder  # noqa: E402
 from common.manifest import read_table  # noqa: E402
 from common.options import READER, current_values  # noqa: E402
+from models import depthwise_choice  # noqa: E402
 
 DEFAULTS = current_values(vars(train))
 # float32 everywhere, so that the tests see the same numbers on CPUs with and without bfloat16.
@@ -147,6 +148,7 @@ def trained(tmp_path_factory):
         patch.chdir(folder)
         makedata.main()
         patch.setattr(run_folder, "plot_curves", touch_curves)
+        patch.setattr(depthwise_choice, "find_groups", find_no_groups)
         for name, value in (DEFAULTS | SMALL | dict(BATCH_SIZE=8, EPOCHS=3, WARMUP_EPOCHS=5)).items():
             patch.setattr(train, name, value)
         train.main()
@@ -158,17 +160,14 @@ def learning_curves():
     """A test that asks for this gets runs that draw their learning curves."""
 
 
-def touch_curves(history, folder):
-    for name in ("loss.png", "acc.png"):
-        (folder / name).touch()
-
-
 @pytest.fixture
 def run_train(place, monkeypatch, request):
     """Call train.main() with some constants changed; returns the run's folder."""
 
     if "learning_curves" not in request.fixturenames:  # they take longer than the epochs they show
         monkeypatch.setattr(run_folder, "plot_curves", touch_curves)
+    if "measured" not in request.fixturenames:
+        monkeypatch.setattr(depthwise_choice, "find_groups", find_no_groups)
 
     def run(status=0, **constants):
         unknown = set(constants) - set(DEFAULTS)

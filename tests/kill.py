@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 
 import torch
+from forked import start_training
+from tiny import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("state_dict", "state_dict_ema", "ema_updates", "optimizer", "scaler", "epoch", "best_acc1", "history")
 
 
@@ -71,19 +72,17 @@ def kill_and_compare(folder, kills, epochs=4, seed=0, device="cpu", say=print):
     options = f"--model unireplknet_test --img-size 32 --batch-size 4 --epochs {epochs} --mix-prob 0.7 --drop-path 0.3"
     options += f" --workers 0 --device {device} --deterministic --resume auto --save-minutes 1e-9 --accumulate 2"
     options += " --optimizer muon"
-    command = [sys.executable, str(ROOT / "tests" / "tiny.py"), *options.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet = dict(cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    words = options.split()
 
     started = time.monotonic()
-    subprocess.run([*command, "--output", "straight"], check=True, **quiet)
+    finish(start_training(folder, *words, "--output", "straight"))
     length = time.monotonic() - started
     last = Path(folder, "killed", "unireplknet_test", "last.pth")
     partial = last.with_name("last.pth.part")
     moments = random.Random(seed)
     done = 0
     while done < kills:
-        run = subprocess.Popen([*command, "--output", "killed"], **quiet)
+        run = start_training(folder, *words, "--output", "killed")
         if done % 2:
             kind = "while saving"
             seen = modified(partial)
@@ -107,12 +106,19 @@ def kill_and_compare(folder, kills, epochs=4, seed=0, device="cpu", say=print):
         saved = torch.load(last, weights_only=True) if last.exists() else {"epoch": 0, "pictures": 0}
         state = f"{saved['epoch']} epochs and {saved['pictures']} images saved, part file {partial.exists()}"
         say(f"kill {done:2} {kind:12}: {state}")
-    subprocess.run([*command, "--output", "killed"], check=True, **quiet)
+    finish(start_training(folder, *words, "--output", "killed"))
     ends = [
         torch.load(Path(folder, name, "unireplknet_test", "last.pth"), weights_only=True)
         for name in ("straight", "killed")
     ]
     return differences(*ends), done
+
+
+def finish(run):
+    """Wait for a run that must succeed."""
+    _, errors = run.communicate()
+    if run.returncode:
+        raise RuntimeError(errors)
 
 
 def main():
@@ -122,7 +128,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "tests"))
     from conftest import fill_classes
 
     with tempfile.TemporaryDirectory() as folder:

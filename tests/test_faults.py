@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from faulty import FAULTS, Faulty
+from forked import start_training
 from kill import differences, kill_and_compare
 from tqdm import tqdm
 
@@ -72,12 +73,9 @@ def at_step(monkeypatch, numbers, action):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
 
 
-def start(folder, *options, session=False):
-    """train.py as a process of its own; `session`: as in a terminal of its own."""
-    command = [sys.executable, str(ROOT / "tests" / "tiny.py"), *OPTIONS, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
-    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=session, **pipes)
+def start(folder, *words, **options):
+    """train.py as a process of its own, see `Forked`."""
+    return start_training(folder, *OPTIONS, *words, **options)
 
 
 def wait_for(path, run, seconds=120):
@@ -224,11 +222,7 @@ def left_of(run):
 def test_a_closed_terminal_ends_no_run(place):
     """Its output fails from then on, as after `nohup`, or in a session of its own, which gets no SIGHUP."""
     master, terminal = os.openpty()
-    command = [sys.executable, str(ROOT / "tests" / "tiny.py"), *OPTIONS, "--epochs", "3", "--save-minutes", "1e-9"]
-    run = subprocess.Popen(
-        command, cwd=place, stdout=terminal, stderr=terminal, stdin=terminal, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    run = start(place, "--epochs", "3", "--save-minutes", "1e-9", session=True, terminal=terminal)
     os.close(terminal)
     folder = place / "checkpoints" / "unireplknet_test"
     until = time.monotonic() + 120

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from timm.models import register_model
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import train
 from common import checkpoint, distributed
 from common.options import run
