@@ -1,14 +1,21 @@
-"""What can happen to a process that reads images; a module of its own, since started processes import it."""
+"""What can happen to a process that reads images; a module of its own, since started processes import it.
+
+    python tests/faulty.py     lets each happen (not on Windows), and prints what a script then says, and their number
+"""
 
 import os
 import signal
+import sys
 import threading
+from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/
 from common.images import ImageError, load_image
-from common.options import UserError
+from common.loading import Loader
+from common.options import UserError, end_processes
 from common.workers import StoodStill
 
 
@@ -57,3 +64,30 @@ FAULTS = {
     "ends": (lambda: os._exit(3), UserError, "ended with status 3; .*WORKERS 0"),
     "stands still": (lambda: os.kill(os.getpid(), signal.SIGSTOP), StoodStill, "nothing came for .* training images"),
 }
+
+
+def read_all(fault, persistent=True, method=None, workers=2):
+    minutes = 0.02 if fault == "stands still" else 5  # starting a process takes half a minute on a busy machine
+    loader = Loader(
+        Faulty(fault), 4, num_workers=workers, persistent_workers=persistent and workers > 0, wait_minutes=minutes,
+        multiprocessing_context=method, what="training images", collate_fn=list if fault == "cannot be sent" else None,
+    )  # fmt: skip
+    batches = [batch for _ in range(2) for batch in loader]
+    return loader, [index for _, labels in batches for index in labels.tolist()]
+
+
+def main():
+    for number, (name, (_, expected, _)) in enumerate(FAULTS.items(), start=1):
+        try:
+            read_all(name, method="fork")
+            said, kind = "", None
+        except Exception as error:
+            said, kind = next(iter(str(error).splitlines()), ""), type(error)
+        end_processes()
+        verdict = "as expected" if kind is expected else "NOT EXPECTED"
+        print(f"{number:3} {name:16} {verdict:12}  {said[:140]}", flush=True)
+    print(f"{len(FAULTS)} faults of a process that reads images")
+
+
+if __name__ == "__main__":
+    main()

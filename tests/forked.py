@@ -1,7 +1,7 @@
 """Scripts as processes of their own that are forked from this one, with all that it has imported.
 
-A new Python needs ten seconds of processor time for its imports on a slow machine; a test that asks what a whole process
-does, such as what ends it, needs none of them. Where processes cannot be forked, a new Python is started.
+A new Python needs ten seconds of processor time for its imports on a slow machine. Where processes cannot be forked,
+one is started all the same.
 """
 
 import multiprocessing

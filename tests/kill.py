@@ -8,7 +8,6 @@ and history are the same to the last bit.
 """
 
 import argparse
-import os
 import random
 import shutil
 import subprocess

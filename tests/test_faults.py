@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from faulty import FAULTS, Faulty
+from faulty import FAULTS, Faulty, read_all
 from forked import start_training
 from kill import differences, kill_and_compare
 from tqdm import tqdm
@@ -285,16 +285,6 @@ def test_a_finished_run_that_is_continued_stays_as_it_is(run_train, straight, ca
 def test_the_table_of_faults_has_many_members():
     print(f"{len(FAULTS) - 1} faults of reading processes")
     assert len(FAULTS) >= 15
-
-
-def read_all(fault, persistent=True, method=None, workers=2):
-    minutes = 0.02 if fault == "stands still" else 5  # starting a process takes half a minute on a busy machine
-    loader = Loader(
-        Faulty(fault), 4, num_workers=workers, persistent_workers=persistent and workers > 0, wait_minutes=minutes,
-        multiprocessing_context=method, what="training images", collate_fn=list if fault == "cannot be sent" else None,
-    )  # fmt: skip
-    batches = [batch for _ in range(2) for batch in loader]
-    return loader, [index for _, labels in batches for index in labels.tolist()]
 
 
 @posix
