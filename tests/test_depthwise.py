@@ -151,7 +151,7 @@ def test_the_operator_has_first_and_second_derivatives(height, width, kernel_siz
 
 def test_the_operator_meets_the_rules_of_torch_library_and_compiles_in_both_layouts():
     x, weight = draw_inputs(6, 6, 3)
-    torch.library.opcheck(depthwise_cpu.depthwise_conv2d, (x, weight, 2))
+    torch.library.opcheck(depthwise_cpu.operator, (x, weight, 2))
     operator = lambda x, weight: depthwise_cpu.depthwise_conv2d(x, weight, 2)  # noqa: E731
     layout = x.detach().to(memory_format=torch.channels_last).requires_grad_()
     for tensor in (x, layout):
@@ -166,8 +166,8 @@ def test_the_layout_that_torch_compile_expects_is_the_layout_that_comes(input_la
     for size, kernel_size, dtype in ((12, 13, torch.float32), (6, 3, torch.bfloat16), (3, 5, torch.bfloat16)):
         x = torch.randn(2, 32, size, size, dtype=dtype).contiguous(memory_format=input_layout)
         weight = torch.randn(32, 1, kernel_size, kernel_size, dtype=dtype).to(memory_format=weight_layout)
-        expected = depthwise_cpu.depthwise_conv2d(x.to("meta"), weight.to("meta"), 1)
-        out = depthwise_cpu.depthwise_conv2d(x, weight, 1)
+        expected = depthwise_cpu.operator(x.to("meta"), weight.to("meta"), 1)
+        out = depthwise_cpu.operator(x, weight, 1)
         assert out.shape == expected.shape and out.stride() == expected.stride()
 
 
