@@ -239,12 +239,34 @@ def computing_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def lay_out(x: torch.Tensor, kernel_size: int, dilation: int, training: bool, wish: str) -> torch.Tensor:
-    """x (N, C, H, W) in the memory format that suits a convolution, for several that share it."""
-    plan = find_plan(x, kernel_size, dilation, training, wish)
+def lay_out(x: torch.Tensor, weight: torch.Tensor, dilation: int, training: bool, wish: str) -> torch.Tensor:
+    """x (N, C, H, W) in the memory format and the dtype of a convolution, once for several that share it."""
+    if is_exporting():
+        return x.contiguous()
+    plan = find_plan(x, weight.shape[-1], dilation, training, wish)
+    x = x.to(computing_dtype(x))
     if plan and plan not in NAMES:
         return depthwise_methods.to_layout(x, plan.split()[0])
-    return x.contiguous() if x.device.type == "cpu" else x  # large kernels and their gradients need it there
+    return x if reads_nhwc(x, weight, training) else x.contiguous()
+
+
+def reads_nhwc(x, weight, training):
+    """Whether PyTorch's convolution, without gradients on a CPU, computes in NHWC, so that NCHW would be copied."""
+    return x.device.type == "cpu" and not (training and torch.is_grad_enabled()) and depthwise_cpu.is_nhwc(weight)
+
+
+def lay_out_stream(x: torch.Tensor) -> torch.Tensor:
+    """x (N, C, H, W), the input of a stage, in the memory format in which all its blocks take it.
+
+    LayerNorm leaves NHWC, and each block returns what it is given. On a GPU the depthwise convolutions read NCHW and
+    would copy each of their inputs; on a CPU the linear layers read NHWC, and the convolutions are measured.
+    """
+    return x.contiguous() if takes_nchw(x.device) else x
+
+
+def takes_nchw(device: torch.device) -> bool:
+    """Whether the depthwise convolutions of all blocks read NCHW on a device."""
+    return device.type == "cuda"
 
 
 def convolve(
@@ -282,7 +304,7 @@ def convolve_by_pytorch(x, weight, bias, dilation, training):
     if x.device.type != "cpu" or is_exporting():
         return F.conv2d(x, weight, bias, 1, padding, dilation, x.shape[1])
 
-    if max(weight.shape[-2:]) > depthwise_cpu.MAX_CHANNELS_LAST_KERNEL:
+    if max(weight.shape[-2:]) > depthwise_cpu.MAX_CHANNELS_LAST_KERNEL and not reads_nhwc(x, weight, training):
         x = x.contiguous()
     dtype = computing_dtype(x)
     if training and torch.is_grad_enabled() and depthwise_cpu.fast_gradients(x.device, dtype):
@@ -313,6 +335,8 @@ def crop(weight, size, dilation):
     """
     half = weight.shape[-1] // 2
     reach = [min(half, (length - 1) // dilation) for length in size]  # taps beside the middle, (rows, columns)
+    if reach == [half, half]:
+        return weight, [half * dilation] * 2
     rows, columns = (slice(half - taps, half + taps + 1) for taps in reach)
     return weight[:, :, rows, columns], [taps * dilation for taps in reach]
 
@@ -364,7 +388,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def lay_out(self, x: torch.Tensor) -> torch.Tensor:
         """x in the memory format that suits this layer, for other layers that take it as well."""
-        return lay_out(x, self.kernel_size[0], self.dilation[0], self.training, self.wish)
+        return lay_out(x, self.weight, self.dilation[0], self.training, self.wish)
 
 
 def describe_selection(wish: str) -> str:

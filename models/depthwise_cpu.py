@@ -45,7 +45,6 @@ def same_padding(kernel_size: tuple[int, int], dilation: int) -> tuple[int, int]
     return tuple(size // 2 * dilation for size in kernel_size)
 
 
-@torch.library.custom_op("unireplknet::depthwise_conv2d", mutates_args=(), device_types="cpu")
 def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, dilation: int) -> torch.Tensor:
     """Depthwise convolution with "same" zero padding whose gradients are fast on a CPU.
 
@@ -58,11 +57,23 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, dilation: int) -> to
     Returns:
         (N, C, H, W).
     """
-    out = conv2d(x, weight, padding=same_padding(weight.shape[-2:], dilation), dilation=dilation)
-    return out.contiguous(memory_format=output_layout(x, weight))
+    if torch.compiler.is_compiling():
+        return operator(x, weight, dilation)
+    return DepthwiseFunction.apply(x, weight, dilation)
 
 
-@depthwise_conv2d.register_fake
+def compute(x, weight, dilation):
+    """The output of `depthwise_conv2d`."""
+    return conv2d(x, weight, padding=same_padding(weight.shape[-2:], dilation), dilation=dilation)
+
+
+@torch.library.custom_op("unireplknet::depthwise_conv2d", mutates_args=(), device_types="cpu")
+def operator(x: torch.Tensor, weight: torch.Tensor, dilation: int) -> torch.Tensor:
+    """`depthwise_conv2d` for torch.compile, which does not look into it; each call takes longer than without."""
+    return compute(x, weight, dilation).contiguous(memory_format=output_layout(x, weight))
+
+
+@operator.register_fake
 def _(x, weight, dilation):
     return torch.empty_like(x, memory_format=output_layout(x, weight))
 
@@ -70,9 +81,15 @@ def _(x, weight, dilation):
 def output_layout(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
     """The memory format that oneDNN gives the output: NHWC where the input or the weight has it."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    # A weight (C, 1, kh, kw) has the same memory in both formats; only this stride distinguishes them.
-    last = last or (weight.stride(1) == 1 and weight.shape[-2:].numel() > 1)
-    return torch.channels_last if last else torch.contiguous_format
+    return torch.channels_last if last or is_nhwc(weight) else torch.contiguous_format
+
+
+def is_nhwc(weight: torch.Tensor) -> bool:
+    """Whether oneDNN computes in NHWC for the sake of a weight (C, 1, kh, kw).
+
+    It has the same memory in both formats; only this stride distinguishes them.
+    """
+    return weight.stride(1) == 1 and weight.shape[-2:].numel() > 1
 
 
 def save_for_gradients(ctx, inputs, output):
@@ -127,7 +144,15 @@ def weight_by_kernel(x: torch.Tensor, grad: torch.Tensor, shape: torch.Size, dil
     return taps.reshape(n, *shape).sum(0)  # (1, N * C, kh, kw) -> (N, C, 1, kh, kw) -> (C, 1, kh, kw)
 
 
-depthwise_conv2d.register_autograd(gradients, setup_context=save_for_gradients)
+operator.register_autograd(gradients, setup_context=save_for_gradients)
+
+
+class DepthwiseFunction(torch.autograd.Function):
+    """`depthwise_conv2d` where nothing is compiled."""
+
+    forward = staticmethod(compute)
+    setup_context = staticmethod(save_for_gradients)
+    backward = staticmethod(gradients)
 
 
 def fast_gradients(device: torch.device | str, dtype: torch.dtype) -> bool:

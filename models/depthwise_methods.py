@@ -16,6 +16,7 @@ as long in NCHW as in NHWC on one CPU, and the other way round on the next. All 
 A plan names a memory format and a method for each pass: "nhwc phases-nhwc phases-nhwc phases-kernel-nhwc".
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ class Plan(NamedTuple):
         return " ".join(self)
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_plan(text: str) -> Plan:
     """The `Plan` that `str` made `text` from.
 
@@ -311,7 +313,6 @@ def compute(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, di
     return to_layout(forward(method, x, weight, bias, dilation), layout)
 
 
-@torch.library.custom_op("unireplknet::depthwise_planned", mutates_args=())
 def depthwise_planned(x: torch.Tensor, weight: torch.Tensor, dilation: int, plan: str) -> torch.Tensor:
     """Depthwise convolution with "same" zero padding whose three passes are computed as `plan` has it.
 
@@ -325,6 +326,14 @@ def depthwise_planned(x: torch.Tensor, weight: torch.Tensor, dilation: int, plan
     Returns:
         (N, C, H, W) in the plan's memory format.
     """
+    if torch.compiler.is_compiling():
+        return planned_operator(x, weight, dilation, plan)
+    return DepthwisePlanned.apply(x, weight, dilation, plan)
+
+
+@torch.library.custom_op("unireplknet::depthwise_planned", mutates_args=())
+def planned_operator(x: torch.Tensor, weight: torch.Tensor, dilation: int, plan: str) -> torch.Tensor:
+    """`depthwise_planned` for torch.compile, which does not look into it; each call takes longer than without."""
     return restride(compute(x, weight, None, dilation, plan), parse_plan(plan).layout)
 
 
@@ -334,7 +343,7 @@ def restride(x, layout):
     return x if x.stride() == expected else x.as_strided(x.shape, expected)
 
 
-@depthwise_planned.register_fake
+@planned_operator.register_fake
 def _(x, weight, dilation, plan):
     return torch.empty_like(x, memory_format=LAYOUTS[parse_plan(plan).layout])
 
@@ -356,4 +365,15 @@ def gradients(ctx, grad):
     return grad_x, grad_weight, None, None
 
 
-depthwise_planned.register_autograd(gradients, setup_context=save_for_gradients)
+planned_operator.register_autograd(gradients, setup_context=save_for_gradients)
+
+
+class DepthwisePlanned(torch.autograd.Function):
+    """`depthwise_planned` where nothing is compiled."""
+
+    @staticmethod
+    def forward(x, weight, dilation, plan):
+        return compute(x, weight, None, dilation, plan)
+
+    setup_context = staticmethod(save_for_gradients)
+    backward = staticmethod(gradients)

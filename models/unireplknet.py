@@ -29,7 +29,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.depthwise import DepthwiseConv2d
+from models.depthwise import DepthwiseConv2d, lay_out_stream
 from models.grn import GRN, PublishedGRN
 from models.pretrained import checkpoint_filter_fn, default_cfgs  # noqa: F401  timm looks for default_cfgs here
 
@@ -114,6 +114,7 @@ def add_residual(x: torch.Tensor, y: torch.Tensor, keep_bfloat16: bool) -> torch
 # torch.fx stores calls of these instead of tracing their tests of the dtype.
 torch.fx.wrap("scale_layer")
 torch.fx.wrap("add_residual")
+torch.fx.wrap("lay_out_stream")
 
 
 class SEBlock(nn.Module):
@@ -125,8 +126,10 @@ class SEBlock(nn.Module):
         self.up = nn.Conv2d(hidden_dim, dim, kernel_size=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale = x.mean((2, 3), keepdim=True)  # (N, C, 1, 1)
-        return x * torch.sigmoid(self.up(F.relu(self.down(scale))))
+        scale = x.mean((2, 3))  # (N, C), on which a convolution of 1 x 1 is a linear layer, and faster as one
+        scale = F.linear(scale, self.down.weight.flatten(1), self.down.bias)
+        scale = F.linear(F.relu(scale), self.up.weight.flatten(1), self.up.bias)
+        return x * torch.sigmoid(scale)[:, :, None, None]
 
 
 class NCHWtoNHWC(nn.Module):
@@ -445,7 +448,7 @@ class UniRepLKNet(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, in_chans, H, W) -> the last stage's map (N, dims[3], H / 32, W / 32)."""
         for downsample, stage in zip(self.downsample_layers, self.stages):
-            x = stage(downsample(x))
+            x = stage(lay_out_stream(downsample(x)))
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -485,7 +488,7 @@ class UniRepLKNet(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         intermediates = []
         for index, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
-            x = stage(downsample(x))
+            x = stage(lay_out_stream(downsample(x)))
             if index in take_indices:
                 intermediates.append(x)
             if stop_early and index == max_index:

@@ -5,11 +5,15 @@ import re
 import subprocess
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from common.options import ConstantError, UserError, set_constants
@@ -23,6 +27,7 @@ from models.depthwise import (
     why_not_implicit_gemm,
     why_not_triton,
 )
+from models.unireplknet import DilatedReparamBlock, UniRepLKNet
 from tools import conv_report
 
 CUDA = torch.device("cuda")
@@ -58,7 +63,7 @@ class DepthWiseConv2dImplicitGEMM(nn.Conv2d):
 
     def forward(self, x):
         return (
-            nn.functional.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2, groups=x.shape[1])
+            F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2, groups=x.shape[1])
             + 1000
         )
 
@@ -151,7 +156,7 @@ def test_the_operator_has_first_and_second_derivatives(height, width, kernel_siz
 
 def test_the_operator_meets_the_rules_of_torch_library_and_compiles_in_both_layouts():
     x, weight = draw_inputs(6, 6, 3)
-    torch.library.opcheck(depthwise_cpu.depthwise_conv2d, (x, weight, 2))
+    torch.library.opcheck(depthwise_cpu.operator, (x, weight, 2))
     operator = lambda x, weight: depthwise_cpu.depthwise_conv2d(x, weight, 2)  # noqa: E731
     layout = x.detach().to(memory_format=torch.channels_last).requires_grad_()
     for tensor in (x, layout):
@@ -166,8 +171,8 @@ def test_the_layout_that_torch_compile_expects_is_the_layout_that_comes(input_la
     for size, kernel_size, dtype in ((12, 13, torch.float32), (6, 3, torch.bfloat16), (3, 5, torch.bfloat16)):
         x = torch.randn(2, 32, size, size, dtype=dtype).contiguous(memory_format=input_layout)
         weight = torch.randn(32, 1, kernel_size, kernel_size, dtype=dtype).to(memory_format=weight_layout)
-        expected = depthwise_cpu.depthwise_conv2d(x.to("meta"), weight.to("meta"), 1)
-        out = depthwise_cpu.depthwise_conv2d(x, weight, 1)
+        expected = depthwise_cpu.operator(x.to("meta"), weight.to("meta"), 1)
+        out = depthwise_cpu.operator(x, weight, 1)
         assert out.shape == expected.shape and out.stride() == expected.stride()
 
 
@@ -333,6 +338,107 @@ def test_the_extension_gets_the_module_s_own_parameters(extension, monkeypatch):
     torch.testing.assert_close(conv(x), expected + 1000)
     conv.wish = "pytorch"
     torch.testing.assert_close(conv(x), expected)
+
+
+# --- a whole network as on a GPU
+
+
+class TritonStandIn(torch.autograd.Function):
+    """Counts its calls, and the operands that the kernels would copy, since they read NCHW."""
+
+    counts = Counter()
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, dilation):
+        TritonStandIn.counts.update(forward=1, copies=int(not x.is_contiguous()))
+        ctx.save_for_backward(x, weight)
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx, grad):
+        TritonStandIn.counts.update(backward=1, copies=int(not grad.is_contiguous()))
+        return *map(torch.zeros_like, ctx.saved_tensors), None, None
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies of maps (N, C, H, W) within it: changes of the memory format, and of the dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.formats = self.dtypes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out) and out.ndim == 4 and out.shape[0] == 2 and out.shape[2:].numel() > 1:
+            self.formats += func._overloadpacket is torch.ops.aten.clone
+            self.dtypes += func._overloadpacket is torch.ops.aten._to_copy
+        return out
+
+
+def train_once(compute=lambda model, x: model(x).sum(), **options):
+    """(the network, copies in a training step, or in inference with the merged structure)."""
+    model = UniRepLKNet(depths=(2, 2, 6, 2), dims=(4, 8, 8, 16), num_classes=3, **options).train()
+    with Copies() as copies, torch.set_grad_enabled(not model.deploy):
+        out = compute(model, torch.randn(2, 3, 64, 64))
+        if not model.deploy:
+            out.backward()
+    return model, copies
+
+
+def sum_of_stages(model, x):
+    last, stages = model.forward_intermediates(x)
+    return sum(stage.sum() for stage in stages)
+
+
+@pytest.mark.parametrize("compute", [lambda model, x: model(x).sum(), sum_of_stages], ids=["logits", "stages"])
+@pytest.mark.parametrize("options", [dict(), dict(deploy=True), dict(with_cp=True)], ids=str)
+def test_no_operand_of_a_depthwise_convolution_is_copied_on_a_gpu(compute, options, gpu, monkeypatch):
+    monkeypatch.setattr(depthwise, "choose", lambda *_: "triton")
+    monkeypatch.setattr(depthwise, "depthwise_triton", types.SimpleNamespace(depthwise_conv2d=TritonStandIn.apply))
+    monkeypatch.setattr(depthwise, "takes_nchw", lambda device: True)
+    TritonStandIn.counts.clear()
+    model, copies = train_once(compute, **options)
+    convolutions = sum(isinstance(module, DepthwiseConv2d) for module in model.modules())
+    forwards = 2 if "with_cp" in options else 1
+    backwards = 0 if "deploy" in options else convolutions
+    assert +TritonStandIn.counts == Counter(forward=forwards * convolutions, backward=backwards)
+    # What a norm leaves in NHWC once in each of 4 stages, and the linear layers, which read NHWC, in each of 12 blocks.
+    assert (copies.formats, copies.dtypes) == (4 + forwards * 12, 0)
+
+
+def test_without_the_stage_s_memory_format_the_operands_would_be_copied(gpu, monkeypatch):
+    monkeypatch.setattr(depthwise, "choose", lambda *_: "triton")
+    monkeypatch.setattr(depthwise, "depthwise_triton", types.SimpleNamespace(depthwise_conv2d=TritonStandIn.apply))
+    TritonStandIn.counts.clear()
+    train_once()
+    assert TritonStandIn.counts["copies"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_extension_runs_every_large_convolution_of_a_network(dtype, extension, no_triton, monkeypatch):
+    as_on_cuda = lambda size, dilation, device, *rest: why_not_implicit_gemm(size, dilation, CUDA, *rest)  # noqa: E731
+    monkeypatch.setattr(depthwise, "why_not_implicit_gemm", as_on_cuda)
+    monkeypatch.setattr(depthwise, "takes_nchw", lambda device: True)
+    sizes = []
+    real = DepthWiseConv2dImplicitGEMM.forward
+    monkeypatch.setattr(
+        DepthWiseConv2dImplicitGEMM, "forward", lambda self, x: sizes.append(self.weight.shape[-1]) or real(self, x)
+    )
+    for deploy in (False, True):
+        sizes.clear()
+        with torch.device("meta"):
+            model = timm.create_model("unireplknet_t", num_classes=3, deploy=deploy).to(dtype)
+        model(torch.empty(2, 3, 96, 96, device="meta", dtype=dtype))
+        assert sizes == [13] * 15
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_block_casts_its_input_once(dtype):
+    block = DilatedReparamBlock(4, 13)
+    x = torch.randn(2, 4, 16, 16, requires_grad=True)
+    with Copies() as copies, torch.autocast("cpu", dtype):
+        block(x)
+    assert copies.dtypes == 1
 
 
 def test_import_survives_a_missing_triton_and_an_unknown_name_in_the_environment_variable():

@@ -22,7 +22,17 @@ from models.depthwise_choice import (
     to_text,
     verify,
 )
-from models.depthwise_methods import FORWARD, INPUT, LAYOUTS, WEIGHT, Plan, depthwise_planned, methods, parse_plan
+from models.depthwise_methods import (
+    FORWARD,
+    INPUT,
+    LAYOUTS,
+    WEIGHT,
+    Plan,
+    depthwise_planned,
+    methods,
+    parse_plan,
+    planned_operator,
+)
 from models.unireplknet import DilatedReparamBlock
 
 CPU = torch.device("cpu")
@@ -121,7 +131,7 @@ def key_of(conv, x, training=True):
 def test_a_plan_meets_the_rules_of_torch_library():
     x = torch.randn(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 1, 3, 3, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(depthwise_planned, (x, weight, 2, "nhwc phases-nchw phases-nhwc phases-rows"))
+    torch.library.opcheck(planned_operator, (x, weight, 2, "nhwc phases-nchw phases-nhwc phases-rows"))
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 6, 5), (2, 1, 6, 6), (2, 4, 1, 1), (1, 4, 1, 6)])
@@ -130,8 +140,8 @@ def test_outputs_have_the_strides_that_torch_compile_expects(shape, dilation):
     x, weight = torch.randn(shape), torch.randn(shape[1], 1, 1, 1)
     for plan in every_plan(shape, 1, dilation, torch.float32):
         for given in (x, x.contiguous(memory_format=torch.channels_last)):
-            expected = depthwise_planned(given.to("meta"), weight.to("meta"), dilation, plan)
-            assert depthwise_planned(given, weight, dilation, plan).stride() == expected.stride(), plan
+            expected = planned_operator(given.to("meta"), weight.to("meta"), dilation, plan)
+            assert planned_operator(given, weight, dilation, plan).stride() == expected.stride(), plan
 
 
 def test_torch_compile_may_leave_sizes_open_where_nothing_was_measured():
