@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
-from common.dataset import ImageFiles, pixel_transform
+from common.dataset import ImageFiles, PixelTransform
 from common.device import Normalise, choose_device, choose_layout, has_bfloat16, keep_freed_memory
 from common.evaluation import match_classes, report_classes
 from common.files import SideFiles, identity, is_circle, list_files, write_csv, write_text
@@ -85,7 +85,7 @@ def main():
     folder = Path(OUTPUT)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    files = ImageFiles(paths, pixel_transform(checkpoint["img_size"]), kind.load)
+    files = ImageFiles(paths, PixelTransform(checkpoint["img_size"]), kind.load)
     workers = choose_readers(files, BATCH_SIZE, device) if WORKERS is None else WORKERS
     loader = Loader(files, BATCH_SIZE, num_workers=workers, collate_fn=list)
     normalise = Normalise(checkpoint["mean"], checkpoint["std"], device)

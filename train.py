@@ -35,7 +35,7 @@ from common.augment import BatchMixup, spectrogram_transform, train_transform
 from common.board import Board
 from common.cache import cache_images
 from common.convolutions import choose_convolutions
-from common.dataset import EpochBatches, SeededImages, open_image_folder, pixel_transform, seed_everything
+from common.dataset import EpochBatches, PixelTransform, SeededImages, open_image_folder, seed_everything
 from common.device import NetworkForSize, Normalise, choose_amp, choose_layout, choose_workers, prefetch, wants_compile
 from common.faults import Interrupt, Stopped, explain_not_finite, skip_step, split_when_out_of_memory
 from common.fingerprints import fingerprint_images
@@ -158,7 +158,7 @@ def main():
                 mean, std, decibels=sound["decibels"], time_shift=TIME_SHIFT, gain=GAIN, noise=NOISE,
                 spec_mask=SPEC_MASK,
             )  # fmt: skip
-        train_set, val_set = open_data(DATA, transform, pixel_transform(sizes.last))
+        train_set, val_set = open_data(DATA, transform, PixelTransform(sizes.last))
         classes = train_set.classes
         cached = (train_set, sizes.full), (val_set, sizes.last)
         with distributed.first_on_each_machine():

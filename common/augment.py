@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torchvision import transforms
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from common.dataset import PixelTransform, to_pixels
+from common.dataset import PixelTransform
 from common.renamed import upgrade_config
 
 # torchtoolbox 0.1.8 still uses np.int, which NumPy removed in 1.24; its Cutout works once the name exists.
@@ -30,6 +30,7 @@ del np.int
 
 CUTOUT_SCALE = (0.02, 0.4)  # area of the erased rectangle as a fraction of the image
 CUTOUT_RATIO = (0.4, 2.5)  # its aspect ratio
+GREY = np.float32([19595 / 65536, 38470 / 65536, 7471 / 65536, 0.5])  # Pillow's weights of red, green and blue, and 1/2
 NOISE_LEVELS = (40.0, 80.0)  # decibels below the loudest place at which white noise is added
 
 
@@ -57,10 +58,9 @@ def train_transform(
         rotation: maximum rotation in degrees.
         color_jitter: maximum relative change of brightness, contrast and saturation.
     """
-    steps = [transforms.Resize(size)]
+    steps = []
     if crop < 1:
-        steps += [to_image, transforms.RandomResizedCrop(size, (crop, 1.0))]
-    steps.append(to_pixels)
+        steps += [to_pil_image, transforms.RandomResizedCrop(size, (crop, 1.0)), pil_to_tensor]
     if hflip:
         steps.append(transforms.RandomHorizontalFlip(hflip))
     if vflip:
@@ -69,7 +69,7 @@ def train_transform(
         steps.append(transforms.Lambda(quarter_turn))
     if rotation:
         bilinear = transforms.InterpolationMode.BILINEAR
-        steps += [to_image, transforms.RandomRotation(rotation, bilinear), to_pixels]
+        steps += [to_pil_image, transforms.RandomRotation(rotation, bilinear), pil_to_tensor]
     if color_jitter:
         steps.append(ColorJitter(color_jitter))
     # Cutout comes after whatever changes colours, so that the rectangle keeps the mean colour.
@@ -79,20 +79,14 @@ def train_transform(
             steps.append(transforms.RandomErasing(cutout, CUTOUT_SCALE, CUTOUT_RATIO, color))
         else:
             steps.append(ColorCutout(cutout, color))
-    return PixelTransform(steps)
-
-
-def to_image(pixels):
-    """uint8 tensor (3, height, width) -> PIL RGB, whose crops and rotations differ from those of tensors; an image is
-    returned as it is."""
-    return to_pil_image(pixels) if torch.is_tensor(pixels) else pixels
+    return PixelTransform(size, steps)
 
 
 def quarter_turn(pixels):
     """Rotate a uint8 tensor (3, H, W) by a random multiple of 90 degrees; if it is no square, what leaves is black."""
     turns = random.randrange(4)
     if pixels.shape[1] != pixels.shape[2]:
-        return to_pixels(to_image(pixels).rotate(90 * turns))
+        return pil_to_tensor(to_pil_image(pixels).rotate(90 * turns))
     return pixels.rot90(turns, (1, 2))
 
 
@@ -119,7 +113,7 @@ class ColorJitter(transforms.ColorJitter):
                 continue
             other = None if step == 0 else grey_values(image)
             if step == 1:
-                other = int(other.mean(dtype=np.float64) + 0.5)
+                other = int(other.sum(dtype=np.float64) / other.size + 0.5)
             if other is not None:
                 image -= other
             image *= np.float32(factor)
@@ -133,11 +127,11 @@ class ColorJitter(transforms.ColorJitter):
 
 def grey_values(image):
     """Grey values (H, W) of an image (3, H, W), whole numbers from 0 to 255 as float32, rounded as Pillow does it."""
-    grey = image[0] * np.float32(19595 / 65536)  # products and sums are exact
-    grey += image[1] * np.float32(38470 / 65536)
-    grey += image[2] * np.float32(7471 / 65536)
-    grey += np.float32(0.5)
-    return np.floor(grey, out=grey)
+    red, green, blue = (plane * weight for plane, weight in zip(image, GREY))
+    red += green  # exact, like the products
+    red += blue
+    red += GREY[3]
+    return np.floor(red, out=red)
 
 
 class ColorCutout(Cutout):

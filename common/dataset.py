@@ -24,7 +24,7 @@ class CachedImageFolder(Dataset):
 
     Args:
         root: folder that contains <class>/<image>.
-        transform: function of a PIL RGB image, or a `PixelTransform`; None returns the image as it is.
+        transform: function of a PIL RGB image, such as a `PixelTransform`; None returns the image as it is.
         value_range: see `load_image`.
 
     Attributes:
@@ -114,24 +114,22 @@ def height_and_width(img_size):
 
 
 class PixelTransform(transforms.Compose):
-    """Transforms in a row, after a first one that resizes: PIL RGB -> tensor (3, height, width).
+    """Resizes, then applies other transforms in a row: PIL RGB -> uint8 tensor (3, height, width).
 
-    A cached image, which was resized before, may be given as its pixels, a uint8 tensor (3, height, width).
+    Without others it is `eval_transform` but for the normalisation, which `common.device.Normalise` applies to whole
+    batches. A cached image, which was resized before, may be given as its pixels, a uint8 tensor (3, height, width).
+
+    Args:
+        img_size: side in pixels, or (height, width).
+        steps: functions of a uint8 tensor (3, height, width) -> likewise.
     """
 
+    def __init__(self, img_size, steps=()):
+        super().__init__(steps)
+        self.resize = transforms.Resize(height_and_width(img_size))
 
-def to_pixels(image):
-    """PIL RGB -> uint8 tensor (3, height, width); a tensor is returned as it is."""
-    return image if torch.is_tensor(image) else pil_to_tensor(image)
-
-
-def pixel_transform(img_size):
-    """`eval_transform` without the normalisation, which `common.device.Normalise` applies to whole batches.
-
-    Returns:
-        Function of a PIL RGB image -> uint8 tensor (3, height, width), a quarter of the memory of float32.
-    """
-    return PixelTransform([transforms.Resize(height_and_width(img_size)), to_pixels])
+    def __call__(self, image):
+        return super().__call__(image if torch.is_tensor(image) else pil_to_tensor(self.resize(image)))
 
 
 def eval_transform(img_size, mean, std):
