@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
-from common.dataset import ImageFiles, eval_transform
-from common.device import choose_device, choose_layout, has_bfloat16, keep_freed_memory
+from common.dataset import ImageFiles, PixelTransform
+from common.device import Normalise, choose_device, choose_layout, has_bfloat16, keep_freed_memory
 from common.evaluation import match_classes, report_classes
 from common.files import SideFiles, identity, is_circle, list_files, write_csv, write_text
 from common.images import is_hidden
@@ -88,11 +88,11 @@ def main():
     folder = Path(OUTPUT)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
-    files = ImageFiles(paths, transform, kind.load)
+    files = ImageFiles(paths, PixelTransform(checkpoint["img_size"]), kind.load)
     workers = choose_readers(files, BATCH_SIZE, device) if WORKERS is None else WORKERS
     loader = Loader(files, BATCH_SIZE, num_workers=workers, collate_fn=list)
-    probabilities, reasons, dtype = predict(network, loader, device, AMP, TTA)
+    normalise = Normalise(checkpoint["mean"], checkpoint["std"], device)
+    probabilities, reasons, dtype = predict(network, loader, normalise, device, AMP, TTA)
     seconds = time.perf_counter() - started
     broken = [reason for reason in reasons if reason]
     if len(broken) == len(paths):
@@ -165,12 +165,13 @@ def choose_readers(files, batch_size, device):
 
 
 @torch.inference_mode()
-def predict(network, loader, device, amp, tta):
+def predict(network, loader, normalise, device, amp, tta):
     """Predict every file.
 
     Args:
         network: images (N, 3, height, width) -> logits (N, classes).
         loader: yields lists of the items of an `ImageFiles`.
+        normalise: a `common.device.Normalise`.
         amp, tta: the constants AMP and TTA.
 
     Returns:
@@ -185,7 +186,7 @@ def predict(network, loader, device, amp, tta):
             reasons += [reason for _, reason in batch]
             images = [image for image, _ in batch if image is not None]
             if images:
-                images = torch.stack(images).to(device, memory_format=choose_layout(device))
+                images = normalise(torch.stack(images).to(device)).contiguous(memory_format=choose_layout(device))
                 dtype = dtype or choose_dtype(network, images, amp)
                 views = symmetries(images) if tta else [images]
                 views = torch.stack([compute(network, view, dtype) for view in views])  # (views, N, classes)

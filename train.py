@@ -39,8 +39,8 @@ from common.augment import BatchMixup, spectrogram_transform, train_transform
 from common.board import Board
 from common.cache import cache_images
 from common.convolutions import choose_convolutions
-from common.dataset import EpochBatches, SeededImages, eval_transform, open_image_folder, seed_everything
-from common.device import NetworkForSize, choose_amp, choose_layout, choose_workers, prefetch, wants_compile
+from common.dataset import EpochBatches, PixelTransform, SeededImages, open_image_folder, seed_everything
+from common.device import NetworkForSize, Normalise, choose_amp, choose_layout, choose_workers, prefetch, wants_compile
 from common.faults import Interrupt, Stopped, explain_not_finite, skip_step, split_when_out_of_memory
 from common.fingerprints import fingerprint_images
 from common.loading import Loader
@@ -153,7 +153,7 @@ def main():
         if sound is None:
             sizes = ImageSizes(epochs, (IMG_SIZE,) * 2, (TEST_SIZE,) * 2 if TEST_SIZE else None, START_SIZE)
             transform = train_transform(
-                sizes.full, mean, std, crop=CROP, cutout=CUTOUT, hflip=HFLIP, vflip=VFLIP, quarter_turns=QUARTER_TURNS,
+                sizes.full, mean, crop=CROP, cutout=CUTOUT, hflip=HFLIP, vflip=VFLIP, quarter_turns=QUARTER_TURNS,
                 rotation=ROTATION, color_jitter=COLOR_JITTER,
             )  # fmt: skip
         else:
@@ -162,7 +162,7 @@ def main():
                 mean, std, decibels=sound["decibels"], time_shift=TIME_SHIFT, gain=GAIN, noise=NOISE,
                 spec_mask=SPEC_MASK,
             )  # fmt: skip
-        train_set, val_set = open_data(DATA, transform, eval_transform(sizes.last, mean, std))
+        train_set, val_set = open_data(DATA, transform, PixelTransform(sizes.last))
         classes = train_set.classes
         cached = (train_set, sizes.full), (val_set, sizes.last)
         with distributed.first_on_each_machine():
@@ -196,6 +196,7 @@ def main():
         )
 
         # --- what each step does
+        normalise = Normalise(mean, std, device)
         steps = math.ceil(len(train_loader) / ACCUMULATE)  # of one epoch
         step_images = batch_size * world_size * ACCUMULATE
         # For optimizers that divide by the gradient's size, the learning rate grows with the root of the batch size
@@ -228,10 +229,12 @@ def main():
         with Interrupt() as interrupt, folder.saved_on_error(state):
             try:
                 while state.epoch < epochs:
-                    state.img_size = to_img_size(sizes.validation(state.epoch))
-                    size, frozen = sizes.training(state.epoch), state.epoch < FREEZE_EPOCHS
+                    size, val_size = sizes.training(state.epoch), sizes.validation(state.epoch)
+                    state.img_size, frozen = to_img_size(val_size), state.epoch < FREEZE_EPOCHS
                     network = model if frozen else compiled_for(size)
-                    prepare = partial(prepare_batch, size=size, device=device, mixup=mixup, seed=SEED)
+                    prepare = partial(
+                        prepare_batch, size=size, device=device, normalise=normalise, mixup=mixup, seed=SEED
+                    )
                     train_metrics = train_one_epoch(
                         state, network, train_loader, prepare, criterion, learning_rate, amp, accumulate=ACCUMULATE,
                         clip_grad=CLIP_GRAD, frozen=frozen, description=f"epoch {state.epoch + 1}/{epochs}",
@@ -239,7 +242,7 @@ def main():
                     )  # fmt: skip
                     started = time.perf_counter()
                     validation = {
-                        name: validate(network, val_loader, sizes.validation(state.epoch), amp, name, interrupt)
+                        name: validate(network, val_loader, val_size, normalise, amp, name, interrupt)
                         for name, network in state.networks().items()
                     }
                     row = folder.finish_epoch(
@@ -447,15 +450,15 @@ def micro_batches(batches, numbers, prepare, count):
             yield *part, len(part[0]) / len(whole[0]) / len(batches), number == numbers[-1] and part is parts[-1]
 
 
-def prepare_batch(batch, number, *, size, device, mixup, seed):
-    """Batch `number` of the run on the device, resized to (height, width) and mixed.
+def prepare_batch(batch, number, *, size, device, normalise, mixup, seed):
+    """Batch `number` of the run on the device, normalised, resized to (height, width) and mixed.
 
     Returns:
         images (N, 3, height, width); labels (N,), -1 for images that were mixed; targets (N, classes).
     """
-    seed_everything(seed, "step", number)  # Mixup, dropout and stochastic depth depend on the batch's number only
+    seed_everything(seed, "step", number, device=device)  # Mixup, dropout, drop path: by the batch's number only
     images, labels = (tensor.to(device, non_blocking=True, copy=True) for tensor in batch)  # Mixup works in place
-    images = resize(images, size).contiguous(memory_format=choose_layout(device))
+    images = resize(normalise(images), size).contiguous(memory_format=choose_layout(device))
     images, targets = mixup(images, labels)
     unmixed = targets.gather(1, labels[:, None]).squeeze(1) > 1 - mixup.label_smoothing - 1e-4
     return images, torch.where(unmixed, labels, -1), targets
@@ -474,7 +477,7 @@ def measure(loss, logits, labels):
 
 
 @torch.inference_mode()
-def validate(model, loader, size, amp, description, interrupt=None):
+def validate(model, loader, size, normalise, amp, description, interrupt=None):
     """One pass over data/val at `size` (height, width); each process takes a part, all get the metrics of the whole.
 
     Returns:
@@ -490,7 +493,7 @@ def validate(model, loader, size, amp, description, interrupt=None):
     loss, labels_seen, top_classes = 0.0, [], []
     for images, labels in tqdm(loader, desc=description, unit="batch", leave=False, disable=distributed.rank() > 0):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        images = resize(images, size).contiguous(memory_format=choose_layout(device))
+        images = resize(normalise(images), size).contiguous(memory_format=choose_layout(device))
         with amp():
             logits = model(images)
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")

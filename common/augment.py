@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torchvision import transforms
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from common.dataset import PixelTransform
 from common.renamed import upgrade_config
 
 # torchtoolbox 0.1.8 still uses np.int, which NumPy removed in 1.24; its Cutout works once the name exists.
@@ -28,13 +30,13 @@ del np.int
 
 CUTOUT_SCALE = (0.02, 0.4)  # area of the erased rectangle as a fraction of the image
 CUTOUT_RATIO = (0.4, 2.5)  # its aspect ratio
+GREY = np.float32([19595 / 65536, 38470 / 65536, 7471 / 65536, 0.5])  # Pillow's weights of red, green and blue, and 1/2
 NOISE_LEVELS = (40.0, 80.0)  # decibels below the loudest place at which white noise is added
 
 
 def train_transform(
     size,
     mean,
-    std,
     *,
     crop=1.0,
     cutout=0.0,
@@ -44,11 +46,11 @@ def train_transform(
     rotation=0.0,
     color_jitter=0.0,
 ):
-    """Augmentation of images: PIL RGB -> float tensor (3, height, width).
+    """Augmentation of images: PIL RGB -> uint8 tensor (3, height, width), not normalised.
 
     Args:
         size: (height, width) in pixels.
-        mean, std: three values each, for pixels from 0 to 1.
+        mean: three values for pixels from 0 to 1, the colour of erased rectangles.
         crop: minimum area fraction of RandomResizedCrop; 1: whole images.
         cutout: probability of erasing a rectangle (DeVries and Taylor, arXiv:1708.04552).
         hflip, vflip: probabilities of a horizontal and a vertical flip.
@@ -56,9 +58,9 @@ def train_transform(
         rotation: maximum rotation in degrees.
         color_jitter: maximum relative change of brightness, contrast and saturation.
     """
-    steps = [transforms.Resize(size)]
+    steps = []
     if crop < 1:
-        steps.append(transforms.RandomResizedCrop(size, (crop, 1.0)))
+        steps += [to_pil_image, transforms.RandomResizedCrop(size, (crop, 1.0)), pil_to_tensor]
     if hflip:
         steps.append(transforms.RandomHorizontalFlip(hflip))
     if vflip:
@@ -66,43 +68,92 @@ def train_transform(
     if quarter_turns:
         steps.append(transforms.Lambda(quarter_turn))
     if rotation:
-        steps.append(transforms.RandomRotation(rotation, transforms.InterpolationMode.BILINEAR))
+        bilinear = transforms.InterpolationMode.BILINEAR
+        steps += [to_pil_image, transforms.RandomRotation(rotation, bilinear), pil_to_tensor]
     if color_jitter:
-        steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
+        steps.append(ColorJitter(color_jitter))
     # Cutout comes after whatever changes colours, so that the rectangle keeps the mean colour.
-    if cutout and not CUTOUT_ERROR:
-        steps.append(MeanCutout(cutout, mean))
-    steps += [transforms.ToTensor(), transforms.Normalize(mean, std)]
-    if cutout and CUTOUT_ERROR:
-        steps.append(transforms.RandomErasing(cutout, CUTOUT_SCALE, CUTOUT_RATIO, value=0))  # 0: the mean
-    return transforms.Compose(steps)
+    if cutout:
+        color = [round(255 * value) for value in mean]
+        if CUTOUT_ERROR:
+            steps.append(transforms.RandomErasing(cutout, CUTOUT_SCALE, CUTOUT_RATIO, color))
+        else:
+            steps.append(ColorCutout(cutout, color))
+    return PixelTransform(size, steps)
 
 
-def quarter_turn(image):
-    """Rotate a PIL image by a random multiple of 90 degrees."""
-    return image.rotate(90 * random.randrange(4))
+def quarter_turn(pixels):
+    """Rotate a uint8 tensor (3, H, W) by a random multiple of 90 degrees; if it is no square, what leaves is black."""
+    turns = random.randrange(4)
+    if pixels.shape[1] != pixels.shape[2]:
+        return pil_to_tensor(to_pil_image(pixels).rotate(90 * turns))
+    return pixels.rot90(turns, (1, 2))
 
 
-class MeanCutout(Cutout):
-    """torchtoolbox's Cutout filled with the mean colour: PIL RGB -> PIL RGB.
+class ColorJitter(transforms.ColorJitter):
+    """torchvision's ColorJitter of brightness, contrast and saturation: uint8 tensor (3, H, W) -> likewise.
 
-    torchtoolbox pastes one random integer, which Pillow takes for a shade of red in an RGB image.
+    It gives the bits that Pillow gives for an image, which torchvision does not for a tensor, in half the time. Pillow
+    mixes an image with black, with its mean grey or with its grey values, and rounds down after each step.
+
+    Args:
+        largest: maximum relative change of each.
+    """
+
+    def __init__(self, largest):
+        super().__init__(largest, largest, largest)
+
+    def forward(self, pixels):
+        order, *factors = self.get_params(self.brightness, self.contrast, self.saturation, self.hue)
+        image = np.empty(pixels.shape, np.float32)
+        np.copyto(image, pixels.numpy())
+        for step in order.tolist():
+            factor = factors[step]
+            if factor is None:
+                continue
+            other = None if step == 0 else grey_values(image)
+            if step == 1:
+                other = int(other.sum(dtype=np.float64) / other.size + 0.5)
+            if other is not None:
+                image -= other
+            image *= np.float32(factor)
+            if other is not None:
+                image += other
+            if factor > 1:
+                np.clip(image, 0, 255, out=image)
+            np.floor(image, out=image)
+        return torch.from_numpy(image.astype(np.uint8))
+
+
+def grey_values(image):
+    """Grey values (H, W) of an image (3, H, W), whole numbers from 0 to 255 as float32, rounded as Pillow does it."""
+    red, green, blue = (plane * weight for plane, weight in zip(image, GREY))
+    red += green  # exact, like the products
+    red += blue
+    red += GREY[3]
+    return np.floor(red, out=red)
+
+
+class ColorCutout(Cutout):
+    """torchtoolbox's Cutout filled with one colour: uint8 tensor (3, H, W) -> likewise.
+
+    torchtoolbox itself fills images with a random shade of red.
 
     Args:
         probability: of erasing a rectangle.
-        mean: three values from 0 to 1.
+        color: three values from 0 to 255.
     """
 
-    def __init__(self, probability, mean):
+    def __init__(self, probability, color):
         super().__init__(probability, CUTOUT_SCALE, CUTOUT_RATIO)
-        self.color = tuple(round(255 * value) for value in mean)
+        self.color = torch.tensor(color, dtype=torch.uint8)[:, None, None]
 
-    def __call__(self, image):
+    def __call__(self, pixels):
         if random.random() < self.p:
-            left, top, height, width, _ = self.get_params(image, self.scale, self.ratio)
-            image = image.copy()
-            image.paste(self.color, (left, top, left + width, top + height))
-        return image
+            left, top, height, width, _ = self.get_params(pixels.permute(1, 2, 0).numpy(), self.scale, self.ratio)
+            pixels = pixels.clone()
+            pixels[:, top : top + height, left : left + width] = self.color
+        return pixels
 
 
 def spectrogram_transform(mean, std, *, decibels, time_shift=0.0, gain=0.0, noise=0.0, spec_mask=0.0):
@@ -241,7 +292,6 @@ def augmentation_from_config(config, num_classes, size, mean, std, sound=None):
         transform = train_transform(
             size,
             mean,
-            std,
             crop=value("CROP", 1.0),
             cutout=value("CUTOUT"),
             hflip=value("HFLIP"),

@@ -16,6 +16,7 @@ import shutil
 
 import numpy as np
 import PIL
+import torch
 from filelock import FileLock
 from PIL import Image
 from torch.utils.data import Dataset
@@ -85,6 +86,16 @@ class Cache:
 
     def get(self, index):
         """Image `index` as PIL RGB, or None if it is not cached."""
+        row = self.read(index)
+        return None if row is None else Image.fromarray(row)
+
+    def get_pixels(self, index):
+        """Image `index` as uint8 tensor (3, height, width), or None if it is not cached."""
+        row = self.read(index)
+        return None if row is None else torch.from_numpy(row).permute(2, 0, 1)
+
+    def read(self, index):
+        """Image `index` as uint8 array (height, width, 3), or None if it is not cached."""
         if index >= self.count:
             return None
         if self.rows is None:
@@ -93,7 +104,7 @@ class Cache:
             except OSError:  # removed since, to make room or by hand
                 self.count = 0
                 return None
-        return Image.fromarray(np.array(self.rows[index]))
+        return np.array(self.rows[index])
 
 
 def open_cache(paths, img_size, folder, limit, in_use=(), value_range=None, workers=None, wait_minutes=WAIT_MINUTES):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
+from torchvision.transforms.functional import pil_to_tensor
 
 from common.audio import is_sound
 from common.images import ImageError, is_image, load_image, scan_class_folders
@@ -23,7 +24,7 @@ class CachedImageFolder(Dataset):
 
     Args:
         root: folder that contains <class>/<image>.
-        transform: function of a PIL RGB image; None returns it as it is.
+        transform: function of a PIL RGB image, such as a `PixelTransform`; None returns the image as it is.
         value_range: see `load_image`.
 
     Attributes:
@@ -69,7 +70,10 @@ class CachedImageFolder(Dataset):
         return len(self.files)
 
     def __getitem__(self, index):
-        image = None if self.cache is None else self.cache.get(index)
+        image = None
+        if self.cache is not None:
+            get = self.cache.get_pixels if isinstance(self.transform, PixelTransform) else self.cache.get
+            image = get(index)
         if image is None:
             image = self.loader(self.files[index])
         return image if self.transform is None else self.transform(image), int(self.targets[index])
@@ -109,6 +113,25 @@ def height_and_width(img_size):
     return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
 
 
+class PixelTransform(transforms.Compose):
+    """Resizes, then applies other transforms in a row: PIL RGB -> uint8 tensor (3, height, width).
+
+    Without others it is `eval_transform` but for the normalisation, which `common.device.Normalise` applies to whole
+    batches. A cached image, which was resized before, may be given as its pixels, a uint8 tensor (3, height, width).
+
+    Args:
+        img_size: side in pixels, or (height, width).
+        steps: functions of a uint8 tensor (3, height, width) -> likewise.
+    """
+
+    def __init__(self, img_size, steps=()):
+        super().__init__(steps)
+        self.resize = transforms.Resize(height_and_width(img_size))
+
+    def __call__(self, image):
+        return super().__call__(image if torch.is_tensor(image) else pil_to_tensor(self.resize(image)))
+
+
 def eval_transform(img_size, mean, std):
     """The transform of validation and prediction: PIL RGB -> float tensor (3, height, width).
 
@@ -122,12 +145,24 @@ def eval_transform(img_size, mean, std):
     )
 
 
-def seed_everything(*key):
-    """Seed random, NumPy and PyTorch (every device) with a hash of `key`, such as (seed, epoch, index)."""
+CPU = torch.device("cpu")
+
+
+def seed_everything(*key, device=None):
+    """Seed random, NumPy and PyTorch with a hash of `key`, such as (seed, epoch, index).
+
+    Args:
+        device: the `torch.device` of random tensors; None: every device. Those on the CPU are always seeded.
+    """
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    if device is not None and device.type == "cpu":
+        # torch.manual_seed does the same, but first formats a stack trace for each kind of device that has not been
+        # started, for the case that it will be: half of the time that a small image takes.
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 class SeededImages(Dataset):
@@ -147,7 +182,7 @@ class SeededImages(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        seed_everything(self.seed, epoch, index)
+        seed_everything(self.seed, epoch, index, device=CPU)
         return self.dataset[index]
 
 

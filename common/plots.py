@@ -358,13 +358,14 @@ def plot_augmentation(images, labels, classes, transform, mixup, path):
         images: PIL RGB images.
         labels: class number of each image.
         classes: class names.
-        transform: the run's augmentation: PIL RGB -> tensor (3, H, W); the normalisation in it is undone here.
+        transform: the run's augmentation: PIL RGB -> tensor (3, H, W), uint8, or float, whose normalisation is undone.
         mixup: the run's `BatchMixup`. It mixes every batch here; the rows say how many it mixes in training.
         path: PNG file to write.
     """
     classes = [label(name) for name in classes]
     names = [classes[number] for number in labels]
     batch, labels = torch.stack([transform(image) for image in images]), torch.tensor(labels)
+    batch = batch if batch.is_floating_point() else batch / 255
     cells, captions, rows = [*images, *to_pixels(batch, transform)], 2 * names, ["file", "augmented"]
     for name, alpha, other, switch in (
         ("Mixup", mixup.mixup_alpha, mixup.cutmix_alpha, 0.0),

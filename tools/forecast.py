@@ -878,7 +878,7 @@ def train_one_epoch(fit, windows, method, settings, seed, interrupt, description
     bar = dict(desc=f"{description}, epoch {fit.epoch + 1}/{epochs}", unit="step", total=steps, leave=False)
     for step in tqdm(range(fit.step, steps), initial=fit.step, **bar):
         number = fit.epoch * steps + step
-        seed_everything(seed, "step", number)
+        seed_everything(seed, "step", number, device=windows.device)
         peak, final = method.learning_rate, settings.min_learning_rate
         for group in fit.optimizer.param_groups:
             group["lr"] = warmup_cosine(number, epochs * steps, settings.warmup_steps, peak, final)
