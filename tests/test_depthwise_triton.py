@@ -214,7 +214,7 @@ def test_a_first_step_compiles_few_kernels():
     compile_ahead = pytest.importorskip("tests.compile_ahead")
     counts = count_kernels(compile_ahead, [224])
     assert counts["spread_kernel"] == 2 and counts["gather_kernel"] <= 3 and counts.total() <= 33
-    assert count_kernels(compile_ahead, [128, 160, 192, 224]).total() <= 110
+    assert count_kernels(compile_ahead, [128, 160, 192, 224]).total() <= 120
     inference = count_kernels(compile_ahead, [224], (128, 77))  # the last batch of a validation set
     assert inference["convolve_kernel"] == counts["convolve_kernel"]
 
