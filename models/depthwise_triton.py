@@ -26,17 +26,22 @@ A dilated kernel sees only every `dilation`-th row, so a block may hold rows tha
 window too: then no row is read in vain. Products are bf16 or fp16, sums fp32. Where x is infinite or NaN, outputs
 of the same block may become NaN although the plain sum is finite.
 
-Verified without a GPU by tests/test_depthwise_triton.py (in Triton's interpreter) and tests/compile_ahead.py (registers
-and shared memory on three generations of GPUs).
+Sizes that only cost integer arithmetic are values at run time, since each constant makes another kernel to compile in
+the first step; those that decide how `convolve_kernel` and `product_kernel` read memory are constants.
+
+Verified without a GPU by tests/test_depthwise_triton.py (in Triton's interpreter) and tests/compile_ahead.py
+(registers, shared memory and fences on four generations of GPUs).
 """
 
 import functools
 import math
+import re
 from typing import NamedTuple, Optional
 
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 MAX_PIXELS = 128  # of a block: with MAX_TILE, as many sums as fit into the registers of 8 warps
 MAX_PIXELS_GRADIENT = 64  # of a block of the weight gradient, whose sums go through memory
@@ -47,6 +52,22 @@ TILE_GRADIENT = 64  # blocks that are multiplied at once for the weight gradient
 PROGRAMS = 1024  # enough programs for a large GPU; a constant, so that the order of sums is the same on every GPU
 LOAD_COST = 64  # cost of reading a single pixel, in multiplications of the tensor cores (counted in machine code)
 BLOCK_COST = 4096  # cost of starting and storing a block, likewise
+
+# The tensor cores of compute capability 9 to 11 read shared memory by a proxy of their own, which sees what another
+# one has copied there only behind a fence. Triton before 3.7.1 leaves it out where a pipelined loop copies both factors
+# (pull request 10537 of triton-lang/triton), as `product_kernel` does; a loop with a single stage has the fence. Triton
+# 3.3 leaves it out everywhere on 10 and 11.
+PROXY_CAPABILITIES = (9, 10, 11)
+FIRST_TRITON_WITH_FENCE = (3, 7, 1)
+FIRST_TRITON = {10: (3, 4), 11: (3, 4)}  # that is right on these
+
+
+def parse_version(version):
+    """The first three numbers of a version such as "3.6.0+git9844da95"."""
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
+TRITON = parse_version(triton.__version__)
 
 
 class Blocks(NamedTuple):
@@ -154,18 +175,16 @@ def pixels_at(
     return plane + offset, inside & known & (q < SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SIZE", "K", "DILATION", "ROWS", "COLUMNS", "STEP", "TOP", "LEFT", "LENGTH"])
 def spread_kernel(
-    weight, band, SIZE, K: tl.constexpr, DILATION: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, STEP: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, LENGTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
+    weight, band, SIZE, K, DILATION, ROWS, COLUMNS, STEP, TOP, LEFT, LENGTH, FLIP: tl.constexpr, CHUNK: tl.constexpr
+):
     """Write a kernel with zeros between and around its taps, so that `convolve_kernel` reads it without masks.
 
     weight (C, K, K); band (C, SIZE) holds lines of LENGTH: the tap between a block's last pixel and its window's first
     one comes first, the tap between the block's first pixel and the window's last one last.
     """
-    SPREAD: tl.constexpr = DILATION // STEP  # rows between two taps, in steps
+    SPREAD = DILATION // STEP  # rows between two taps, in steps
     channel = tl.program_id(1)
     at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     i = at // LENGTH - (ROWS - 1) + TOP + K // 2 * SPREAD
@@ -178,7 +197,7 @@ def spread_kernel(
     tl.store(band + channel * SIZE + at, value.to(band.dtype.element_ty), mask=at < SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "C"])
 def convolve_kernel(
     x, band, bias, y, blocks, C,
     H: tl.constexpr, W: tl.constexpr,
@@ -223,7 +242,7 @@ def convolve_kernel(
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "SPLITS"])
 def product_kernel(
     x, grad, products, blocks, C, SPLITS,
     H: tl.constexpr, W: tl.constexpr,
@@ -255,13 +274,15 @@ def product_kernel(
     tl.store(products + first + o[:, None] * WINDOW + q, total)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "C", "SPLITS", "K", "DILATION", "ROWS", "COLUMNS", "STEP", "WINDOW_ROWS", "WINDOW_COLUMNS", "TOP", "LEFT",
+        "WINDOW",
+    ]
+)  # fmt: skip
 def gather_kernel(
-    products, out, C, SPLITS,
-    K: tl.constexpr, DILATION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-    WINDOW_ROWS: tl.constexpr, WINDOW_COLUMNS: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
-    PIXELS: tl.constexpr, WINDOW: tl.constexpr, TAPS: tl.constexpr,
+    products, out, C, SPLITS, K, DILATION, ROWS, COLUMNS, STEP, WINDOW_ROWS, WINDOW_COLUMNS, TOP, LEFT, WINDOW,
+    PIXELS: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """One row of taps of one channel: the sums of those products whose pixels are that far apart.
 
@@ -281,6 +302,7 @@ def gather_kernel(
     tl.store(out + (channel * K + i) * K + j, tl.sum(total, 0), mask=j < K)
 
 
+@functools.cache
 def plan_convolution(batch_size, height, width, kernel_size, dilation):
     """How `convolve_kernel` is launched: (`Blocks` of each map, total number of blocks, keyword arguments)."""
     blocks = cut(height, width, kernel_size, dilation, CHUNK, MAX_PIXELS)
@@ -290,6 +312,7 @@ def plan_convolution(batch_size, height, width, kernel_size, dilation):
     return blocks, number, dict(TILE=tile, PIXELS=pixels, CHUNK=CHUNK, num_warps=warps)
 
 
+@functools.cache
 def plan_gradient(batch_size, channels, height, width, kernel_size, dilation):
     """How `product_kernel` is launched: (`Blocks` of each map, total number of blocks, splits, keyword arguments)."""
     blocks = cut(height, width, kernel_size, dilation, CHUNK_GRADIENT, MAX_PIXELS_GRADIENT)
@@ -304,8 +327,32 @@ def plan_gradient(batch_size, channels, height, width, kernel_size, dilation):
     return blocks, number, max(splits, 1), arguments
 
 
+def stages(capability, version=None):
+    """The option of `product_kernel` that a GPU of this compute capability needs: {} or a loop with a single stage."""
+    with_proxy = capability is not None and capability[0] in PROXY_CAPABILITIES
+    return dict(num_stages=1) if with_proxy and (version or TRITON) < FIRST_TRITON_WITH_FENCE else {}
+
+
+@functools.cache
+def find_capability(device):
+    """The compute capability of a GPU, (major, minor); None elsewhere, as in Triton's interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def check_compiler(device):
+    """RuntimeError if the kernels that this Triton makes for a GPU lack fences."""
+    capability = find_capability(device)
+    if capability is not None and TRITON < FIRST_TRITON.get(capability[0], (0,)):
+        raise RuntimeError(
+            f"Triton {triton.__version__} leaves out fences on compute capability {capability[0]}.{capability[1]}; "
+            "PyTorch 2.8 comes with one that does not"
+        )
+
+
 def convolve(x, weight, bias, dilation, flip):
     """Run `convolve_kernel`: x (N, C, H, W), weight (C, 1, K, K), bias (C,) or None -> (N, C, H, W) contiguous."""
+    check_compiler(x.device)
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
     batch_size, channels, height, width = x.shape
@@ -315,14 +362,13 @@ def convolve(x, weight, bias, dilation, flip):
     blocks, number, arguments = plan_convolution(batch_size, height, width, kernel_size, dilation)
     lines, length = blocks.band
     band = x.new_empty(channels, lines, length)
-    where = blocks._asdict()
     with torch.cuda.device_of(x):
         spread_kernel[triton.cdiv(lines * length, 1024), channels](
-            weight, band, lines * length, kernel_size, dilation, flip,
-            **{name: where[name] for name in ("ROWS", "COLUMNS", "STEP", "TOP", "LEFT")}, LENGTH=length, CHUNK=1024,
+            weight, band, lines * length, kernel_size, dilation, blocks.ROWS, blocks.COLUMNS, blocks.STEP, blocks.TOP,
+            blocks.LEFT, length, flip, CHUNK=1024,
         )  # fmt: skip
         convolve_kernel[triton.cdiv(number, arguments["TILE"]), channels](
-            x, band, bias, y, number, channels, height, width, **where, **arguments
+            x, band, bias, y, number, channels, height, width, *blocks, **arguments
         )
     return y
 
@@ -337,50 +383,39 @@ def weight_gradient(x, grad, kernel_size, dilation):
     pixels, window = arguments["PIXELS"], arguments["WINDOW"]
     products = x.new_empty(splits, channels, pixels, window, dtype=torch.float32)
     out = x.new_empty(channels, 1, kernel_size, kernel_size, dtype=torch.float32)
-    where = blocks._asdict()
     with torch.cuda.device_of(x):
         product_kernel[window // arguments["CHUNK"], channels, splits](
-            x, grad, products, number, channels, splits, height, width, **where, **arguments
-        )
-        del where["GROUPS"], where["TILES"]
+            x, grad, products, number, channels, splits, height, width, *blocks, **arguments,
+            **stages(find_capability(x.device)),
+        )  # fmt: skip
         gather_kernel[kernel_size, channels](
-            products, out, channels, splits, kernel_size, dilation, **where,
-            PIXELS=pixels, WINDOW=window, TAPS=power_of_2(kernel_size), num_warps=4,
+            products, out, channels, splits, kernel_size, dilation, blocks.ROWS, blocks.COLUMNS, blocks.STEP,
+            blocks.WINDOW_ROWS, blocks.WINDOW_COLUMNS, blocks.TOP, blocks.LEFT, window,
+            PIXELS=pixels, TAPS=power_of_2(kernel_size), num_warps=4,
         )  # fmt: skip
     return out
 
 
 @torch.library.custom_op("unireplknet::depthwise_triton", mutates_args=())
-def depthwise_conv2d(
+def convolution_operator(
     x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], dilation: int, flip: bool = False
 ) -> torch.Tensor:
-    """Depthwise convolution with stride 1 and "same" zero padding on tensor cores.
-
-    Args:
-        x: (N, C, H, W) bfloat16 or float16; one that is not contiguous is copied.
-        weight: (C, 1, k, k), k odd, of x's dtype or float32; its gradient has its dtype.
-        bias: (C,) or None.
-        dilation: distance between neighbouring taps in pixels.
-        flip: turn the kernel by 180 degrees, which gives the input gradient.
-
-    Returns:
-        (N, C, H, W) in x's dtype, contiguous; sums are float32.
-    """
+    """`depthwise_conv2d` as an operator, which torch.compile does not look into."""
     return convolve(x, weight, bias, dilation, flip)
 
 
 @torch.library.custom_op("unireplknet::depthwise_triton_weight", mutates_args=())
-def depthwise_weight(x: torch.Tensor, grad: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
-    """Weight gradient of `depthwise_conv2d`, float32: x, grad (N, C, H, W) -> (C, 1, k, k)."""
+def weight_operator(x: torch.Tensor, grad: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    """`depthwise_weight` as an operator."""
     return weight_gradient(x, grad, kernel_size, dilation)
 
 
-@depthwise_conv2d.register_fake
+@convolution_operator.register_fake
 def _(x, weight, bias, dilation, flip=False):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@depthwise_weight.register_fake
+@weight_operator.register_fake
 def _(x, grad, kernel_size, dilation):
     return x.new_empty(x.shape[1], 1, kernel_size, kernel_size, dtype=torch.float32)
 
@@ -418,5 +453,64 @@ def weight_gradient_gradients(ctx, seed):
     return grad_x, grad_grad, None, None
 
 
-depthwise_conv2d.register_autograd(convolution_gradients, setup_context=save_convolution)
-depthwise_weight.register_autograd(weight_gradient_gradients, setup_context=save_weight_gradient)
+convolution_operator.register_autograd(convolution_gradients, setup_context=save_convolution)
+weight_operator.register_autograd(weight_gradient_gradients, setup_context=save_weight_gradient)
+
+
+class Convolution(torch.autograd.Function):
+    """`convolve` with its gradients. A `setup_context` of its own takes the CPU longer than all the rest."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = convolve(*inputs)
+        save_convolution(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(convolution_gradients)
+
+
+class WeightGradient(torch.autograd.Function):
+    """`weight_gradient` with its gradients."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = weight_gradient(*inputs)
+        save_weight_gradient(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(weight_gradient_gradients)
+
+
+def is_watched(x):
+    """Whether operators on x are recorded or replaced: by torch.compile, a dispatch mode, or a subclass of Tensor."""
+    return torch.compiler.is_compiling() or type(x) is not torch.Tensor or is_in_torch_dispatch_mode()
+
+
+def depthwise_conv2d(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], dilation: int, flip: bool = False
+) -> torch.Tensor:
+    """Depthwise convolution with stride 1 and "same" zero padding on tensor cores.
+
+    A network of small maps waits for the CPU to launch kernels. An operator of torch.library takes the CPU longer than
+    an `autograd.Function`, so it is there only for what must not look into the function.
+
+    Args:
+        x: (N, C, H, W) bfloat16 or float16; one that is not contiguous is copied.
+        weight: (C, 1, k, k), k odd, of x's dtype or float32; its gradient has its dtype.
+        bias: (C,) or None.
+        dilation: distance between neighbouring taps in pixels.
+        flip: turn the kernel by 180 degrees, which gives the input gradient.
+
+    Returns:
+        (N, C, H, W) in x's dtype, contiguous; sums are float32.
+    """
+    if is_watched(x):
+        return convolution_operator(x, weight, bias, dilation, flip)
+    return (Convolution.apply if torch.is_grad_enabled() else convolve)(x, weight, bias, dilation, flip)
+
+
+def depthwise_weight(x: torch.Tensor, grad: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    """Weight gradient of `depthwise_conv2d`, float32: x, grad (N, C, H, W) -> (C, 1, k, k)."""
+    if is_watched(x):
+        return weight_operator(x, grad, kernel_size, dilation)
+    return (WeightGradient.apply if torch.is_grad_enabled() else weight_gradient)(x, grad, kernel_size, dilation)

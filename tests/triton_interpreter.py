@@ -182,10 +182,10 @@ def test_the_operators_meet_the_rules_of_torch_library():
     x, grad = (torch.randn(1, 2, 4, 5, requires_grad=True) for _ in range(2))
     weight, bias = torch.randn(2, 1, 3, 3, requires_grad=True), torch.randn(2, requires_grad=True)
     basic = ("test_schema", "test_faketensor")
-    opcheck(depthwise_triton.depthwise_conv2d, (x, weight, None, 1, False), test_utils=basic)
+    opcheck(depthwise_triton.convolution_operator, (x, weight, None, 1, False), test_utils=basic)
     x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
-    opcheck(depthwise_triton.depthwise_conv2d, (x, weight, bias, 2, True))
-    opcheck(depthwise_triton.depthwise_weight, (x, grad, 3, 2))
+    opcheck(depthwise_triton.convolution_operator, (x, weight, bias, 2, True))
+    opcheck(depthwise_triton.weight_operator, (x, grad, 3, 2))
 
 
 def network(wish="triton"):

@@ -1,0 +1,540 @@
+"""Everything that is to be verified and measured on a GPU, in two calls of at most ten minutes.
+
+    python benchmarks/gpu.py --part 1                  kernels: verified, whole steps, peers, shapes, compiled networks
+    python benchmarks/gpu.py --part 2                  train.py itself: bf16, fp16, killed and resumed, memory full
+    python benchmarks/gpu.py --part 1 --cpu            the same in small on a CPU, to try the script
+    python benchmarks/gpu.py --only shapes             one step of either part
+
+Needs a clone, PyTorch and requirements.txt, no network; torchtoolbox may be missing. Appends a Markdown table to
+OUTPUT, each row as soon as it is known, so that a call which is killed keeps its rows; the most important come first.
+Every step has a process of its own with a time limit: one that fails or hangs becomes a row, and the next one begins.
+"""
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+from unittest import mock
+
+import timm
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks/, common/, models/, tests/, tools/
+from benchmarks import throughput
+from common.device import find_reason
+from common.options import ConstantError, ImageSize, Limits, Name, Positive, PositiveInt, UserError, run
+from models import VARIANTS, depthwise, depthwise_choice, depthwise_methods, describe_implementation
+from models.depthwise_choice import Key, Use
+from tools.conv_report import find_shapes, forced, forward_and_backward, make_inputs, milliseconds
+
+PART: Annotated[int, Limits(1, 2)] = 1  # 1: kernels and whole networks; 2: train.py
+CPU: bool = False  # on a CPU, with a small network and few images: only tries the script
+OUTPUT: Name = "gpu.md"  # file to which the table is appended
+MINUTES: Positive = 9.0  # length of a call; steps that would begin later are left out
+ONLY: str = ""  # run this step alone; "": all of PART
+MODEL: Name = "unireplknet_t"  # network that is measured: unireplknet_a f p n t s b l xl
+PEER: Name = "convnext_tiny"  # timm model beside it
+IMG_SIZE: ImageSize = 224  # image size in pixels
+BATCH_SIZE: PositiveInt = 128  # images per batch
+REPEATS: PositiveInt = 15  # timings of which the median is taken
+
+# With CPU, instead of the constants above.
+SMALL = dict(MODEL="unireplknet_a", PEER="convnext_atto", IMG_SIZE=32, BATCH_SIZE=2, REPEATS=1)
+STEP_VARIABLE = "UNIREPLKNET_GPU_FOLDER"  # environment variable by which a step learns the folder of its part
+
+
+def main():
+    if MODEL not in VARIANTS:
+        raise ConstantError(f"MODEL must be one of {', '.join(VARIANTS)}, got {MODEL!r}")
+    if PEER not in timm.list_models():
+        raise ConstantError(f"PEER must be a model that timm lists, got {PEER!r}")
+    if ONLY and ONLY not in STEPS:
+        raise ConstantError(f"ONLY must be one of {', '.join(STEPS)}, got {ONLY!r}")
+    if not CPU and not torch.cuda.is_available():
+        raise UserError(f"this measures a GPU: {find_reason('cuda')}; --cpu tries the script in small on a CPU")
+    device = torch.device("cpu" if CPU else "cuda")
+    if STEP_VARIABLE in os.environ:
+        return run_step(ONLY, device)
+    with tempfile.TemporaryDirectory() as folder, open(OUTPUT, "a", encoding="utf-8") as file:
+        title = f"{time.strftime('%Y-%m-%d %H:%M')}, {'a CPU, in small' if CPU else 'GPU'}, part {PART}"
+        write(f"\n{title}\n\n| step | what | result |\n|---|---|---|", file)
+        names = [ONLY] if ONLY else [name for name, step in STEPS.items() if step[0] == PART]
+        failed = [name for name in names if not start_step(name, folder, file, time.monotonic())]
+    print(f"\n{len(names) - len(failed)} of {len(names)} steps came to their end; the table is in {OUTPUT}")
+    return 1 if failed else 0
+
+
+def write(text, file):
+    """Print text, and write it to `file` at once."""
+    print(text, flush=True)
+    file.write(f"{text}\n")
+    file.flush()
+
+
+STARTED = time.monotonic()
+
+
+def start_step(name, folder, file, now):
+    """Run a step in a process of its own and copy its rows; returns whether it came to its end."""
+    limit = min(STEPS[name][1], 60 * MINUTES - (now - STARTED))  # seconds
+    if limit < 10:
+        write(f"| {name} | left out | no time is left |", file)
+        return False
+    options = [f"--{key.lower().replace('_', '-')}={globals()[key]}" for key in SMALL]
+    command = [sys.executable, __file__, "--only", name, *options, *(["--cpu"] if CPU else [])]
+    environment = os.environ | {STEP_VARIABLE: folder, "PYTHONIOENCODING": "utf-8"}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace",
+            start_new_session=True,
+        )  # fmt: skip
+        late = threading.Timer(limit, end, [process])
+        late.start()
+        try:
+            for line in process.stdout:
+                if line.startswith("| "):
+                    write(f"| {name} {line.rstrip()}", file)
+            status = process.wait()
+        finally:
+            in_time = late.is_alive()
+            late.cancel()
+            end(process)
+        write(f"| {name} | time | {time.monotonic() - now:.0f} s |", file)
+        if status == 0:
+            return True
+        errors.seek(0)
+        lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
+        reason = f"exit status {status}: {cell(lines[-1]) if lines else 'no message'}"
+        write(f"| {name} | failed | {reason if in_time else f'took longer than {limit:.0f} s'} |", file)
+        return False
+
+
+def end(process):
+    """End a step and all that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_step(name, device):
+    """This process is a step: print its rows."""
+    torch.manual_seed(0)
+    settings = SMALL if CPU else {key: globals()[key] for key in SMALL}
+    globals().update(settings)
+    if CPU:
+        torch.set_num_threads(1)  # threads that wait for each other on a busy machine take minutes
+    STEPS[name][2](device)
+    return 0
+
+
+def row(what, result):
+    """Print a row; the result may be a function, whose error becomes the result."""
+    if callable(result):
+        try:
+            result = result()
+        except Exception as error:  # memory full, no compiler, a method that does not exist here: the others go on
+            result = f"{type(error).__name__}: {error}"
+    print(f"| {cell(what)} | {cell(result)} |", flush=True)
+
+
+def cell(text):
+    """The first line of a text as a cell of a Markdown table."""
+    return str(text).strip().partition("\n")[0].replace("|", "/")[:240]
+
+
+def shapes_of(model):
+    """The depthwise convolutions of a network at IMG_SIZE: [(channels, height, width, kernel size, dilation)]."""
+    with torch.device("meta"):
+        return find_shapes(timm.create_model(model), IMG_SIZE)
+
+
+# --- part 1
+
+
+def versions(device):
+    """What runs here, and one tiny convolution."""
+    row("Python", f"{platform.python_version()}, {platform.system()}, {os.cpu_count()} CPUs")
+    row("PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
+    triton = depthwise.TRITON_ERROR or depthwise.depthwise_triton.triton.__version__
+    row("Triton, timm", f"{triton}, {timm.__version__}")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = f"{properties.total_memory / 2**30:.1f} GiB, {properties.multi_processor_count} multiprocessors"
+        row("GPU", f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory}")
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        row("driver", lambda: subprocess.run(query, capture_output=True, text=True, timeout=20).stdout)
+        row("bounds", lambda: bounds(device))
+    for dtype in (torch.bfloat16, torch.float16):
+        row(f"13 x 13, {name_of(dtype)}", describe_implementation(device, dtype))
+    row("depthwise_conv2d_implicit_gemm", depthwise.import_implicit_gemm()[1] or "installed")
+
+
+def bounds(device):
+    from benchmarks.depthwise import measure_bounds
+
+    copied, products = measure_bounds(device)
+    return f"copy {copied / 1e12:.2f} TB/s, bfloat16 product {products / 1e12:.0f} TFLOP/s"
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def verify(device):
+    """Every shape three times against float64; then the weight gradient of a whole batch, with and without stages."""
+    for dtype in (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32,):
+        wrong = []
+        shapes = shapes_of(MODEL)
+        for shape in shapes:
+            key = Key(device.type, name_of(dtype), True, *shape)
+            found = depthwise_choice.verify(key, "", device, dtype)
+            wrong += [f"{shape}: {('output', 'input', 'weight')[which]} {text}" for which, text in found]
+        text = f"{len(shapes) - len(wrong)} of {len(shapes)} right and equal to the bit three times"
+        row(f"all shapes, {name_of(dtype)}", f"{text}; {'; '.join(wrong)}" if wrong else text)
+    if device.type == "cuda":
+        for title, options in (("as chosen", None), ("pipelined", {}), ("single stage", dict(num_stages=1))):
+            row(f"weight gradient of {BATCH_SIZE} images, {title}", lambda: verify_stages(device, options))
+
+
+def verify_stages(device, options):
+    """Errors and differences of the weight gradient with these options of the compiler; None: the chosen ones."""
+    kernels = depthwise.depthwise_triton
+    stages = kernels.stages if options is None else lambda capability: options
+    worst, other = 0.0, 0
+    shapes = [shape for shape in shapes_of(MODEL) if shape[3] > 3]
+    with mock.patch.object(kernels, "stages", stages):
+        for channels, height, width, kernel_size, dilation in shapes:
+            x, grad = (
+                torch.randn(BATCH_SIZE, channels, height, width, device=device, dtype=torch.bfloat16) for _ in range(2)
+            )
+            results = [kernels.weight_gradient(x, grad, kernel_size, dilation) for _ in range(10)]
+            other += any(not torch.equal(result, results[0]) for result in results)
+            padding = kernel_size // 2 * dilation
+            weight_shape = (channels, 1, kernel_size, kernel_size)
+            with torch.backends.cudnn.flags(enabled=False):
+                exact = torch.nn.grad.conv2d_weight(
+                    x.float(), weight_shape, grad.float(), 1, padding, dilation, channels
+                )
+            worst = max(worst, ((results[0] - exact).norm() / exact.norm()).item())
+    return f"{len(shapes)} shapes, error of the norm at most {worst:.1e}, {other} differ within ten calls"
+
+
+def steps(device):
+    """Whole training steps as they are, and without what is to make them fast."""
+    kernels = depthwise.depthwise_triton if not depthwise.TRITON_ERROR else None
+    row("published structure, PyTorch's convolutions", lambda: measure(MODEL, "published", "training", device))
+    row("ours", lambda: measure(MODEL, "ours", "training", device))
+    row("ours, PyTorch's convolutions", lambda: measure(MODEL, "ours", "training", device, forced("pytorch")))
+    row("ours, convolutions chosen by measurement", lambda: measure_chosen(device))
+    for title, layout in (("NHWC", torch.channels_last), ("NCHW", torch.contiguous_format)):
+        measured = partial(measure, MODEL, "ours", "training", device, layout=layout)
+        row(f"ours, maps enter the stages in {title}", measured)
+    if kernels is not None:
+        for title, name, value in (
+            ("convolutions as operators of torch.library", "is_watched", lambda x: True),
+            ("weight gradient pipelined", "stages", lambda capability: {}),
+            ("weight gradient in a single stage", "stages", lambda capability: dict(num_stages=1)),
+        ):
+            patch = mock.patch.object(kernels, name, value)
+            row(f"ours, {title}", lambda: measure(MODEL, "ours", "training", device, patch))
+
+
+def measure_chosen(device):
+    """A step with the convolutions that are fastest here."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = throughput.build(MODEL, False).to(device).train()
+    uses = [Use((IMG_SIZE, IMG_SIZE), BATCH_SIZE)]
+    choice = depthwise_choice.choose_convolutions(model, uses, dtype=dtype, seconds=1 if CPU else 30)
+    try:
+        return f"{measure(MODEL, 'ours', 'training', device)}; {choice.line}"
+    finally:
+        depthwise.PLANS.clear()
+
+
+def measure(name, way, task, device, patch=None, layout=None):
+    """Images/s, the CPU's part of the time, and the peak memory of a network; see `throughput.measure`.
+
+    Args:
+        patch: context in which all of it runs.
+        layout: memory format in which maps enter the stages; None: as the network has it.
+    """
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = throughput.build(name, way.startswith("published")).to(device).train(task == "training")
+    if task == "merged" and name in VARIANTS:
+        model.reparameterize_unireplknet()
+    if layout is not None:
+        for stage in model.stages:
+            stage.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(memory_format=layout),))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    images = torch.randn(BATCH_SIZE, 3, IMG_SIZE, IMG_SIZE, device=device)
+    if way.endswith("compiled"):
+        model = torch.compile(model, mode="reduce-overhead" if task == "merged" and device.type == "cuda" else None)
+    step = (throughput.training_step if task == "training" else throughput.inference)(model, images)
+    implementation = forced("pytorch" if way.startswith("published") else "auto")
+    with implementation, patch or contextlib.nullcontext():
+        started = time.perf_counter()
+        step()
+        synchronize(device)
+        first = time.perf_counter() - started
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        [duration] = milliseconds([step], device, REPEATS)
+        started = time.perf_counter()
+        step()
+        launched = 1e3 * (time.perf_counter() - started)
+        synchronize(device)
+    parts = [f"{1e3 * BATCH_SIZE / duration:.0f} images/s", f"{duration:.1f} ms", f"CPU {launched:.1f} ms"]
+    if device.type == "cuda":
+        parts.append(f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB")
+    return ", ".join([*parts, f"first step {first:.1f} s"])
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def merged(device):
+    """Inference: merged, against the published structure as it is trained; and the peer in both."""
+    row("published structure, not merged", lambda: measure(MODEL, "published", "inference", device))
+    row("published structure, merged", lambda: measure(MODEL, "published", "merged", device))
+    row("ours, merged", lambda: measure(MODEL, "ours", "merged", device))
+    row(f"{PEER}, inference", lambda: measure(PEER, "ours", "merged", device))
+    row(f"{PEER}, training", lambda: measure(PEER, "ours", "training", device))
+
+
+def shapes(device):
+    """Forward and backward pass of each shape by every implementation, in ms."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for shape in shapes_of(MODEL):
+        channels, height, width, kernel_size, dilation = shape
+        row(f"{channels}, {height} x {width}, {kernel_size}, {dilation}", lambda: time_shape(shape, device, dtype))
+
+
+def time_shape(shape, device, dtype):
+    """The times of one shape, in words."""
+    *_, kernel_size, dilation = shape
+    times = []
+    for title, name, kind, layout in (
+        ("Triton", "triton", dtype, torch.contiguous_format),
+        ("PyTorch NCHW", "pytorch", dtype, torch.contiguous_format),
+        ("PyTorch NHWC (cuDNN)", "pytorch", dtype, torch.channels_last),
+        ("extension, float16", "implicit_gemm", torch.float16, torch.contiguous_format),
+    ):
+        with forced(name), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            if depthwise.choose(kernel_size, dilation, device, kind) == name:
+                conv, x = make_inputs(BATCH_SIZE, *shape, device, kind)
+                x = x.detach().contiguous(memory_format=layout).requires_grad_()
+                grad = torch.ones_like(x)
+                [duration] = milliseconds([lambda: forward_and_backward(conv, x, grad)], device, REPEATS)
+                times.append(f"{title} {duration:.3f}")
+    weight, x = torch.randn(shape[0], 1, kernel_size, kernel_size, device=device), x.detach()
+    weight = depthwise.crop(weight.to(dtype), shape[1:3], dilation)[0]
+    x = x.to(dtype).contiguous()
+    for method in ("rows", "dense"):
+        method = method if dilation == 1 else f"phases-{method}"
+        if all(method in names for names in depthwise_methods.methods(x.shape, weight.shape[-2:], dilation, dtype)):
+
+            def batched():
+                depthwise_methods.forward(method, x, weight, None, dilation)
+                depthwise_methods.input_gradient(method, x, weight, dilation)
+                depthwise_methods.weight_gradient(method, x, x, weight.shape, dilation)
+
+            with torch.no_grad():
+                [duration] = milliseconds([batched], device, REPEATS)
+            times.append(f"batched products ({method}) {duration:.3f}")
+    return ", ".join(times)
+
+
+def compiled(device):
+    """torch.compile, whose first step takes minutes."""
+    if device.type == "cpu":
+        row("torch.compile", "not tried on a CPU")
+        return
+    row("ours", lambda: measure(MODEL, "ours compiled", "training", device))
+    row("ours, merged", lambda: measure(MODEL, "ours compiled", "merged", device))
+    row(PEER, lambda: measure(PEER, "ours compiled", "training", device))
+    row(f"{PEER}, inference", lambda: measure(PEER, "ours compiled", "merged", device))
+    row("published structure, PyTorch's convolutions", lambda: measure(MODEL, "published compiled", "training", device))
+
+
+def sanitizer(device):
+    """compute-sanitizer, which watches every access to memory, on five small shapes."""
+    program = shutil.which("compute-sanitizer")
+    if program is None or device.type == "cpu":
+        row("memcheck, racecheck", "compute-sanitizer is not installed" if program is None else "needs a GPU")
+        return
+    for tool in ("memcheck", "racecheck"):
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--only", "small"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=80)
+        lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line] or done.stderr.splitlines()[-1:]
+        row(tool, f"exit status {done.returncode}: {''.join(lines[-1:])}")
+
+
+def small(device):
+    """Five small shapes, for compute-sanitizer."""
+    for shape in ((2, 7, 7, 13, 1), (2, 14, 14, 13, 1), (1, 28, 28, 7, 2), (2, 14, 14, 3, 5), (1, 56, 56, 3, 1)):
+        conv, x = make_inputs(2, *shape, device, torch.bfloat16)
+        forward_and_backward(conv, x, torch.ones_like(x))
+    synchronize(device)
+    row("five small shapes", "computed")
+
+
+# --- part 2
+
+
+def folder():
+    """The folder of this part, with the demo data in data/."""
+    place = Path(os.environ[STEP_VARIABLE])
+    if not (place / "data" / "train").is_dir():
+        script("makedata.py", "--demo", "--demo-images", "20" if CPU else "80", cwd=place)
+        script("mean_std.py", cwd=place)
+    return place
+
+
+def script(name, *options, cwd, status=0, environment=()):
+    """Run a script of the repository and return what it printed.
+
+    Raises:
+        RuntimeError: with the last line of its errors, if it ends with another exit status than `status`.
+    """
+    command = [sys.executable, str(ROOT / name), *map(str, options)]
+    done = subprocess.run(
+        command, cwd=cwd, env=os.environ | dict(environment), capture_output=True, encoding="utf-8", errors="replace"
+    )
+    if done.returncode != status:
+        raise RuntimeError(f"{name}: exit status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+    return done.stdout + done.stderr
+
+
+def train(device, output, *options, epochs=2, **more):
+    """Run train.py on the demo data and say what came of it."""
+    place = folder()
+    size, batch = (32, 8) if CPU else (128, 64)
+    command = [f"--model={SMALL['MODEL']}", f"--img-size={size}", f"--batch-size={batch}", f"--epochs={epochs}"]
+    command += ["--optimizer=adamw", "--warmup-epochs=0", f"--device={device.type}", f"--output={output}", *options]
+    text = script("train.py", *command, cwd=place, **more)
+    log = (place / output / SMALL["MODEL"] / "log.csv").read_text(encoding="utf-8").splitlines()
+    last = dict(zip(log[0].split(","), log[-1].split(",")))
+    return text, f"loss {last['train_loss']}, accuracy {last['val_acc1']} %, {last['img_per_s']} images/s"
+
+
+def line_of(text, start):
+    """The first line of a text that begins with `start`, without it."""
+    return next((line[len(start) :].strip() for line in text.splitlines() if line.startswith(start)), "")
+
+
+def training(device):
+    """train.py in both precisions, compiled, resumed with its choice of convolutions, and test.py."""
+    for amp in ("bf16", "fp16"):
+
+        def precision():
+            text, result = train(device, amp, "--amp", amp)
+            return f"{result}; kernels {line_of(text, 'kernels')}"
+
+        row(f"train.py, {amp}", precision)
+
+    def resumed():
+        text, result = train(device, "bf16", "--amp", "bf16", "--resume", "auto", epochs=3)
+        return f"{result}; kernels {line_of(text, 'kernels')}"
+
+    row("resumed for another epoch", resumed)
+    checkpoint = Path("bf16", SMALL["MODEL"], "best.pth")
+    row("test.py", lambda: script("test.py", "--checkpoint", checkpoint, cwd=folder()).strip().splitlines()[-1])
+    if device.type == "cuda":
+        row("train.py, compiled", lambda: train(device, "compiled", "--compile", "on")[1])
+        row("default and PyTorch's convolutions", lambda: same_curve(device))
+
+
+def same_curve(device):
+    """The results with and without the kernels, which differ by rounding only."""
+    results = []
+    for name in ("triton", "pytorch"):
+        results.append(train(device, name, "--amp", "bf16", environment={depthwise.VARIABLE: name})[1])
+    return " and ".join(results)
+
+
+def killed(device):
+    """A run that is killed twice and resumed, with deterministic algorithms: the same bits?"""
+    from tests.kill import kill_and_compare
+
+    different, kills = kill_and_compare(folder(), 1 if CPU else 3, epochs=1 if CPU else 2, device=device.type)
+    row(f"{kills} kills", f"different from the uninterrupted run: {', '.join(different) or 'nothing'}")
+
+
+def full(device):
+    """Memory that is really full: this process holds all but a little of it while train.py runs."""
+    if device.type == "cpu":
+        row("memory full", "needs a GPU")
+        return
+    held = []
+    free = torch.cuda.mem_get_info(device)[0]
+    held.append(torch.empty(max(free - 3 * 2**30, 0), dtype=torch.uint8, device=device))
+    for title, options in (
+        ("3 GB left", []),
+        ("3 GB left, compiled", ["--compile", "on"]),
+    ):
+
+        def halved():
+            text, result = train(device, "full", "--batch-size", "256", "--img-size", "192", *options, epochs=1)
+            found = re.search("memory is full: .* parts", text)
+            return f"{found[0] if found else 'memory did not become full'}; {result}"
+
+        row(title, halved)
+    del held
+
+
+def distributed(device):
+    """One process under torchrun, connected by NCCL."""
+    place = folder()
+    options = [f"--model={SMALL['MODEL']}", "--img-size=32", "--batch-size=8", "--epochs=1", f"--device={device.type}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    command += [str(ROOT / "train.py"), *options, "--optimizer=adamw", "--output=torchrun"]
+    done = subprocess.run(command, cwd=place, capture_output=True, encoding="utf-8", errors="replace")
+    row("torchrun", f"exit status {done.returncode}: {line_of(done.stdout, 'best')}")
+
+
+def report(device):
+    """The methods that a run chooses among, refused ones with the reason."""
+    options = ["--model", MODEL, "--img-size", IMG_SIZE, "--batch-size", BATCH_SIZE, "--device", device.type]
+    text = script("tools/conv_report.py", *options, cwd=os.environ[STEP_VARIABLE])
+    for line in text.splitlines():
+        if re.match(r"\d+ of \d+ shapes|kernels|.*: default .* ms", line):
+            row("conv_report.py", line)
+
+
+# {name: (part, seconds that it may take, function)}, in order.
+STEPS = {
+    "versions": (1, 60, versions),
+    "verify": (1, 120, verify),
+    "steps": (1, 150, steps),
+    "merged": (1, 80, merged),
+    "shapes": (1, 120, shapes),
+    "compiled": (1, 300, compiled),
+    "training": (2, 240, training),
+    "killed": (2, 150, killed),
+    "full": (2, 120, full),
+    "distributed": (2, 60, distributed),
+    "sanitizer": (2, 180, sanitizer),
+    "report": (2, 150, report),
+    "small": (0, 60, small),
+}
+
+
+if __name__ == "__main__":
+    run(main, closed_output="end")
