@@ -24,7 +24,6 @@ from typing import Literal
 import numpy as np
 import torch
 from sklearn.metrics import confusion_matrix
-from tqdm import tqdm
 
 from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
@@ -37,6 +36,7 @@ from common.loading import Loader
 from common.onnx_network import OnnxNetwork
 from common.options import ConstantError, Name, NonNegativeInt, PositiveInt, UserError, Workers, raise_all, run
 from common.plots import plot_confusion_matrix, plot_sheet
+from common.progress import Progress
 from common.text import label
 
 IMAGES: list[Name] = []  # files, folders or patterns; []: test/ if it exists, else data/val
@@ -177,7 +177,7 @@ def predict(network, loader, device, amp, tta):
     # Finding out whether bf16 predicts the same takes as long as two batches.
     if amp == "auto" and len(loader.dataset) <= 2 * loader.batch_size:
         dtype = torch.float32
-    with tqdm(total=len(loader.dataset), desc="test", unit="img", leave=False) as bar:
+    with Progress(total=len(loader.dataset), desc="test", unit="img", leave=False) as bar:
         for batch in loader:
             reasons += [reason for _, reason in batch]
             images = [image for image, _ in batch if image is not None]
