@@ -1,4 +1,4 @@
-"""How long a run will take, said after a minute and after the first epoch, and what a CPU that needs over a day can do."""
+"""How long a run will take, said after a minute and after the first epoch; a remedy where a CPU needs over a day."""
 
 import math
 

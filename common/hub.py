@@ -84,9 +84,9 @@ def can_reach(address):
     """Whether a server answers, by way of the proxies that the environment names."""
     if any(kind == "all" or place.startswith("socks") for kind, place in urllib.request.getproxies().items()):
         return True  # urllib does not know these
-    request = urllib.request.Request(address, method="HEAD", headers={"User-Agent": "UniRepLKNet-Demo"})
     try:
-        urllib.request.urlopen(request, timeout=TIMEOUT)
+        request = urllib.request.Request(address, method="HEAD", headers={"User-Agent": "UniRepLKNet-Demo"})
+        urllib.request.urlopen(request, timeout=TIMEOUT).close()
     except urllib.error.HTTPError:  # which is an answer, too
         return True
     except urllib.error.URLError as error:
