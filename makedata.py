@@ -43,7 +43,6 @@ from common.options import answer_early
 answer_early(__name__, __file__, packages=("numpy", "PIL", "tqdm"))
 
 import numpy as np
-from tqdm import tqdm
 
 from common.audio import Spectrogram, duration, input_kind, is_sound
 from common.columns import Files, Hashes, Texts, digest_texts, find, iterate
@@ -53,6 +52,7 @@ from common.files import write_json
 from common.images import SYSTEM_FILES, ImageError, is_directory, is_image, level_sums, scan_class_folders
 from common.manifest import CACHE, CACHE_FILES, MANIFEST, STATISTICS, TABLE, Table, fingerprint, read_table
 from common.options import Ascending, ConstantError, Length, Limits, Name, UserError, raise_all, run
+from common.progress import Progress
 from common.text import label, pad, width
 from common.workers import map_in_processes, watched
 from prepare.drawn_data import SPECIES, draw_data_set
@@ -162,7 +162,7 @@ def draw_demo(source, images_per_class, seed):
     if source.is_dir() and any(entry.name != ".gitkeep" for entry in source.iterdir()):
         raise UserError(f"{source} is not empty, and --demo draws into an empty folder only; omit --demo")
     drawing = draw_data_set(source, images_per_class, seed=seed)
-    list(tqdm(drawing, total=images_per_class * len(SPECIES), desc="drawing", unit="img", leave=False))
+    list(Progress(drawing, total=images_per_class * len(SPECIES), desc="drawing", unit="img", leave=False))
 
 
 def are_recordings(folders):
@@ -227,7 +227,7 @@ def check_files(files, kind, workers, spectrograms):
     check_one, what = partial(check_block, kind=kind), f"{kind.name}s"
     usable, columns, skipped, pixels = [], [], [], {}
     tasks = map(files.choose, blocks)
-    with tqdm(total=len(files), desc="checking", unit="file", leave=False) as bar:
+    with Progress(total=len(files), desc="checking", unit="file", leave=False) as bar:
         if workers == 0:
             results = watched(lambda: map(check_one, tasks), what)
         else:
@@ -436,7 +436,7 @@ def place_files(folder, checked, val, link, spectrograms):
     unchanged = np.zeros(len(val), bool)
     work = zip(checked.files, places_in_target(checked, val), sizes, iterate(checked.stamps))
     for index, (path, destination, size, stamp) in enumerate(
-        tqdm(work, total=len(val), desc="placing", unit="img", leave=False)
+        Progress(work, total=len(val), desc="placing", unit="img", leave=False)
     ):
         unchanged[index] = read_stamp(path) == stamp
         place(path, os.path.join(folder, destination), spectrograms.read(size), link)

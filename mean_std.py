@@ -25,7 +25,6 @@ answer_early(__name__, __file__)  # --help and wrong options, before imports tha
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, Subset
-from tqdm import tqdm
 
 from common.audio import input_kind, is_sound
 from common.columns import Hashes, find
@@ -36,6 +35,7 @@ from common.images import ImageError, level_sums, scan_class_folders
 from common.loading import Loader
 from common.manifest import CACHE, MANIFEST, fingerprint, read_manifest, read_sound, read_table, read_value_range
 from common.options import Name, UserError, Workers, raise_all, run
+from common.progress import Progress
 
 SOURCE: Name = "data1"  # folder that contains <class>/<image or recording>
 OUTPUT: str = "data/mean_std.json"  # file for the result; "" writes none
@@ -171,7 +171,7 @@ def measure(items, load, workers, known=None):
         workers = 0 if seconds_left < SECONDS_TO_START else os.cpu_count() or 1
     others = Subset(dataset, unknown[8:])
     loader = Loader(others, batch_size=8, num_workers=workers, collate_fn=list)
-    with tqdm(total=len(unknown), initial=len(first), desc="mean_std", unit="img", leave=False) as bar:
+    with Progress(total=len(unknown), initial=len(first), desc="mean_std", unit="img", leave=False) as bar:
         for batch in loader:
             keep(batch)
             bar.update(len(batch))

@@ -27,7 +27,6 @@ answer_early(__name__, __file__)  # --help and wrong options, before imports tha
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
@@ -40,6 +39,7 @@ from common.loading import Loader
 from common.onnx_network import OnnxNetwork
 from common.options import ConstantError, Name, NonNegativeInt, PositiveInt, UserError, Workers, raise_all, run
 from common.plots import plot_confusion_matrix, plot_sheet
+from common.progress import Progress
 from common.text import label
 
 IMAGES: list[Name] = []  # files, folders or patterns; []: test/ if it exists, else data/val
@@ -181,7 +181,7 @@ def predict(network, loader, normalise, device, amp, tta):
     # Finding out whether bf16 predicts the same takes as long as two batches.
     if amp == "auto" and len(loader.dataset) <= 2 * loader.batch_size:
         dtype = torch.float32
-    with tqdm(total=len(loader.dataset), desc="test", unit="img", leave=False) as bar:
+    with Progress(total=len(loader.dataset), desc="test", unit="img", leave=False) as bar:
         for batch in loader:
             reasons += [reason for _, reason in batch]
             images = [image for image, _ in batch if image is not None]

@@ -27,38 +27,41 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.models import split_model_name_tag
 from timm.optim import list_optimizers
 from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
-from tqdm import tqdm
 
 from common import distributed
 from common.audio import spectrogram_size
 from common.augment import BatchMixup, spectrogram_transform, train_transform
 from common.board import Board
 from common.cache import cache_images
+from common.clock import Clock
 from common.convolutions import choose_convolutions
 from common.dataset import EpochBatches, PixelTransform, SeededImages, open_image_folder, seed_everything
 from common.device import NetworkForSize, Normalise, choose_amp, choose_layout, choose_workers, prefetch, wants_compile
 from common.faults import Interrupt, Stopped, explain_not_finite, skip_step, split_when_out_of_memory
 from common.fingerprints import fingerprint_images
 from common.loading import Loader
-from common.manifest import CACHE, choose_mean_and_std, read_sound
-from common.network import check_environment, check_pretrained, create_network, freeze, load_pretrained, read_weights
+from common.manifest import CACHE, STATISTICS, choose_mean_and_std, read_sound
+from common.network import adopt_input, check_environment, check_pretrained, create_network, freeze, load_pretrained
+from common.network import read_weights
 from common.optimizer import create_optimizer
 from common.options import Channels, ConstantError, Fraction, ImageSize, Limits, MultipleOf32, Name, NonNegative
 from common.options import NonNegativeInt, Positive, PositiveChannels, PositiveInt, Probability, Rate, UserError
 from common.options import Workers, current_values, fill_in, run
+from common.progress import Progress
 from common.run_folder import RunFolder, Totals, TrainingState, describe_run, print_summary, to_img_size
 from common.schedule import ImageSizes, warmup_cosine
 from ema import ModelEma
 
 # --- what is changed most
 DATA: Name = "data"  # folder that holds train/<class> and val/<class>; makedata.py makes it
-MODEL: Name = "unireplknet_t"  # unireplknet_a f p n t s b l xl, or any other classifier of timm
-PRETRAINED: str = ""  # "": from scratch; "seedlings": this repository's; "in1k" or another tag: download; a path
-IMG_SIZE: ImageSize = 224  # training image size in pixels; spectrograms keep their own
+MODEL: Name = "unireplknet_t"  # unireplknet_a f p n t s b l xl, or any other classifier of timm, also as name.tag
+PRETRAINED: str = ""  # "": from scratch; "seedlings"; "in1k" or another tag: download; a path; "hf-hub:owner/name"
+IMG_SIZE: ImageSize | None = None  # training image size in pixels; None: as pretrained weights expect, else 224
 BATCH_SIZE: PositiveInt = 32  # images in a batch, on each GPU
 EPOCHS: PositiveInt | None = None  # passes over data/train; None: 100, or 20 for fine-tuning (with PRETRAINED)
 LEARNING_RATE: Positive = 2e-3  # peak learning rate at batch size 32; scaled by sqrt(batch / 32)
@@ -73,7 +76,7 @@ SEED: int = 42  # of initial weights, order of the images and augmentation
 START_SIZE: MultipleOf32 | None = None  # image size in the first epoch, growing to IMG_SIZE; None: IMG_SIZE
 TEST_SIZE: ImageSize | None = None  # for validation and test.py, larger where crops are learned; None: IMG_SIZE
 CACHE_GB: NonNegative = 8.0  # maximum size of data/cache, which keeps resized images; 0: decode in each epoch
-MEAN: Channels | None = None  # of each channel, pixels from 0 to 1; None: from mean_std.py, else ImageNet's
+MEAN: Channels | None = None  # of pixels from 0 to 1; None: as pretrained weights expect, mean_std.py's, ImageNet's
 STD: PositiveChannels | None = None  # likewise
 
 # --- augmentation of images
@@ -132,26 +135,32 @@ DEFAULTS = {
 
 
 def main():
-    check_choices(MODEL, OPTIMIZER, PRETRAINED, RESUME, DATA)
+    arch, tag = split_model_name_tag(MODEL)
+    check_choices(arch, tag, OPTIMIZER, PRETRAINED, RESUME, DATA)
     if (MEAN is None) != (STD is None):
         raise ConstantError("MEAN and STD go together: set both or neither")
-    if START_SIZE and START_SIZE > IMG_SIZE:
+    if START_SIZE and IMG_SIZE and START_SIZE > IMG_SIZE:
         raise ConstantError(f"START_SIZE must be at most IMG_SIZE ({IMG_SIZE}), got {START_SIZE}")
 
     with (
         distributed.processes(DEVICE, DETERMINISTIC) as (device, rank, world_size),
-        RunFolder(OUTPUT, MODEL, RESUME, SAVE_MINUTES) as folder,
+        RunFolder(OUTPUT, arch, RESUME, SAVE_MINUTES) as folder,
     ):
-        config = fill_in(current_values(globals()), DEFAULTS, "fine-tuning" if PRETRAINED else "training from scratch")
+        pretrained = PRETRAINED or tag
+        config = current_values(globals()) | dict(MODEL=arch, PRETRAINED=pretrained)
+        config = fill_in(config, DEFAULTS, "fine-tuning" if pretrained else "training from scratch")
         epochs = config["EPOCHS"]
         checkpoint = folder.load(config, device)
-        weights = distributed.from_first(read_weights, MODEL, PRETRAINED) if PRETRAINED and checkpoint is None else None
+        fresh = pretrained and checkpoint is None
+        weights = distributed.from_first(read_weights, arch, pretrained, tag) if fresh else None
 
         # --- data
         sound = read_sound(DATA)  # how spectrograms were made; None: images
-        mean, std, statistics = choose_mean_and_std(DATA, MEAN, STD, sound)
+        config = adopt_input(config, weights, checkpoint, sound, Path(DATA, STATISTICS))
+        mean, std, statistics = choose_mean_and_std(DATA, config["MEAN"], config["STD"], sound)
         if sound is None:
-            sizes = ImageSizes(epochs, (IMG_SIZE,) * 2, (TEST_SIZE,) * 2 if TEST_SIZE else None, START_SIZE)
+            full = (config["IMG_SIZE"],) * 2
+            sizes = ImageSizes(epochs, full, (TEST_SIZE,) * 2 if TEST_SIZE else None, START_SIZE)
             transform = train_transform(
                 sizes.full, mean, crop=CROP, cutout=CUTOUT, hflip=HFLIP, vflip=VFLIP, quarter_turns=QUARTER_TURNS,
                 rotation=ROTATION, color_jitter=COLOR_JITTER,
@@ -178,10 +187,10 @@ def main():
         # --- network and optimizer
         seed_everything(SEED)
         model, model_args = create_network(
-            MODEL, classes, sizes.training(0), DROP_PATH, LAYER_SCALE, GRAD_CHECKPOINTING, checkpoint
+            arch, classes, sizes.training(0), DROP_PATH, LAYER_SCALE, GRAD_CHECKPOINTING, checkpoint
         )
         if weights is not None:
-            print(f"pretrained  {PRETRAINED}: {load_pretrained(model, weights, classes)}")
+            print(f"pretrained  {pretrained}: {load_pretrained(model, weights, classes)}")
         if SYNC_BATCH_NORM and world_size > 1:
             if device.type != "cuda":
                 raise UserError("SYNC_BATCH_NORM works on GPUs only; set it to False")
@@ -214,11 +223,11 @@ def main():
 
         # --- the run
         about = describe_run(
-            arch=MODEL, model_args=model_args, mean=mean, std=std, sound=sound, config=config, train_set=train_set,
+            arch=arch, model_args=model_args, mean=mean, std=std, sound=sound, config=config, train_set=train_set,
             images=images, device=device, amp_dtype=amp_dtype, compiled=compiling, world_size=world_size,
             convolutions=convolutions,
         )  # fmt: skip
-        folder.begin(about, checkpoint)
+        folder.begin(about, checkpoint, Clock(about, sizes, device.type))
         if checkpoint is not None:
             state.load(checkpoint, folder.resumed)
         print_summary(about, state, sizes, train_loader, val_set, statistics, learning_rate)
@@ -258,18 +267,18 @@ def main():
         return distributed.leave(device, 0)
 
 
-def check_choices(model, optimizer, pretrained, resume, data):
+def check_choices(arch, tag, optimizer, pretrained, resume, data):
     """Refuse names that nobody knows before anything is read or written."""
-    if model not in timm.list_models():
+    if arch not in timm.list_models():
         near = ", ".join(timm.list_models("unireplknet*"))
-        raise ConstantError(f"MODEL must be one of {near}, or another name that timm lists, got {model!r}")
+        raise ConstantError(f"MODEL must be one of {near}, or another name that timm lists, got {arch!r}")
     if optimizer not in list_optimizers():
         raise ConstantError(f'OPTIMIZER must be "muon", "adamw" or another that timm lists, got {optimizer!r}')
     if distributed.rank() == 0 and resume not in ("", "auto") and not Path(resume).is_file():
         raise ConstantError(f'RESUME must be "", "auto" or the path of a checkpoint, got {resume!r}')
     check_environment()
-    if distributed.rank() == 0 and pretrained and not resume:
-        check_pretrained(model, pretrained)
+    if distributed.rank() == 0 and not resume:
+        check_pretrained(arch, tag, pretrained)
     if not Path(data, "train").is_dir():
         raise UserError(f"there is no folder {Path(data, 'train')}; run makedata.py first")
 
@@ -359,7 +368,7 @@ def train_one_epoch(
     reader = prefetch(loader, next(model.parameters()).device)
     started = time.perf_counter() - state.seconds
     bar = dict(desc=description, unit="step", total=steps, initial=first_step, leave=False)
-    bar = tqdm(range(first_step, steps), disable=sampler.rank > 0, **bar)
+    bar = Progress(range(first_step, steps), disable=sampler.rank > 0, **bar)
     for step in bar:
         batches = [next(reader) for _ in range(min(accumulate, len(loader) - step * accumulate))]
         # A batch has the same number, and so the same Mixup, however many processes share the work.
@@ -491,7 +500,7 @@ def validate(model, loader, size, normalise, amp, description, interrupt=None):
     model.eval()
     device = next(model.parameters()).device
     loss, labels_seen, top_classes = 0.0, [], []
-    for images, labels in tqdm(loader, desc=description, unit="batch", leave=False, disable=distributed.rank() > 0):
+    for images, labels in Progress(loader, desc=description, unit="batch", leave=False, disable=distributed.rank() > 0):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         images = resize(normalise(images), size).contiguous(memory_format=choose_layout(device))
         with amp():

@@ -28,12 +28,12 @@ from common.options import answer_early
 answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
 
 import numpy as np
-from tqdm import tqdm
 
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.files import write_json
 from common.options import Name, NonNegativeInt, NotEmpty, PositiveInt, UserError, run
 from common.plots import plot_confusion_matrix
+from common.progress import Progress
 
 WHAT: Literal["recipe", "ablations", "fine_tuning", "weights"] = "recipe"  # experiment to run
 SPLITS: Annotated[list[NonNegativeInt], NotEmpty()] = [0, 1, 2]  # seeds of split and training; weights: only the first
@@ -123,7 +123,7 @@ def run_all(plan, experiments, data):
             )
             for name, options, split in runs
         ]
-        done = [job.result() for job in tqdm(jobs, desc="runs", unit="run", leave=False)]
+        done = [job.result() for job in Progress(jobs, desc="runs", unit="run", leave=False)]
     return {name: [result for run, result in zip(runs, done) if run[0] == name] for name in experiments}
 
 

@@ -21,12 +21,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
 import models
 from common.device import choose_layout, has_bfloat16, keep_freed_memory
 from common.options import ConstantError, ImageSize, Name, NotEmpty, PositiveInt, run
+from common.progress import Progress
 
 BATCH_SIZE: PositiveInt = 16  # images per batch
 REPEATS: PositiveInt = 7  # timings of which the median is taken
@@ -91,7 +91,7 @@ def serve(connection, ours):
 
 def time_convolutions(servers, batch_size, repeats):
     """Yield the rows of `print_table` for the convolutions of `MAPS`."""
-    for channels, size in tqdm(MAPS, unit="shape", leave=False):
+    for channels, size in Progress(MAPS, unit="shape", leave=False):
         published, ours = compare(servers, repeats, convolution, channels, size, batch_size)
         yield f"{channels} x {size} x {size}", 1e3 * published, 1e3 * ours, published / ours
 
@@ -120,7 +120,7 @@ def convolution(ours, channels, size, batch_size):
 def time_networks(servers, make, networks, batch_sizes, repeats):
     """Yield the rows of `print_table` for pairs of a network and its image size."""
     cases = [(name, size, batch) for name, size in networks for batch in batch_sizes]
-    for name, size, batch in tqdm(cases, unit="network", leave=False):
+    for name, size, batch in Progress(cases, unit="network", leave=False):
         published, ours = compare(servers, repeats, make, name, size, batch)
         yield f"{name}, {size} pixels, batch {batch}", batch / published, batch / ours, published / ours
 
@@ -160,7 +160,7 @@ def print_table(title, unit, rows):
     """Print a Markdown table; `rows` yields (what, published, ours, ratio)."""
     print(f"\n| {title} | published, {unit} | ours, {unit} | ratio |\n|---|---|---|---|")
     for what, published, ours, ratio in rows:
-        tqdm.write(f"| {what} | {published:.1f} | {ours:.1f} | {ratio:.2f} |")
+        Progress.write(f"| {what} | {published:.1f} | {ours:.1f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

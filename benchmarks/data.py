@@ -28,13 +28,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, prepare/
 from common.cache import cache_images
 from common.dataset import eval_transform, open_image_folder
 from common.images import is_image, load_image, scan_class_folders
 from common.options import Limits, Name, NotEmpty, PositiveInt, UserError, run
+from common.progress import Progress
 from common.workers import map_in_processes
 from prepare.drawn_data import draw_data_set
 
@@ -85,11 +85,11 @@ def main():
         if drawn:
             source = folder / "drawn"
             drawing = draw_data_set(source, max(2, IMAGES // 12 + 1), seed=0)
-            list(tqdm(drawing, desc="drawing", unit="img", leave=False))
+            list(Progress(drawing, desc="drawing", unit="img", leave=False))
         count = save_images(source, folder / "images", IMAGES, SIZES)
         epochs, reading = [], []
         with Scripts() as scripts:
-            for root in tqdm(sorted((folder / "images").iterdir()), unit="set", leave=False):
+            for root in Progress(sorted((folder / "images").iterdir()), unit="set", leave=False):
                 size, suffix = root.name.split("-")
                 epochs.append((int(size), suffix, *compare_epochs(root, folder / "cache", IMG_SIZE, REPEATS)))
                 reading.append((int(size), suffix, *compare_reading(root, scripts, REPEATS)))
@@ -108,7 +108,7 @@ def save_images(source, folder, count, sizes):
     if len(paths) < 2:
         raise UserError(f"{source} holds {len(paths)} images, and the benchmark needs 2 or more; set SOURCE")
     paths = paths[:: max(1, len(paths) // count)][:count]
-    for number, path in enumerate(tqdm(paths, desc="saving", unit="img", leave=False)):
+    for number, path in enumerate(Progress(paths, desc="saving", unit="img", leave=False)):
         image = load_image(path)
         for size in sizes:
             resized = image.resize((size, size), Image.Resampling.BICUBIC)

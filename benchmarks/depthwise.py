@@ -23,11 +23,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
 from common.device import choose_device
 from common.options import ConstantError, ImageSize, Name, PositiveInt, run
+from common.progress import Progress
 from models import VARIANTS, DepthwiseConv2d, depthwise, depthwise_cpu
 from tools.conv_report import find_shapes, forced, milliseconds
 
@@ -81,16 +81,16 @@ def run_on_gpu(name, img_size, batch_size, repeats, device, bounds):
             shapes = find_shapes(timm.create_model(name, deploy=structure == "merged"), img_size)
         print(f"\n{name}, {img_size} pixels, {structure}, batch {batch_size}, bfloat16, median of {repeats}\n")
         header = None
-        for shape in tqdm(shapes, unit="shape", leave=False):
+        for shape in Progress(shapes, unit="shape", leave=False):
             columns, cells = compare_on_gpu(shape, batch_size, repeats, device, bounds, structure)
             if columns != header:
                 passes = "us" if structure == "merged" else "us: output / input / weight"
                 title = ["channels, map, kernel, dilation", *(f"{column}, {passes}" for column in columns)]
                 title += ["speedup", "of memory bound", "of arithmetic bound"]
-                tqdm.write(f"| {' | '.join(title)} |\n|{'---|' * len(title)}")
+                Progress.write(f"| {' | '.join(title)} |\n|{'---|' * len(title)}")
                 header = columns
             channels, height, width, kernel_size, dilation = shape
-            tqdm.write(f"| {channels}, {height} x {width}, {kernel_size}, {dilation} | {' | '.join(cells)} |")
+            Progress.write(f"| {channels}, {height} x {width}, {kernel_size}, {dilation} | {' | '.join(cells)} |")
 
 
 def compare_on_gpu(shape, batch_size, repeats, device, bounds, structure):
@@ -151,10 +151,10 @@ def run_on_cpu(name, img_size, batch_size, repeats):
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| channels, map, kernel, dilation | PyTorch input | PyTorch weight | ours both, ms | ratio | error |")
     print("|---|---|---|---|---|---|")
-    for shape in tqdm(find_shapes(model, img_size), unit="shape", leave=False):
+    for shape in Progress(find_shapes(model, img_size), unit="shape", leave=False):
         channels, height, width, kernel_size, dilation = shape
         cells = compare_on_cpu(batch_size, repeats, *shape)
-        tqdm.write(f"| {channels}, {height} x {width}, {kernel_size}, {dilation} | {' | '.join(cells)} |")
+        Progress.write(f"| {channels}, {height} x {width}, {kernel_size}, {dilation} | {' | '.join(cells)} |")
 
     model.train()
     images, labels = torch.randn(batch_size, 3, img_size, img_size), torch.randint(12, (batch_size,))

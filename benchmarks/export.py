@@ -19,7 +19,6 @@ from common.options import answer_early
 answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
 
 import torch
-from tqdm import tqdm
 
 from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
@@ -28,6 +27,7 @@ from common.evaluation import accuracy, choose_images, read_batches
 from common.extras import require
 from common.onnx_network import OnnxNetwork
 from common.options import Name, NonNegativeInt, NotEmpty, PositiveInt, UserError, run
+from common.progress import Progress
 
 CHECKPOINT: str = ""  # file that train.py saved; "": the newest checkpoints/*/best.pth, else "seedlings"
 EXPORTS: str = ""  # folder that tools/export.py wrote; "": exports/<model>
@@ -89,7 +89,7 @@ def measure(networks, images, batch_sizes, repeats):
         name: torch.cat([network(part) for part in images.split(32)]).numpy() for name, network in networks.items()
     }
     seconds = {(name, batch): [] for name in networks for batch in batch_sizes}
-    for _ in tqdm(range(repeats), desc="timing", leave=False):
+    for _ in Progress(range(repeats), desc="timing", leave=False):
         for (name, batch), times in seconds.items():
             part = images[:batch].contiguous()
             started = time.perf_counter()

@@ -23,13 +23,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # common/
 from common.columns import Hashes, Texts
 from common.manifest import MANIFEST, TABLE, Table
 from common.options import Limits, Name, PositiveInt, run
+from common.progress import Progress
 
 IMAGES: Annotated[int, Limits(100)] = 1_300_000  # training images; for validation there are a 26th as many more
 CLASSES: Annotated[int, Limits(2, 10_000)] = 1000  # their classes
@@ -89,7 +89,7 @@ def make_images(folder, images, classes, links):
     for side, count in paths.items():
         for name in range(classes):
             (folder / "data" / side / f"n{name:08d}").mkdir(parents=True)
-        for number in tqdm(range(count), desc=f"linking {side}", unit="img", leave=False):
+        for number in Progress(range(count), desc=f"linking {side}", unit="img", leave=False):
             file = folder / "files" / f"{side}{number // links}.png"
             if number % links == 0:
                 levels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)

@@ -16,11 +16,11 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
 from common.device import choose_device
 from common.options import ConstantError, ImageSize, Name, PositiveInt, run
+from common.progress import Progress
 from models import VARIANTS, describe_implementation
 from tools.conv_report import forced, milliseconds
 
@@ -60,14 +60,14 @@ def main():
     ]
     print("| task | batch | network | way | images/s | memory, GB |")
     print("|---|---|---|---|---|---|")
-    for task, batch_size, name, way in tqdm(jobs, unit="way", leave=False):
+    for task, batch_size, name, way in Progress(jobs, unit="way", leave=False):
         try:
             speed, memory = measure(name, way, task, IMG_SIZE, batch_size, repeats, device)
             cells = [f"{speed:.1f}", "-" if memory is None else f"{memory:.1f}"]
         except Exception as error:  # memory full, no C compiler, ...: the other rows are still useful
             reason = str(error).strip().partition("\n")[0]
             cells = [f"{type(error).__name__}: {reason[:80]}", "-"]
-        tqdm.write(f"| {task} | {batch_size} | {name} | {way} | {' | '.join(cells)} |")
+        Progress.write(f"| {task} | {batch_size} | {name} | {way} | {' | '.join(cells)} |")
 
 
 def measure(name, way, task, img_size, batch_size, repeats, device):

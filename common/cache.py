@@ -21,7 +21,6 @@ from filelock import FileLock
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import transforms
-from tqdm import tqdm
 
 from common.contents import hash_contents
 from common.dataset import height_and_width
@@ -29,6 +28,7 @@ from common.decoding import READER
 from common.images import load_image
 from common.loading import Loader
 from common.manifest import CACHE, CACHE_FILES
+from common.progress import Progress
 from common.workers import WAIT_MINUTES
 
 # common/manifest.py's CACHE_FILES lists these names, too: makedata.py must know which files are not the user's.
@@ -189,7 +189,7 @@ def write_rows(images, path, workers=None, wait_minutes=WAIT_MINUTES):
     header = dict(descr="|u1", fortran_order=False, shape=(len(images), *images.size, 3))
     try:
         # Written, not mapped: where the disk is full, writing to a map kills the process.
-        with open(part, "wb") as file, tqdm(total=len(images), desc="caching", unit="img", leave=False) as bar:
+        with open(part, "wb") as file, Progress(total=len(images), desc="caching", unit="img", leave=False) as bar:
             np.lib.format.write_array_header_1_0(file, header)
             for rows in loader:
                 for row in rows:

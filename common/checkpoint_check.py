@@ -18,7 +18,8 @@ import timm
 import torch
 
 from common.file_checks import Count, FileImageSize, brief, check_fields, check_input, check_keys, check_kind
-from common.options import Fraction, ImageSize, Length, Limits, NonNegative, PositiveInt, Probability, Rate
+from common.options import Channels, Fraction, ImageSize, Length, Limits, NonNegative, PositiveChannels, PositiveInt
+from common.options import Probability, Rate
 from common.renamed import upgrade_config
 from models.pretrained import is_state_dict
 
@@ -58,6 +59,8 @@ CONFIG |= dict(QUARTER_TURNS=bool, ROTATION=Annotated[float, Limits(0, 180)], IM
 CONFIG |= dict(TIME_SHIFT=Probability, GAIN=NonNegative, NOISE=Probability, MIXUP=NonNegative, CUTMIX=NonNegative)
 CONFIG |= dict(MIX_PROB=Probability, SMOOTHING=Rate, MIX_SWITCH=Probability)
 CONFIG |= dict(SPEC_MASK=Probability | Annotated[list[Probability], Length(2)])
+# And with which a resumed run normalises. MODEL is the plain name, like arch, and PRETRAINED is compared only.
+CONFIG |= dict(MEAN=Channels | None, STD=PositiveChannels | None, PRETRAINED=str)
 SCALER = dict(scale=Annotated[float, Limits(above=0)], growth_factor=Annotated[float, Limits(above=1)])
 SCALER |= dict(backoff_factor=Annotated[float, Limits(above=0, below=1)], growth_interval=PositiveInt)
 SCALER |= dict(_growth_tracker=Count)

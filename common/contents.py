@@ -15,9 +15,9 @@ import time
 from itertools import islice
 
 import numpy as np
-from tqdm import tqdm
 
 from common.columns import Hashes, digest_texts, find
+from common.progress import Progress
 from common.workers import WAIT_MINUTES, map_in_threads
 
 CONTENTS = "contents.npz"
@@ -71,7 +71,7 @@ def hash_contents(paths, folder=None, *, missing_ok=False, wait_minutes=WAIT_MIN
         return len(indices)
 
     blocks = np.array_split(missing, -(-len(missing) // 16))
-    with tqdm(total=len(missing), desc="hashing", unit="file", leave=False) as bar:
+    with Progress(total=len(missing), desc="hashing", unit="file", leave=False) as bar:
         for count in map_in_threads(hash_block, blocks, "files to hash", wait_minutes):
             bar.update(count)
     settled = missing[is_settled(stamps[missing], started) & digests[missing].any(1)]

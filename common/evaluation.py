@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common.dataset import open_image_folder
 from common.images import load_image
 from common.options import UserError
+from common.progress import Progress
 
 
 def choose_images(folder, classes, count, seed=0):
@@ -60,7 +60,7 @@ def read_batches(paths, transform, batch_size, description, load=load_image):
     Yields:
         Tensors (N, 3, H, W).
     """
-    with tqdm(total=len(paths), desc=description, unit="img", leave=False) as bar:
+    with Progress(total=len(paths), desc=description, unit="img", leave=False) as bar:
         for start in range(0, len(paths), batch_size):
             batch = [transform(load(path)) for path in paths[start : start + batch_size]]
             yield torch.stack(batch)

@@ -253,7 +253,7 @@ def choose_mean_and_std(data, mean, std, sound):
         UserError: if a file is damaged.
     """
     if mean is not None:
-        return list(mean), list(std), "the constants"
+        return list(mean), list(std), "MEAN and STD"
     statistics = Path(data, STATISTICS)
     if not statistics.is_file():
         return list(IMAGENET_MEAN), list(IMAGENET_STD), "ImageNet, since mean_std.py was not run"

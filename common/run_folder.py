@@ -45,6 +45,7 @@ from models import describe_implementation
 # What a checkpoint needs to be resumed, besides what any has; common/checkpoint_check.py knows what the values may be.
 RESUMED = dict(optimizer=dict, scaler=dict, epoch=int, ema_updates=int, history=list)
 
+IMBALANCE = 10  # ratio of the largest class to the smallest one from which on it is printed
 KEEP = 2  # newest checkpoints that are kept; one that is damaged is skipped when a run is resumed
 
 # --- what a constant that was changed does to a run that is resumed
@@ -320,7 +321,7 @@ class RunFolder(contextlib.ExitStack):
         if here != there:
             raise UserError(f"cannot resume {path}: {name} there is {there}, here {here}")
 
-    def begin(self, about, checkpoint):
+    def begin(self, about, checkpoint, clock):
         """Make the folder, renaming that of another run.
 
         All processes agree on the data first.
@@ -329,8 +330,9 @@ class RunFolder(contextlib.ExitStack):
             about: what checkpoints hold besides the state.
             checkpoint: of the run that is resumed; what differs from it is printed. Where its best accuracy was
                 measured on other images, it is taken out.
+            clock: the run's `common.clock.Clock`.
         """
-        self.about = about
+        self.about, self.clock = about, clock
         distributed.agree(data_facts(about), ON_DATA)
         if checkpoint is not None:
             self.refuse(self.resume, "the classes", about["classes"], checkpoint["classes"])
@@ -388,7 +390,9 @@ class RunFolder(contextlib.ExitStack):
             print(f"an error ends the run, and it cannot be saved ({error})")
 
     def save_if_due(self, state):
-        """`save_last` if the last checkpoint is older than `save_minutes`."""
+        """`save_last` if the last checkpoint is older than `save_minutes`; says how long the run will take."""
+        if self.writes:
+            self.clock.look(state)
         if time.perf_counter() - self.saved >= self.save_seconds:
             self.save_last(state)
 
@@ -426,6 +430,8 @@ class RunFolder(contextlib.ExitStack):
             self.save(state, "best.pth")
         self.save_last(state)
         print(format_row(row, state.ema is not None))
+        if self.writes:
+            self.clock.finish_epoch(state, row)
         self.write_side_files(state)
         return row
 
@@ -536,13 +542,15 @@ def print_summary(about, state, sizes, train_loader, val_set, statistics, learni
         print(f"spectrogram {', '.join(f'{name} {value}' for name, value in about['sound'].items())}")
         print(f"            keeps its own size; IMG_SIZE {config['IMG_SIZE']} is for images")
     print(f"large conv  {describe_implementation(device, choose_amp(config['AMP'], device) or torch.float32)}")
-    print(f"device      {device}, {versions['precision']}, torch {versions['torch']}, timm {versions['timm']}")
+    where = f"{versions['threads']} threads" if device.type == "cpu" else versions["device"]
+    print(f"device      {device}, {where}, {versions['precision']}, torch {versions['torch']}, timm {versions['timm']}")
     print(f"loading     {train_loader.num_workers} workers{' (chosen for the device)' * (config['WORKERS'] is None)}")
     if sampler.world_size > 1:
         print(f"processes   {sampler.world_size}")
     kind = "images" if about.get("sound") is None else "spectrograms"
     print(f"{kind:11} {about['pictures_train']} for training, {len(val_set)} for validation")
     print(f"classes     {len(classes)}: {', '.join(classes[:24])}{', ...' if len(classes) > 24 else ''}")
+    print_imbalance(about["data"]["train"]["by_class"], classes, config["BALANCE"])
     mean, std = ([round(value, 4) for value in about[name]] for name in ("mean", "std"))
     print(f"mean, std   {mean}, {std} from {statistics}")
     print(f"augmented   {describe_augmentation(config, about.get('sound'))}")
@@ -550,10 +558,25 @@ def print_summary(about, state, sizes, train_loader, val_set, statistics, learni
         print(f"cutout      torchvision's RandomErasing, since torchtoolbox cannot be imported ({CUTOUT_ERROR})")
     steps, warmup, peak = (learning_rate.keywords[name] for name in ("steps", "warmup_steps", "highest"))
     step_images = sampler.batch_size * sampler.world_size * config["ACCUMULATE"]
-    print(f"steps       {steps // config['EPOCHS']} an epoch, of {step_images} images")
+    print(f"steps       {steps // config['EPOCHS']:,} an epoch, of {step_images} images; {steps:,} in all")
     print(f"lr          {peak:.2e} at its peak: LEARNING_RATE {config['LEARNING_RATE']} x sqrt({step_images} / 32)")
     if warmup >= steps:
         print(f"            never reached: {config['WARMUP_EPOCHS']:g} warm-up epochs of {config['EPOCHS']}")
+
+
+def print_imbalance(by_class, classes, balance):
+    """Print the largest and the smallest class where they are far apart, and what can be done about it.
+
+    Args:
+        by_class: [(number of training images, ...), ...] of the classes.
+        balance: the constant BALANCE.
+    """
+    counts = [row[0] for row in by_class]
+    few, many = min(counts), max(counts)
+    if many > IMBALANCE * few:
+        names = (f"{classes[counts.index(count)]} {count}" for count in (many, few))
+        what = "no class weights: --balance 1 compensates" if not balance else f"BALANCE {balance:g} compensates"
+        print(f"imbalance   {' and '.join(names)} training images; {what} (logit adjustment)")
 
 
 def describe_augmentation(config, sound):

@@ -15,7 +15,6 @@ from common.options import answer_early
 
 answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
 
-import timm
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -24,13 +23,13 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
-from tqdm import tqdm
 
 import models  # noqa: F401  registers the UniRepLKNet variants with timm
 from common.device import choose_device
 from common.options import ImageSize, Limits, Name, Positive, PositiveInt, run
 from common.plots import save_figure
-from examples.scene import CLASSES, check_backbone, draw_scene
+from common.progress import Progress
+from examples.scene import CLASSES, check_backbone, create_backbone, draw_scene
 
 MODEL: Name = "unireplknet_a"  # backbone, a timm model with four feature maps
 PRETRAINED: bool = False  # start from ImageNet weights, which are downloaded
@@ -51,7 +50,7 @@ def main():
     model = create_detector(MODEL, PRETRAINED, WIDTH, HEIGHT).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
     losses = []
-    for step in tqdm(range(STEPS), desc="training", unit="step", leave=False):
+    for step in Progress(range(STEPS), desc="training", unit="step", leave=False):
         images, targets = draw_batch(f"{SEED}/train/{step}", BATCH_SIZE, WIDTH, HEIGHT)
         images = [image.to(device) for image in images]
         targets = [{name: tensor.to(device) for name, tensor in target.items()} for target in targets]
@@ -108,7 +107,7 @@ class Backbone(nn.Module):
 
     def __init__(self, name, pretrained=False, out_channels=64):
         super().__init__()
-        self.body = timm.create_model(name, features_only=True, pretrained=pretrained)
+        self.body = create_backbone(name, pretrained)
         self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), out_channels, LastLevelMaxPool())
         self.out_channels = out_channels
 

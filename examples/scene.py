@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, prepare/
+from common.hub import published_network
 from common.options import ConstantError
 from prepare.drawn_data import MIN_SIZE, SPECIES, draw_seedling
 
@@ -33,6 +34,14 @@ def check_backbone(name, pretrained):
         )
     if pretrained and not timm.models.is_model_pretrained(name):
         raise ConstantError(f"PRETRAINED must be False for MODEL {name!r}, of which timm has no weights, got True")
+
+
+def create_backbone(name, pretrained):
+    """timm's network `name` as a function of images that returns four feature maps; UserError if it cannot be
+    downloaded."""
+    if pretrained:
+        return published_network(name, "leave out --pretrained", features_only=True)
+    return timm.create_model(name, features_only=True)
 
 
 def draw_scene(key, width, height):

@@ -15,19 +15,18 @@ from common.options import answer_early
 
 answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
 
-import timm
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 from torchvision.models.segmentation.fcn import FCNHead
-from tqdm import tqdm
 
 import models  # noqa: F401  registers the UniRepLKNet variants with timm
 from common.device import choose_device
 from common.options import ImageSize, Limits, Name, Positive, PositiveInt, run
 from common.plots import save_figure
-from examples.scene import CLASSES, check_backbone, draw_scene
+from common.progress import Progress
+from examples.scene import CLASSES, check_backbone, create_backbone, draw_scene
 
 MODEL: Name = "unireplknet_a"  # backbone, a timm model with four feature maps
 PRETRAINED: bool = False  # start from ImageNet weights, which are downloaded
@@ -48,7 +47,7 @@ def main():
     model = Segmenter(MODEL, PRETRAINED).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
     losses = []
-    for step in tqdm(range(STEPS), desc="training", unit="step", leave=False):
+    for step in Progress(range(STEPS), desc="training", unit="step", leave=False):
         images, masks = draw_batch(f"{SEED}/train/{step}", BATCH_SIZE, WIDTH, HEIGHT)
         loss = F.cross_entropy(model(images.to(device)), masks.to(device))
         optimizer.zero_grad()
@@ -80,7 +79,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, name, pretrained=False, classes=len(CLASSES)):
         super().__init__()
-        self.body = timm.create_model(name, features_only=True, pretrained=pretrained)
+        self.body = create_backbone(name, pretrained)
         # The same small number of channels each: on maps of stride 4 the head is what takes the time.
         self.lateral = nn.ModuleList(nn.Conv2d(channels, 64, 1) for channels in self.body.feature_info.channels())
         self.head = FCNHead(64, classes)

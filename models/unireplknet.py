@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.fx
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d
+from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
@@ -333,7 +333,8 @@ class UniRepLKNet(nn.Module):
     Args:
         in_chans: channels of the images.
         num_classes: outputs of the head; 0 builds none and returns the pooled features (N, dims[3]).
-        global_pool: "avg", or "" (with num_classes 0) for the last stage's map (N, dims[3], H / 32, W / 32).
+        global_pool: "avg", "max", "avgmax", or "" (with num_classes 0) for the last stage's map
+            (N, dims[3], H / 32, W / 32).
         depths: blocks in each of the four stages.
         dims: channels in each of the four stages.
         drop_rate: dropout before the head.
@@ -350,6 +351,7 @@ class UniRepLKNet(nn.Module):
             float32 sums. The two differ by rounding: bfloat16 loses a residual smaller than 1/512 of the stream, so
             set True to train with a layer scale as small as the paper's 1e-6. In float32 only the sums of GRN round
             differently; float16, whose range is too small, always computes as published.
+        output_stride: 32; timm's argument for backbones that can be dilated, which this one cannot.
 
     Raises:
         ValueError: where sizes do not fit together; the message names the remedy.
@@ -373,8 +375,14 @@ class UniRepLKNet(nn.Module):
         attempt_use_lk_impl: bool | str = True,
         use_sync_bn: bool = False,
         published_arithmetic: bool = False,
+        output_stride: int = 32,
     ):
         super().__init__()
+        if output_stride != 32:
+            raise ValueError(
+                f"output_stride must be 32, got {output_stride}; for finer maps set features_only=True, which gives "
+                "those of strides 4, 8 and 16, too"
+            )
         depths, dims = tuple(depths), tuple(dims)
         if kernel_sizes is None:
             if depths not in KERNEL_SIZES:
@@ -455,7 +463,8 @@ class UniRepLKNet(nn.Module):
         """The last stage's map -> logits (N, num_classes), or with `pre_logits` the features (N, dims[3])."""
         if not self.global_pool:
             return x
-        x = self.head_drop(self.norm(x.mean((-2, -1))))  # (N, dims[3], H / 32, W / 32) -> (N, dims[3])
+        x = x.mean((-2, -1)) if self.pool is None else self.pool(x)  # (N, dims[3], H / 32, W / 32) -> (N, dims[3])
+        x = self.head_drop(self.norm(x))
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
@@ -529,9 +538,11 @@ class UniRepLKNet(nn.Module):
             ValueError: for an unknown `global_pool`, or a head without pooling.
         """
         if global_pool is not None:
-            if global_pool not in ("avg", ""):
-                raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
+            if global_pool not in ("avg", "max", "avgmax", ""):
+                raise ValueError(f"global_pool must be 'avg', 'max', 'avgmax' or '', got {global_pool!r}")
             self.global_pool = global_pool
+            # The mean stays as it is, to the last bit.
+            self.pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True) if "max" in global_pool else None
         if num_classes > 0 and not self.global_pool:
             raise ValueError("a head needs pooled features: set global_pool='avg', or num_classes=0")
         self.num_classes = num_classes

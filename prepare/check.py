@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common.audio import duration
 from common.contents import hash_file
@@ -20,6 +19,7 @@ from common.files import write_text
 from common.images import ImageError, scan_class_folders
 from common.manifest import MANIFEST, read_table
 from common.plots import plot_sheet
+from common.progress import Progress
 from common.text import label, pad, width
 from common.workers import map_in_threads
 from prepare.pixels import Pixels, describe_pixels, look_at
@@ -68,7 +68,7 @@ def check(source, target, near, folder, kind, value_range):
     sides = read_sides(target)
     samples = [Sample(path, name, sides.get(path, "")) for name in classes for path in map(Path, classes[name])]
     work = map_in_threads(partial(examine, kind=kind), samples, f"{kind.name}s")  # decoding releases the GIL
-    samples = list(tqdm(work, total=len(samples), desc="checking", unit="img", leave=False))
+    samples = list(Progress(work, total=len(samples), desc="checking", unit="img", leave=False))
     usable = [sample for sample in samples if not sample.reason]
     broken = [sample.reason for sample in samples if sample.reason]
     broken += [f"{path} is not in a class folder" for path in classes.beside if kind.fits(path)]

@@ -30,10 +30,10 @@ answer_early(__name__, __file__)  # --help and wrong options, before imports tha
 import timm
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common.device import choose_device, choose_layout, prepare_device
 from common.options import ConstantError, ImageSize, Name, PositiveInt, UserError, run
+from common.progress import Progress
 from models import VARIANTS, depthwise, depthwise_choice
 from models.depthwise import NAMES, DepthwiseConv2d
 from models.depthwise_choice import Use
@@ -68,9 +68,9 @@ def main():
     print(f"| channels, map, kernel, dilation | runs | error | {', ms | '.join(NAMES)}, ms |")
     print("|---|---|---|---|---|---|")
     counts = {}  # {"not triton: ...": number of shapes}
-    for shape in tqdm(shapes, unit="shape", leave=False):
+    for shape in Progress(shapes, unit="shape", leave=False):
         cells, reasons = examine(shape, batch_size, device, dtype)
-        tqdm.write(f"| {' | '.join(cells)} |")
+        Progress.write(f"| {' | '.join(cells)} |")
         for name, reason in reasons.items():
             line = f"not {name}: {reason}"
             counts[line] = counts.get(line, 0) + 1
@@ -138,7 +138,7 @@ def report_choice(model, img_size, batch_size, device, dtype):
     uses = [Use((img_size, img_size), batch_size)]
     print("\n| channels, map, kernel, dilation | pass | plan | every method, ms |\n|---|---|---|---|")
     totals, results = [], {}
-    for group in tqdm(depthwise_choice.find_groups(model, uses), unit="group", leave=False):
+    for group in Progress(depthwise_choice.find_groups(model, uses), unit="group", leave=False):
         rankings, result = depthwise_choice.measure_group(group, device, dtype)
         results[depthwise_choice.to_name(group, dtype)] = result
         for key, ranking, plan in zip(group.keys(device, dtype), rankings, result.plans):
@@ -146,7 +146,7 @@ def report_choice(model, img_size, batch_size, device, dtype):
             chosen = plan.split()[1:] if plan else ["default"] * 3
             for which, title in enumerate(("output", "input gradient", "weight gradient")):
                 methods = describe_methods(key, ranking, which, device, dtype)
-                tqdm.write(f"| {shape} | {title} | {chosen[which]} | {methods} |")
+                Progress.write(f"| {shape} | {title} | {chosen[which]} | {methods} |")
         planned = result.milliseconds / result.ratio
         totals.append(f"{group}: default {result.milliseconds:.1f} ms, chosen {planned:.1f} ms, {result.ratio:.2f} x")
     print("\n" + "\n".join(totals))

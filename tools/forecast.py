@@ -60,7 +60,6 @@ from matplotlib.figure import Figure
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
 from torch import nn
-from tqdm import tqdm
 
 import models  # noqa: F401  registers the UniRepLKNet variants with timm
 from common.checkpoint import SaveError, check_finite, load_checkpoint, load_newest, save_checkpoint
@@ -88,6 +87,7 @@ from common.options import (
     run,
 )
 from common.plots import save_figure
+from common.progress import Progress
 from common.run_folder import lock, set_aside
 from common.schedule import warmup_cosine
 from common.text import label
@@ -876,7 +876,7 @@ def train_one_epoch(fit, windows, method, settings, seed, interrupt, description
     steps, epochs = settings.epoch_steps, settings.epochs
     started = time.perf_counter() - fit.seconds
     bar = dict(desc=f"{description}, epoch {fit.epoch + 1}/{epochs}", unit="step", total=steps, leave=False)
-    for step in tqdm(range(fit.step, steps), initial=fit.step, **bar):
+    for step in Progress(range(fit.step, steps), initial=fit.step, **bar):
         number = fit.epoch * steps + step
         seed_everything(seed, "step", number, device=windows.device)
         peak, final = method.learning_rate, settings.min_learning_rate

@@ -42,7 +42,9 @@ from common.dataset import eval_transform, height_and_width, open_image_folder, 
 from common.device import choose_device
 from common.evaluation import choose_images, read_batches
 from common.files import write_csv
+from common.hub import published_network
 from common.manifest import choose_mean_and_std, read_sound
+from common.network import IMG_SIZE as DEFAULT_SIZE
 from common.options import ConstantError, ImageSize, Limits, Name, NonNegativeInt, PositiveInt, UserError, run
 from common.plots import plot_augmentation, plot_kernels, plot_map, plot_receptive_fields, plot_sheet
 from common.text import label
@@ -78,6 +80,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     if what == ["augmentation"] and uses_train_script(CHECKPOINT):
         config, sound = read_values(TRAIN_SCRIPT), read_sound(DATA)
+        config["IMG_SIZE"] = config["IMG_SIZE"] or DEFAULT_SIZE
         mean, std, _ = choose_mean_and_std(DATA, config.get("MEAN"), config.get("STD"), sound)
         print("                augmentation of train.py's constants")
         show_augmentation(config, mean, std, sound, Path(DATA, "train"), SHOWN + 1, SEED, folder)
@@ -233,11 +236,11 @@ def open_network(name, device):
     if Path(name).is_file():
         return build_network(load_checkpoint(name)).to(device)
     try:
-        network = timm.create_model(name, pretrained=True).eval()
-    except Exception as error:  # no network, a proxy, a hub that is down: many kinds
-        print(f"skipped         {name}: its weights cannot be downloaded ({type(error).__name__})")
+        network = published_network(name, "set COMPARE to files of your checkpoints, or to nothing")
+    except UserError as error:
+        print(f"skipped         {name}: {error}")
         return None
-    return timm.utils.reparameterize_model(network).to(device)
+    return timm.utils.reparameterize_model(network.eval()).to(device)
 
 
 def receptive_field(network, batches, device):
