@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
-from common.dataset import ImageFiles, eval_transform
+from common.dataset import ImageFiles, transform_of
 from common.device import choose_device, choose_layout, has_bfloat16, keep_freed_memory
 from common.evaluation import match_classes, report_classes
 from common.files import SideFiles, identity, is_circle, list_files, write_csv, write_text
@@ -85,8 +85,7 @@ def main():
     folder = Path(OUTPUT)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
-    files = ImageFiles(paths, transform, kind.load)
+    files = ImageFiles(paths, transform_of(checkpoint), kind.load)
     workers = choose_readers(files, BATCH_SIZE, device) if WORKERS is None else WORKERS
     loader = Loader(files, BATCH_SIZE, num_workers=workers, collate_fn=list)
     probabilities, reasons, dtype = predict(network, loader, device, AMP, TTA)

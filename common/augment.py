@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torchvision import transforms
 
+from common.fit import fit_to
 from common.renamed import upgrade_config
 
 # torchtoolbox 0.1.8 still uses np.int, which NumPy removed in 1.24; its Cutout works once the name exists.
@@ -36,6 +37,7 @@ def train_transform(
     mean,
     std,
     *,
+    fit="squeeze",
     crop=1.0,
     cutout=0.0,
     hflip=0.0,
@@ -49,6 +51,7 @@ def train_transform(
     Args:
         size: (height, width) in pixels.
         mean, std: three values each, for pixels from 0 to 1.
+        fit: how images of another shape are resized, see `common.fit`.
         crop: minimum area fraction of RandomResizedCrop; 1: whole images.
         cutout: probability of erasing a rectangle (DeVries and Taylor, arXiv:1708.04552).
         hflip, vflip: probabilities of a horizontal and a vertical flip.
@@ -56,7 +59,7 @@ def train_transform(
         rotation: maximum rotation in degrees.
         color_jitter: maximum relative change of brightness, contrast and saturation.
     """
-    steps = [transforms.Resize(size)]
+    steps = [fit_to(size, fit)]
     if crop < 1:
         steps.append(transforms.RandomResizedCrop(size, (crop, 1.0)))
     if hflip:
@@ -242,6 +245,7 @@ def augmentation_from_config(config, num_classes, size, mean, std, sound=None):
             size,
             mean,
             std,
+            fit=value("FIT", "squeeze"),
             crop=value("CROP", 1.0),
             cutout=value("CUTOUT"),
             hflip=value("HFLIP"),

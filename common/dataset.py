@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
 
 from common.audio import is_sound
+from common.fit import fit_to
 from common.images import ImageError, is_image, load_image, scan_class_folders
 from common.manifest import read_value_range
 from common.options import UserError, raise_all
@@ -109,17 +110,28 @@ def height_and_width(img_size):
     return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
 
 
-def eval_transform(img_size, mean, std):
+def eval_transform(img_size, mean, std, fit="squeeze"):
     """The transform of validation and prediction: PIL RGB -> float tensor (3, height, width).
 
     Args:
-        img_size: side in pixels, or (height, width); images are resized to it regardless of their aspect ratio, as in
-            training.
+        img_size: side in pixels, or (height, width).
         mean, std: three values each, for pixels from 0 to 1.
+        fit: how images of another shape are resized, as in training; see `common.fit`.
     """
     return transforms.Compose(
-        [transforms.Resize(height_and_width(img_size)), transforms.ToTensor(), transforms.Normalize(mean, std)]
+        [fit_to(height_and_width(img_size), fit), transforms.ToTensor(), transforms.Normalize(mean, std)]
     )
+
+
+def transform_of(checkpoint, img_size=None):
+    """The `eval_transform` of the network in a checkpoint, or in what an ONNX file says about itself.
+
+    Args:
+        checkpoint: a dict with "img_size", "mean", "std" and, unless images are squeezed, "fit".
+        img_size: another size than its own; None: its own.
+    """
+    size = checkpoint["img_size"] if img_size is None else img_size
+    return eval_transform(size, checkpoint["mean"], checkpoint["std"], checkpoint.get("fit", "squeeze"))
 
 
 def seed_everything(*key):

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from common.audio import PAD_MODES, SAMPLE_RATES, Spectrogram
+from common.fit import FITS
 from common.options import Ascending, Channels, ImageSize, Length, Limits, Name, NotEmpty, PositiveChannels, UserError
 from common.options import accepts, describe
 
@@ -126,13 +127,14 @@ def is_file_name(name):
 
 
 def check_input(about):
-    """ValueError unless "classes", "mean", "std", "img_size" and, where it is there, "sound" can be used."""
+    """ValueError unless "classes", "mean", "std", "img_size" and, if present, "sound" and "fit" can be used."""
     check_fields(about, dict(classes=list, **NORMALISATION, img_size=FileImageSize))
     check_classes(about["classes"])
     size = about["img_size"]
     if not isinstance(size, int) and size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"its img_size must be of at most {MAX_PIXELS} pixels, got {brief(size)}")
     check_value_range(about.get("value_range"))
+    check_kind(about.get("fit", "squeeze"), Literal[FITS], "its fit")
     check_sound(about.get("sound"))
     if about.get("sound") is not None and list(Spectrogram(**about["sound"]).size) != side_lengths(size):
         raise ValueError(f"its img_size must be that of its spectrograms, got {brief(size)}")
