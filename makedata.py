@@ -3,6 +3,8 @@
     python makedata.py              images or recordings that you put into data1/<class>/
     python makedata.py --demo       draws a small demo data set into an empty data1 first
     python makedata.py --check      only inspects: classes, sizes, broken files, duplicates across classes and the split
+    python makedata.py --test-ratio 0.15                 also data/test/<class>/, which training never opens
+    python makedata.py --labels labels.csv               a flat folder, and a table with the columns image and class
 
 Every image is opened and checked; unusable files are listed and skipped. The side of the split depends only on an
 image's content and the seed, so that the split is the same on every system, and hardly changes when images are added.
@@ -20,6 +22,9 @@ With GROUP, whole groups of files land on one side, such as all images of a plan
 
     python makedata.py --group "_([a-z]+)_"                         3_anna_12.wav belongs to the group anna
     python makedata.py --group "_([a-z]+)_" --val-groups anna       validate on anna's recordings
+
+LABELS is for images in one folder, or in folders that are not classes: a CSV file with a row for each image, whose
+columns split (train, val or test) and group may be missing; see prepare/labels.py.
 
 Exit status: 0 all files used; 1 an error, nothing changed; 2 a wrong option or constant; 3 done, but some files were
 skipped, or --check found something to fix.
@@ -48,20 +53,24 @@ from common.audio import Spectrogram, duration, input_kind, is_sound
 from common.columns import Files, Hashes, Texts, digest_texts, find, iterate
 from common.contents import TICK, hash_file, is_settled, read_stamp, read_stamps, remember
 from common.decoding import READER
+from common.file_checks import PARTS
 from common.files import write_json
 from common.images import SYSTEM_FILES, ImageError, is_directory, is_image, level_sums, scan_class_folders
 from common.manifest import CACHE, CACHE_FILES, MANIFEST, STATISTICS, TABLE, Table, fingerprint, read_table
-from common.options import Ascending, ConstantError, Length, Limits, Name, UserError, raise_all, run
+from common.options import Ascending, ConstantError, Length, Limits, Name, Rate, UserError, raise_all, run
 from common.progress import Progress
 from common.text import label, pad, width
 from common.workers import map_in_processes, watched
 from prepare.drawn_data import SPECIES, draw_data_set
-from prepare.groups import compile_group, split_by_group
+from prepare.groups import compile_group, find_groups, split_by_group
+from prepare.labels import read_labels
 from prepare.pixels import Pixels, describe_pixels, look_at
 
 SOURCE: Name = "data1"  # folder that contains <class>/<image or recording>
 TARGET: Name = "data"  # folder to make: train/<class>, val/<class>, manifest.json, manifest.csv
+LABELS: str = ""  # CSV file with columns image and class (and split, group) for the images in SOURCE; "": class folders
 VAL_RATIO: Annotated[float, Limits(above=0, below=1)] = 0.3  # fraction of each class that becomes validation images
+TEST_RATIO: Rate = 0.0  # fraction of each class that becomes test images, which train.py never opens; 0: none
 SEED: int = 42  # seed of the split
 LINK: bool = True  # hard links, which need no disk space, where the file system allows; False always copies
 WORKERS: Annotated[int, Limits(0, 61)] | None = None  # processes that check files; 0: none; None: one per core
@@ -78,6 +87,7 @@ VALUE_RANGE: ValueRange | None = None  # stored values of black and white, such 
 # --- split by group
 GROUP: str = ""  # regular expression; files with the same match, or first group, in the name stay together; "": off
 VAL_GROUPS: list[Name] = []  # the validation groups; []: chosen by VAL_RATIO and SEED
+TEST_GROUPS: list[Name] = []  # the test groups; []: chosen by TEST_RATIO and SEED
 
 # --- spectrograms of recordings
 SAMPLE_RATE: Annotated[int, Limits(1_000, 1_000_000)] = 16000  # Hz; recordings at another rate are resampled
@@ -92,10 +102,11 @@ DECIBELS: Annotated[float, Limits(high=1000, above=0)] = 80.0  # dynamic range; 
 def main():
     source, target = Path(SOURCE), Path(TARGET)
     spectrogram = Spectrogram(SAMPLE_RATE, SECONDS, PADDING, WINDOW, HOP, MELS, DECIBELS)
-    check_constants(source, target, DEMO, CHECK, VALUE_RANGE, GROUP, VAL_GROUPS, spectrogram)
+    named, ratios = (VAL_GROUPS, TEST_GROUPS), (VAL_RATIO, TEST_RATIO)
+    check_constants(source, target, DEMO, CHECK, VALUE_RANGE, LABELS, GROUP, named, ratios, spectrogram)
     if DEMO:
         draw_demo(source, DEMO_IMAGES, SEED)
-    folders = scan_class_folders(source)
+    folders = read_labels(LABELS, source) if LABELS else scan_class_folders(source)
     sound = None
     if are_recordings(folders):
         spectrogram.check_filters()
@@ -115,35 +126,46 @@ def main():
         for reason in skipped:
             print(f"skipped: {reason}")
         duplicates, problems = find_duplicates(checked, kind.name)
-        raise_all(problems + find_small_classes(checked, source, kind.name))
-        val = split_classes(checked, VAL_RATIO, SEED)
+        files = checked.files
+        if GROUP and files.groups is not None:
+            raise ConstantError(f'GROUP must be "" where {LABELS} has a column group, got {GROUP!r}')
+        groups = find_groups(files, compile_group(GROUP)) if GROUP else files.groups
+        if any(named) and (groups is None or files.parts is not None):
+            raise ConstantError("VAL_GROUPS and TEST_GROUPS need groups, and LABELS without a column split; empty them")
+        if files.parts is not None:
+            raise_all(problems + find_split_problems(checked, groups, LABELS, kind.name))
+            parts, chosen = files.parts, ([], [])
+        else:
+            raise_all(problems + find_small_classes(checked, source, kind.name, 3 if TEST_RATIO else 2, LABELS))
+            if groups is None:
+                parts, chosen = split_classes(checked, ratios, SEED), ([], [])
+            else:
+                parts, chosen = split_by_group(files, checked.sha256, groups, named, ratios, SEED)
         manifest = dict(source=source.as_posix(), seed=SEED, val_ratio=VAL_RATIO, reader=READER)
+        manifest |= dict(test_ratio=TEST_RATIO) if TEST_RATIO else {}
+        manifest |= dict(labels=Path(LABELS).as_posix()) if LABELS else {}
+        manifest |= dict(group=GROUP, val_groups=chosen[0]) if groups is not None else {}
+        manifest |= dict(test_groups=chosen[1]) if chosen[1] else {}
         if sound is not None:
             manifest["sound"] = sound
         elif VALUE_RANGE is not None:
             manifest["value_range"] = list(VALUE_RANGE)
-        how = f"with seed {SEED}"
-        if GROUP:
-            pattern = compile_group(GROUP)
-            val, groups = split_by_group(checked.files, checked.sha256, pattern, VAL_GROUPS, VAL_RATIO, SEED)
-            manifest |= dict(group=GROUP, val_groups=groups)
-            how = f"by group, with seed {SEED}"
-        if VAL_GROUPS:
-            how = f"by VAL_GROUPS, so that VAL_RATIO {VAL_RATIO} and SEED {SEED} have no effect"
 
-        replace_target(target, checked, val, manifest, LINK, spectrograms)
-    report(checked, val, duplicates)
+        replace_target(target, checked, parts, groups, manifest, LINK, spectrograms)
+    report(checked, parts, duplicates)
     if sound is not None:
         print(f"\n{describe_lengths(checked.seconds, SECONDS)}")
-    if GROUP:
-        print(f"\nvalidation groups ({len(groups)}): {', '.join(groups[:24])}{', ...' if len(groups) > 24 else ''}")
+    for name, some in zip(("validation", "test"), chosen):
+        if some:
+            print(f"\n{name} groups ({len(some)}): {', '.join(some[:24])}{', ...' if len(some) > 24 else ''}")
     for sentence in describe_pixels(checked.pixels, VALUE_RANGE):
         print(f"\n{sentence}")
-    print(f"\n{len(checked.files)} {kind.name}s in {target}, split {how}")
+    how = describe_split(files.parts is not None and LABELS, groups, named, ratios, SEED)
+    print(f"\n{len(files)} {kind.name}s in {target}, split {how}")
     return 3 if skipped else 0
 
 
-def check_constants(source, target, demo, check, value_range, group, val_groups, spectrogram):
+def check_constants(source, target, demo, check, value_range, labels, group, named, ratios, spectrogram):
     """Check how the constants relate to each other; ConstantError if they contradict."""
     if target.resolve().is_relative_to(source.resolve()):
         raise ConstantError(f"TARGET must be outside SOURCE ({source}), got {target}; set it to another folder")
@@ -151,8 +173,16 @@ def check_constants(source, target, demo, check, value_range, group, val_groups,
         raise ConstantError("DEMO must be False where CHECK, which changes nothing, is True, got True")
     if value_range is not None and value_range[0] == value_range[1]:
         raise ConstantError(f"VALUE_RANGE must be two different values, got {value_range}")
-    if val_groups and not group:
-        raise ConstantError(f"VAL_GROUPS must be empty where GROUP is, got {', '.join(val_groups)}; set GROUP, too")
+    if labels and (demo or check):
+        raise ConstantError(f'LABELS must be "" with {"DEMO" if demo else "CHECK"}, which is for class folders')
+    for constant, some in zip(("VAL_GROUPS", "TEST_GROUPS"), named):
+        if some and not group and not labels:
+            raise ConstantError(f"{constant} must be empty where GROUP is, got {', '.join(some)}; set GROUP, too")
+    twice = set(named[0]) & set(named[1])
+    if twice:
+        raise ConstantError(f"VAL_GROUPS and TEST_GROUPS must differ, but both name {', '.join(sorted(twice))}")
+    if sum(ratios) >= 1:
+        raise ConstantError(f"VAL_RATIO + TEST_RATIO must be below 1, got {ratios[0]} + {ratios[1]}")
     compile_group(group)
     spectrogram.check()
 
@@ -319,54 +349,112 @@ def find_duplicates(checked, name):
     return [[files[index] for index in group] for group in groups], problems
 
 
-def find_small_classes(checked, source, name):
-    """A sentence for each class that is too small to split."""
+def find_split_problems(checked, groups, table, name):
+    """A sentence for each content, and each group, that a table of labels puts into two parts, and for each class that
+    has no usable file in the training or the validation part."""
+    problems, files, parts = [], checked.files, checked.files.parts
+    for what, keys in ((f"identical {name}s", checked.sha256), ("of one group", groups or ())):
+        first = {}
+        for index, key in enumerate(keys):
+            twin = first.setdefault(key, index)
+            if parts[twin] != parts[index]:
+                problems.append(
+                    f"{table}: {files[twin]} in {PARTS[parts[twin]]} and {files[index]} in {PARTS[parts[index]]} are "
+                    f"{what}, which makes the accuracy too high; put them into one part, or remove the column split"
+                )
+    for part in (0, 1):
+        lacking = np.setdiff1d(np.arange(len(files.classes)), files.labels[parts == part])
+        problems += [
+            f"class {files.classes[number]!r} has no usable {name} in {PARTS[part]}; correct {table}, or remove its "
+            "column split"
+            for number in lacking
+        ]
+    return problems
+
+
+def find_small_classes(checked, source, name, least, table):
+    """A sentence for each class that is too small to split, since it has fewer than `least` different files."""
     problems, labels, keys = [], checked.files.labels, checked.sha256.keys()
     for number, class_name in enumerate(checked.files.classes):
         usable = len(np.unique(keys[labels == number]))
-        if usable < 2:
+        if usable < least:
+            remedy = f"put at least {'two' if least == 2 else 'three'} into {source / class_name}, or remove the folder"
+            if table:
+                remedy = f"list at least {'two' if least == 2 else 'three'} in {table}, or remove its rows"
             problems.append(
-                f"class {class_name!r} is too small to split (different usable {name}s: {usable}); put at least two "
-                f"into {source / class_name}, or remove the folder"
+                f"class {class_name!r} is too small to split (different usable {name}s: {usable}); {remedy}"
             )
     return problems
 
 
-def split_classes(checked, val_ratio, seed):
-    """Choose the validation files of every class, of which each has two or more: bool array (files,)."""
-    val, labels = np.zeros(len(checked.files), bool), checked.files.labels
+def split_classes(checked, ratios, seed):
+    """Split the files of every class.
+
+    Args:
+        checked: a `Checked`; each class has at least one file for each part.
+        ratios: (fraction to validate on, fraction to test on); 0: no test part.
+        seed: any integer.
+
+    Returns:
+        int8 array (files,): the index in `PARTS` of each.
+    """
+    parts, labels = np.zeros(len(checked.files), np.int8), checked.files.labels
     for number in range(len(checked.files.classes)):
         indices = np.flatnonzero(labels == number)
         contents = list(checked.sha256[indices])
-        chosen = choose_val(contents, val_ratio, seed)
-        val[indices] = [content in chosen for content in contents]
-    return val
+        val = choose_val(contents, ratios[0], seed, others=2 if ratios[1] else 1)
+        test = choose_test(contents, ratios[1], seed, val) if ratios[1] else ()
+        parts[indices] = [1 if content in val else 2 if content in test else 0 for content in contents]
+    return parts
 
 
-def choose_val(contents, val_ratio, seed):
+def choose_val(contents, val_ratio, seed, others=1):
     """Choose the validation images of one class.
 
     Args:
         contents: SHA-256 of each image of the class; equal ones count once.
-        val_ratio: fraction to choose; at least one image lands on either side.
+        val_ratio: fraction to choose; at least one image.
         seed: any integer.
+        others: images that are left at least.
 
     Returns:
         The set of chosen SHA-256.
     """
-    # A hash of content and seed is a random order that no file name, system or library version can change.
-    order = sorted(set(contents), key=lambda content: hashlib.sha256(f"{seed}:{content}".encode()).hexdigest())
-    count = min(max(round(len(order) * val_ratio), 1), len(order) - 1)
+    order = shuffle(contents, seed)
+    count = min(max(round(len(order) * val_ratio), 1), len(order) - others)
     return set(order[:count])
 
 
-def replace_target(target, checked, val, manifest, link, spectrograms):
+def shuffle(contents, seed):
+    """The different ones of `contents` in a random order: by a hash of content and seed, which no file name, system or
+    library version can change."""
+    return sorted(set(contents), key=lambda content: hashlib.sha256(f"{seed}:{content}".encode()).hexdigest())
+
+
+def choose_test(contents, test_ratio, seed, val):
+    """Choose the test images of one class, from the other end of the order, so that VAL_RATIO does not change them.
+
+    Args:
+        contents, seed: see `choose_val`.
+        test_ratio: fraction to choose; at least one image, and one is left for training.
+        val: what `choose_val` chose.
+
+    Returns:
+        The set of chosen SHA-256.
+    """
+    order = [content for content in reversed(shuffle(contents, seed)) if content not in val]
+    count = min(max(round((len(order) + len(val)) * test_ratio), 1), len(order) - 1)
+    return set(order[:count])
+
+
+def replace_target(target, checked, parts, groups, manifest, link, spectrograms):
     """Build the new folder beside `target`, then swap: if this is stopped, the old or the new one is there, complete.
 
     Args:
         target: folder.
         checked: a `Checked`.
-        val: bool array (files,), the validation files.
+        parts: int array (files,): the index in `PARTS` of each.
+        groups: the group of each; None: they were not split by group.
         manifest: what manifest.json records besides what follows from the files.
         link: whether to try hard links.
         spectrograms: file that contains the PNG files of recordings, one after the other.
@@ -385,9 +473,9 @@ def replace_target(target, checked, val, manifest, link, spectrograms):
                 "lose it; move it away, or set TARGET to another folder"
             )
     try:
-        unchanged = place_files(new, checked, val, link, spectrograms)
+        unchanged = place_files(new, checked, parts, link, spectrograms)
         table = Table(
-            Texts(places_in_target(checked, val)),
+            Texts(places_in_target(checked, parts)),
             Texts(Path(path).as_posix() for path in checked.files),
             checked.sha256,
             checked.stamps["size"],
@@ -396,8 +484,11 @@ def replace_target(target, checked, val, manifest, link, spectrograms):
         if checked.are_recordings:
             table.image_sha256, table.image_bytes = checked.image_sha256, checked.image_bytes
             table.seconds = checked.seconds
+        table.group = None if groups is None else Texts(groups)
         table.write(new / TABLE)
-        manifest = manifest | dict(fingerprint=fingerprint(checked.sha256), images=len(table))
+        # That of the images whose statistics mean_std.py computes, so without those of the test part.
+        images = checked.sha256[parts < PARTS.index("test")]
+        manifest = manifest | dict(fingerprint=fingerprint(images), images=len(table))
         write_json(new / MANIFEST, manifest, indent=1)
         if (target / STATISTICS).is_file():
             shutil.copy2(target / STATISTICS, new / STATISTICS)
@@ -415,28 +506,28 @@ def replace_target(target, checked, val, manifest, link, spectrograms):
     remember_contents(given, checked, table, unchanged)
 
 
-def places_in_target(checked, val):
+def places_in_target(checked, parts):
     """Where each file is placed, below the target: text with slashes."""
     suffix, classes = ".png" if checked.are_recordings else "", checked.files.classes
-    for name, number, in_val in zip(checked.files.names, iterate(checked.files.labels), iterate(val)):
-        yield f"{'val' if in_val else 'train'}/{classes[number]}/{name}{suffix}"
+    for name, number, part in zip(checked.files.names, iterate(checked.files.labels), iterate(parts)):
+        yield f"{PARTS[part]}/{classes[number]}/{name}{suffix}"
 
 
-def place_files(folder, checked, val, link, spectrograms):
+def place_files(folder, checked, parts, link, spectrograms):
     """Place every file below `folder`; for the arguments see `replace_target`.
 
     Returns:
         bool array (files,): which are still as they were when they were checked.
     """
-    for side in ("train", "val"):
+    for part in PARTS[: max(2, parts.max(initial=0) + 1)]:
         for name in checked.files.classes:
-            (folder / side / name).mkdir(parents=True, exist_ok=True)
+            (folder / part / name).mkdir(parents=True, exist_ok=True)
     spectrograms.seek(0)
-    sizes = iterate(checked.image_bytes) if checked.are_recordings else [0] * len(val)
-    unchanged = np.zeros(len(val), bool)
-    work = zip(checked.files, places_in_target(checked, val), sizes, iterate(checked.stamps))
+    sizes = iterate(checked.image_bytes) if checked.are_recordings else [0] * len(parts)
+    unchanged = np.zeros(len(parts), bool)
+    work = zip(checked.files, places_in_target(checked, parts), sizes, iterate(checked.stamps))
     for index, (path, destination, size, stamp) in enumerate(
-        Progress(work, total=len(val), desc="placing", unit="img", leave=False)
+        Progress(work, total=len(parts), desc="placing", unit="img", leave=False)
     ):
         unchanged[index] = read_stamp(path) == stamp
         place(path, os.path.join(folder, destination), spectrograms.read(size), link)
@@ -520,17 +611,18 @@ def place(path, destination, png, link):
     shutil.copy2(path, destination)
 
 
-def report(checked, val, duplicates):
+def report(checked, parts, duplicates):
     """Print which files are identical, and the table of classes."""
     for paths in duplicates:
         print(f"identical, kept on one side: {', '.join(paths)}")
     classes, labels = checked.files.classes, checked.files.labels
-    train, validation = (np.bincount(labels[part], minlength=len(classes)) for part in (~val, val))
+    made = PARTS[: max(2, parts.max(initial=0) + 1)]
+    counts = np.stack([np.bincount(labels[parts == part], minlength=len(classes)) for part in range(len(made))], 1)
     names = [label(name, 60) for name in classes]
     columns = max(map(width, ["class", *names]))
-    print(f"{'class':{columns}}  train    val")
-    for name, in_train, in_val in zip([*names, "total"], [*train, train.sum()], [*validation, validation.sum()]):
-        print(f"{pad(name, columns)}  {in_train:5}  {in_val:5}")
+    print(f"{'class':{columns}}{''.join(f'  {part:>5}' for part in made)}")
+    for name, row in zip([*names, "total"], [*counts, counts.sum(0)]):
+        print(f"{pad(name, columns)}{''.join(f'  {count:5}' for count in row)}")
 
 
 def describe_lengths(seconds, heard):
@@ -541,6 +633,31 @@ def describe_lengths(seconds, heard):
         f"the recordings last {seconds[0]:.2f} to {seconds[-1]:.2f} s, median {seconds[len(seconds) // 2]:.2f}; of "
         f"{longer} only the first {heard:g} s are used (SECONDS)"
     )
+
+
+def describe_split(table, groups, named, ratios, seed):
+    """How the files were split, and which constants have no effect on that.
+
+    Args:
+        table: path of the table whose column split did it; "" or False: none.
+        groups: see `replace_target`.
+        named: (VAL_GROUPS, TEST_GROUPS).
+        ratios: (VAL_RATIO, TEST_RATIO).
+        seed: SEED.
+    """
+    if table:
+        return f"by {table}, so that VAL_RATIO {ratios[0]} and SEED {seed} have no effect"
+    if groups is None:
+        return f"with seed {seed}"
+    if not any(named):
+        return f"by group, with seed {seed}"
+    constants = [name for name, some in zip(("VAL_GROUPS", "TEST_GROUPS"), named) if some]
+    fractions = zip(("VAL_RATIO", "TEST_RATIO"), ratios, named)
+    idle = [f"{name} {ratio}" for name, ratio, some in fractions if some and ratio]
+    idle += [] if any(ratio and not some for ratio, some in zip(ratios, named)) else [f"SEED {seed}"]
+    if not idle:
+        return f"by {' and '.join(constants)}, the rest with seed {seed}"
+    return f"by {' and '.join(constants)}, so that {' and '.join(idle)} ha{'ve' if len(idle) > 1 else 's'} no effect"
 
 
 if __name__ == "__main__":

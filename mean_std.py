@@ -52,11 +52,14 @@ def main():
     sound = read_sound(folder)
     value_range = read_value_range(folder)
     kind = input_kind(sound, value_range)
-    paths = list_files(SOURCE, kind)
+    paths = list_files(SOURCE, kind, folder)
     moments_of_files, contents, reasons = measure(paths, kind.load, WORKERS, read_known_sums(folder))
     for reason in reasons.values():
         print(f"skipped: {reason}")
-    used = np.array([index for index in range(len(paths)) if index not in reasons], int)
+    test = is_test(contents, folder)
+    used = np.array([index for index in range(len(paths)) if index not in reasons and not test[index]], int)
+    if test.any():
+        print(f"not counted: {np.count_nonzero(test)} {kind.name}s of {folder / 'test'}; nothing is learned from them")
     if not len(used):
         raise UserError(f"no {kind.name} in {SOURCE} can be read; replace the files listed above")
     statistics = summarise(moments_of_files[used])
@@ -85,12 +88,20 @@ def main():
     return 3 if reasons else 0
 
 
-def list_files(source, kind):
+def list_files(source, kind, data):
     """The files of a `common.audio.Kind` in `source`/<class>/; says what is passed over; UserError if a class has none.
 
+    Where makedata.py made the folder `data` from a table of labels, the files that it listed.
+
     Returns:
-        `common.columns.Files`.
+        `common.columns.Files` or `Texts`, a sequence of paths.
     """
+    manifest = read_manifest(data)
+    if manifest.get("labels"):
+        known = Path(manifest.get("source", source)) == Path(source)
+        note = "" if known else f"; SOURCE {source} has no effect, since {data} was made from {manifest['source']}"
+        print(f"{kind.name}s of {manifest['labels']}{note}")
+        return read_table(data).source
     folders = scan_class_folders(source)
     paths = folders.choose(kind.fits)
     problems = []
@@ -105,6 +116,15 @@ def list_files(source, kind):
     if passed:
         print(passed)
     return paths
+
+
+def is_test(contents, data):
+    """Which files have the content of one that makedata.py put into `data`/test: bool array (files,)."""
+    if not Path(data, "test").is_dir() or not read_manifest(data):
+        return np.zeros(len(contents), bool)
+    table = read_table(data)
+    chosen = np.array([place.startswith("test/") for place in table.path], bool)
+    return (find(contents.keys(), table.sha256[chosen].keys()) >= 0) & contents.digests.any(1)
 
 
 @dataclass

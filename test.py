@@ -88,7 +88,7 @@ def main():
     folder = Path(OUTPUT)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    files = ImageFiles(paths, PixelTransform(checkpoint["img_size"]), kind.load)
+    files = ImageFiles(paths, PixelTransform(checkpoint["img_size"], fit=checkpoint.get("fit", "squeeze")), kind.load)
     workers = choose_readers(files, BATCH_SIZE, device) if WORKERS is None else WORKERS
     loader = Loader(files, BATCH_SIZE, num_workers=workers, collate_fn=list)
     normalise = Normalise(checkpoint["mean"], checkpoint["std"], device)

@@ -74,6 +74,7 @@ SEED: int = 42  # of initial weights, order of the images and augmentation
 
 # --- data
 START_SIZE: MultipleOf32 | None = None  # image size in the first epoch, growing to IMG_SIZE; None: IMG_SIZE
+FIT: Literal["squeeze", "pad", "crop"] = "squeeze"  # images to squares: distorted, with margins, or cut
 TEST_SIZE: ImageSize | None = None  # for validation and test.py, larger where crops are learned; None: IMG_SIZE
 CACHE_GB: NonNegative = 8.0  # maximum size of data/cache, which keeps resized images; 0: decode in each epoch
 MEAN: Channels | None = None  # of pixels from 0 to 1; None: as pretrained weights expect, mean_std.py's, ImageNet's
@@ -162,8 +163,8 @@ def main():
             full = (config["IMG_SIZE"],) * 2
             sizes = ImageSizes(epochs, full, (TEST_SIZE,) * 2 if TEST_SIZE else None, START_SIZE)
             transform = train_transform(
-                sizes.full, mean, crop=CROP, cutout=CUTOUT, hflip=HFLIP, vflip=VFLIP, quarter_turns=QUARTER_TURNS,
-                rotation=ROTATION, color_jitter=COLOR_JITTER,
+                sizes.full, mean, fit=FIT, crop=CROP, cutout=CUTOUT, hflip=HFLIP, vflip=VFLIP,
+                quarter_turns=QUARTER_TURNS, rotation=ROTATION, color_jitter=COLOR_JITTER,
             )  # fmt: skip
         else:
             sizes = ImageSizes(epochs, spectrogram_size(sound))
@@ -171,11 +172,12 @@ def main():
                 mean, std, decibels=sound["decibels"], time_shift=TIME_SHIFT, gain=GAIN, noise=NOISE,
                 spec_mask=SPEC_MASK,
             )  # fmt: skip
-        train_set, val_set = open_data(DATA, transform, PixelTransform(sizes.last))
+        train_set, val_set = open_data(DATA, transform, PixelTransform(sizes.last, fit=FIT))
         classes = train_set.classes
         cached = (train_set, sizes.full), (val_set, sizes.last)
         with distributed.first_on_each_machine():
-            print(cache_images(Path(DATA, CACHE), CACHE_GB, *cached, workers=WORKERS, wait_minutes=WAIT_MINUTES))
+            how = dict(fit=FIT, workers=WORKERS, wait_minutes=WAIT_MINUTES)
+            print(cache_images(Path(DATA, CACHE), CACHE_GB, *cached, **how))
             images = fingerprint_images(Path(DATA, CACHE), train_set, val_set)
         train_loader, val_loader = create_loaders(
             train_set, val_set, BATCH_SIZE, choose_workers(WORKERS, device), WAIT_MINUTES, SEED, rank, world_size

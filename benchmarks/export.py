@@ -22,7 +22,7 @@ import torch
 
 from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
-from common.dataset import eval_transform, height_and_width
+from common.dataset import height_and_width, transform_of
 from common.evaluation import accuracy, choose_images, read_batches
 from common.extras import require
 from common.onnx_network import OnnxNetwork
@@ -43,7 +43,7 @@ def main():
     folder = Path(EXPORTS or Path("exports", checkpoint["arch"]))
     networks = open_networks(checkpoint, folder)
     paths, labels = choose_images(DATA, checkpoint["classes"], IMAGES)
-    transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
+    transform = transform_of(checkpoint)
     load = kind_of(checkpoint).load
     images = torch.cat(list(read_batches(paths, transform, 32, "reading", load)))
     logits, seconds = measure(networks, images, BATCH_SIZES, REPEATS)

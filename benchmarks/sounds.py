@@ -29,7 +29,7 @@ from PIL import Image
 
 from common.audio import input_kind
 from common.checkpoint import build_network, load_checkpoint
-from common.dataset import eval_transform
+from common.dataset import transform_of
 from common.evaluation import choose_images, compute_logits
 from common.files import write_json, write_text
 from common.options import ConstantError, Name, PositiveInt, UserError, run
@@ -121,7 +121,7 @@ def draw_sheet(folders, path, shown):
         checkpoint = load_checkpoint(folder / "checkpoints" / "unireplknet_a" / "last.pth")
         classes, load = checkpoint["classes"], input_kind(checkpoint["sound"]).load
         paths, labels = choose_images(folder / "data" / "val", classes, 0)
-        transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
+        transform = transform_of(checkpoint)
         logits = compute_logits(build_network(checkpoint), paths, transform, load=load)
         probabilities = np.exp(logits - logits.max(1, keepdims=True))
         probabilities /= probabilities.sum(1, keepdims=True)

@@ -38,6 +38,7 @@ def train_transform(
     size,
     mean,
     *,
+    fit="squeeze",
     crop=1.0,
     cutout=0.0,
     hflip=0.0,
@@ -51,6 +52,7 @@ def train_transform(
     Args:
         size: (height, width) in pixels.
         mean: three values for pixels from 0 to 1, the colour of erased rectangles.
+        fit: how images of another shape are resized, see `common.fit`.
         crop: minimum area fraction of RandomResizedCrop; 1: whole images.
         cutout: probability of erasing a rectangle (DeVries and Taylor, arXiv:1708.04552).
         hflip, vflip: probabilities of a horizontal and a vertical flip.
@@ -79,7 +81,7 @@ def train_transform(
             steps.append(transforms.RandomErasing(cutout, CUTOUT_SCALE, CUTOUT_RATIO, color))
         else:
             steps.append(ColorCutout(cutout, color))
-    return PixelTransform(size, steps)
+    return PixelTransform(size, steps, fit)
 
 
 def quarter_turn(pixels):
@@ -292,6 +294,7 @@ def augmentation_from_config(config, num_classes, size, mean, std, sound=None):
         transform = train_transform(
             size,
             mean,
+            fit=value("FIT", "squeeze"),
             crop=value("CROP", 1.0),
             cutout=value("CUTOUT"),
             hflip=value("HFLIP"),

@@ -20,11 +20,11 @@ import torch
 from filelock import FileLock
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision import transforms
 
 from common.contents import hash_contents
 from common.dataset import height_and_width
 from common.decoding import READER
+from common.fit import fit_to
 from common.images import load_image
 from common.loading import Loader
 from common.manifest import CACHE, CACHE_FILES
@@ -36,13 +36,14 @@ LOCK = "lock"
 WORTH_PROCESSES = 256  # images; for fewer, starting processes costs more than it saves
 
 
-def cache_images(folder, gigabytes, *sets, workers=None, wait_minutes=WAIT_MINUTES):
+def cache_images(folder, gigabytes, *sets, fit="squeeze", workers=None, wait_minutes=WAIT_MINUTES):
     """Let later epochs read resized pixels instead of decoding the files again, as far as limit and disk allow.
 
     Args:
         folder: data/cache.
         gigabytes: size of the folder; 0: no cache.
         sets: pairs of a `CachedImageFolder`, whose `cache` is set, and its (height, width) in pixels.
+        fit: how images of another shape are resized, see `common.fit`.
         workers: processes that decode images; None: one for each core, up to 8, but none for few images.
         wait_minutes: without an image after which to give up; 0: never.
 
@@ -58,7 +59,7 @@ def cache_images(folder, gigabytes, *sets, workers=None, wait_minutes=WAIT_MINUT
     in_use, cached = [], 0
     for dataset, size in sets:
         dataset.cache, result = open_cache(
-            dataset.files, size, folder, gigabytes * 1e9, in_use, dataset.value_range, workers, wait_minutes
+            dataset.files, size, folder, gigabytes * 1e9, in_use, dataset.value_range, workers, wait_minutes, fit
         )
         if dataset.cache is None:
             return f"cache       {cached} images; the others are decoded in each epoch ({result})"
@@ -107,7 +108,9 @@ class Cache:
         return np.array(self.rows[index])
 
 
-def open_cache(paths, img_size, folder, limit, in_use=(), value_range=None, workers=None, wait_minutes=WAIT_MINUTES):
+def open_cache(
+    paths, img_size, folder, limit, in_use=(), value_range=None, workers=None, wait_minutes=WAIT_MINUTES, fit="squeeze"
+):
     """Find the file that contains these images, decoded and resized, or write it.
 
     Args:
@@ -117,7 +120,7 @@ def open_cache(paths, img_size, folder, limit, in_use=(), value_range=None, work
         limit: size of the folder in bytes. Of a larger set the first images are cached.
         in_use: files of other sets, which stay.
         value_range: see `load_image`.
-        workers, wait_minutes: see `cache_images`.
+        workers, wait_minutes, fit: see `cache_images`.
 
     Returns:
         (`Cache`, its file), or (None, the reason why there is none).
@@ -136,6 +139,7 @@ def open_cache(paths, img_size, folder, limit, in_use=(), value_range=None, work
         contents = hash_contents(paths, folder, wait_minutes=wait_minutes)
         # Another version of Pillow, or of our reader, may decode or resize differently.
         key = hashlib.sha256(f"{PIL.__version__}, reader {READER}, values {value_range}".encode())
+        key.update(b"" if fit == "squeeze" else f", {fit}".encode())
         for content in contents:
             key.update(b"\n" + content.encode())
         key = key.hexdigest()[:16]
@@ -154,7 +158,8 @@ def open_cache(paths, img_size, folder, limit, in_use=(), value_range=None, work
                     free = shutil.disk_usage(folder).free
                     if size > free / 2:  # the checkpoints need room, too
                         return None, f"it needs {size / 1e9:.1f} GB, and only {free / 1e9:.1f} are free"
-                    write_rows(ResizedImages(paths, (height, width), value_range), path, workers, wait_minutes)
+                    images = ResizedImages(paths, (height, width), value_range, fit)
+                    write_rows(images, path, workers, wait_minutes)
                     now = hash_contents(paths, folder, wait_minutes=wait_minutes)
                     if not np.array_equal(now.digests, contents.digests):
                         path.unlink()
@@ -209,13 +214,14 @@ class ResizedImages(Dataset):
         paths: the files.
         size: (height, width) in pixels.
         value_range: see `load_image`.
+        fit: see `cache_images`.
     """
 
-    def __init__(self, paths, size, value_range=None):
+    def __init__(self, paths, size, value_range=None, fit="squeeze"):
         self.paths = paths
         self.size = size
         self.value_range = value_range
-        self.resize = transforms.Resize(size)
+        self.resize = fit_to(size, fit)
 
     def __len__(self):
         return len(self.paths)

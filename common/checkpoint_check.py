@@ -18,6 +18,7 @@ import timm
 import torch
 
 from common.file_checks import Count, FileImageSize, brief, check_fields, check_input, check_keys, check_kind
+from common.fit import FITS
 from common.options import Channels, Fraction, ImageSize, Length, Limits, NonNegative, PositiveChannels, PositiveInt
 from common.options import Probability, Rate
 from common.renamed import upgrade_config
@@ -55,7 +56,7 @@ IMAGES = dict(images=Count, hashed=bool, names=str, contents=str, by_class=list)
 MAX_IMAGES = 10**8
 # Constants of train.py with which tools/visualize.py augments.
 CONFIG = dict(CROP=Fraction, CUTOUT=Probability, HFLIP=Probability, VFLIP=Probability, COLOR_JITTER=Probability)
-CONFIG |= dict(QUARTER_TURNS=bool, ROTATION=Annotated[float, Limits(0, 180)], IMG_SIZE=ImageSize)
+CONFIG |= dict(FIT=Literal[FITS], QUARTER_TURNS=bool, ROTATION=Annotated[float, Limits(0, 180)], IMG_SIZE=ImageSize)
 CONFIG |= dict(TIME_SHIFT=Probability, GAIN=NonNegative, NOISE=Probability, MIXUP=NonNegative, CUTMIX=NonNegative)
 CONFIG |= dict(MIX_PROB=Probability, SMOOTHING=Rate, MIX_SWITCH=Probability)
 CONFIG |= dict(SPEC_MASK=Probability | Annotated[list[Probability], Length(2)])

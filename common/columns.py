@@ -77,7 +77,12 @@ class Files(Sequence):
         classes: their names.
         names: `Texts`, the name of each file.
         labels: int array (files,): the class of each.
+
+    Attributes:
+        parts, groups: of files that a table lists, see `prepare.labels.LabelledFiles`; None.
     """
+
+    parts = groups = None
 
     def __init__(self, root, classes, names, labels):
         self.root = root

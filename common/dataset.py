@@ -14,6 +14,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
 from common.audio import is_sound
+from common.fit import fit_to
 from common.images import ImageError, is_image, load_image, scan_class_folders
 from common.manifest import read_value_range
 from common.options import UserError, raise_all
@@ -122,27 +123,39 @@ class PixelTransform(transforms.Compose):
     Args:
         img_size: side in pixels, or (height, width).
         steps: functions of a uint8 tensor (3, height, width) -> likewise.
+        fit: how images of another shape are resized; see `common.fit`.
     """
 
-    def __init__(self, img_size, steps=()):
+    def __init__(self, img_size, steps=(), fit="squeeze"):
         super().__init__(steps)
-        self.resize = transforms.Resize(height_and_width(img_size))
+        self.resize = fit_to(height_and_width(img_size), fit)
 
     def __call__(self, image):
         return super().__call__(image if torch.is_tensor(image) else pil_to_tensor(self.resize(image)))
 
 
-def eval_transform(img_size, mean, std):
+def eval_transform(img_size, mean, std, fit="squeeze"):
     """The transform of validation and prediction: PIL RGB -> float tensor (3, height, width).
 
     Args:
-        img_size: side in pixels, or (height, width); images are resized to it regardless of their aspect ratio, as in
-            training.
+        img_size: side in pixels, or (height, width).
         mean, std: three values each, for pixels from 0 to 1.
+        fit: how images of another shape are resized, as in training; see `common.fit`.
     """
     return transforms.Compose(
-        [transforms.Resize(height_and_width(img_size)), transforms.ToTensor(), transforms.Normalize(mean, std)]
+        [fit_to(height_and_width(img_size), fit), transforms.ToTensor(), transforms.Normalize(mean, std)]
     )
+
+
+def transform_of(checkpoint, img_size=None):
+    """The `eval_transform` of the network in a checkpoint, or in what an ONNX file says about itself.
+
+    Args:
+        checkpoint: a dict with "img_size", "mean", "std" and, unless images are squeezed, "fit".
+        img_size: another size than its own; None: its own.
+    """
+    size = checkpoint["img_size"] if img_size is None else img_size
+    return eval_transform(size, checkpoint["mean"], checkpoint["std"], checkpoint.get("fit", "squeeze"))
 
 
 CPU = torch.device("cpu")

@@ -14,10 +14,12 @@ from typing import Annotated, Literal
 import numpy as np
 
 from common.audio import PAD_MODES, SAMPLE_RATES, Spectrogram
+from common.fit import FITS
 from common.options import Ascending, Channels, ImageSize, Length, Limits, Name, NotEmpty, PositiveChannels, UserError
 from common.options import accepts, describe
 
 MAX_PIXELS = 2**24  # of an image that a network takes; 4096 x 4096
+PARTS = ("train", "val", "test")  # folders that makedata.py makes; the last one on demand
 MAX_NAME = 255  # characters of a class, whose name is that of a folder
 
 Count = Annotated[int, Limits(0, 10**12)]
@@ -126,13 +128,14 @@ def is_file_name(name):
 
 
 def check_input(about):
-    """ValueError unless "classes", "mean", "std", "img_size" and, where it is there, "sound" can be used."""
+    """ValueError unless "classes", "mean", "std", "img_size" and, if present, "sound" and "fit" can be used."""
     check_fields(about, dict(classes=list, **NORMALISATION, img_size=FileImageSize))
     check_classes(about["classes"])
     size = about["img_size"]
     if not isinstance(size, int) and size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"its img_size must be of at most {MAX_PIXELS} pixels, got {brief(size)}")
     check_value_range(about.get("value_range"))
+    check_kind(about.get("fit", "squeeze"), Literal[FITS], "its fit")
     check_sound(about.get("sound"))
     if about.get("sound") is not None and list(Spectrogram(**about["sound"]).size) != side_lengths(size):
         raise ValueError(f"its img_size must be that of its spectrograms, got {brief(size)}")
@@ -175,6 +178,8 @@ def check_manifest(manifest):
     """ValueError unless this can be the content of manifest.json."""
     check_kind(manifest.get("fingerprint", ""), str, "its fingerprint")
     check_kind(manifest.get("images", 0), Count, "its images")
+    check_kind(manifest.get("labels", ""), str, "its labels")
+    check_kind(manifest.get("source", ""), str, "its source")
     check_value_range(manifest.get("value_range"))
     check_sound(manifest.get("sound"))
     files = manifest.get("files", [])
@@ -231,10 +236,10 @@ def is_sums_of_record(rows):
 
 
 def is_place_in_data(path):
-    """Whether a text is the path of a file below data/, as makedata.py chooses it: train/<class>/<name>, or val."""
+    """Whether a text is the path of a file below data/, as makedata.py makes it: <one of PARTS>/<class>/<name>."""
     side, slash, rest = path.partition("/")
     name, slash, file = rest.partition("/")
-    return side in ("train", "val") and bool(slash) and is_file_name(name) and is_file_name(file)
+    return side in PARTS and bool(slash) and is_file_name(name) and is_file_name(file)
 
 
 def same_path(first, second):

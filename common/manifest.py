@@ -23,7 +23,7 @@ from common.text import read_text
 MANIFEST = "manifest.json"
 TABLE = "manifest.csv"  # what the manifest says of each file
 STATISTICS = "mean_std.json"
-COLUMNS = ("path", "source", "sha256", "bytes", "image_sha256", "image_bytes", "seconds")
+COLUMNS = ("path", "source", "sha256", "bytes", "image_sha256", "image_bytes", "seconds", "group")
 SUMS = ("pixels", "sum_red", "sum_green", "sum_blue", "squares_red", "squares_green", "squares_blue")
 CACHE = "cache"  # folder of common/cache.py
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as everywhere; without importing timm
@@ -65,6 +65,7 @@ class Table:
     image_sha256: Hashes | None = None
     image_bytes: np.ndarray | None = None
     seconds: np.ndarray | None = None
+    group: Texts | None = None  # of files that stay together, where they were split by group
 
     def __len__(self):
         return len(self.path)
@@ -89,7 +90,7 @@ class Table:
         with open(path, "w", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow([*columns, *SUMS])
-            columns["source"] = map(guard, self.source)
+            columns |= {name: map(guard, columns[name]) for name in ("source", "group") if name in columns}
             columns = [iterate(column) if isinstance(column, np.ndarray) else column for column in columns.values()]
             for *row, sums in zip(*columns, iterate(self.sums)):
                 writer.writerow([*row, *sums])
@@ -106,15 +107,16 @@ class Table:
             if any(len(row) != len(header) for row in block):
                 raise ValueError("a line is incomplete")
             for name, values in zip(header, zip(*block)):
-                if name in ("path", "source"):
-                    blocks[name].append(Texts(map(unguard, values) if name == "source" else values))
+                if name in ("path", "source", "group"):
+                    blocks[name].append(Texts(values if name == "path" else map(unguard, values)))
                 elif name in ("sha256", "image_sha256"):
                     blocks[name].append(Hashes.from_hex(values).digests)
                 else:
                     blocks[name].append(np.array(values).astype(float if name == "seconds" else np.int64))
         columns = {name: Texts.join(blocks[name]) for name in ("path", "source")}
+        columns |= {"group": Texts.join(blocks["group"])} if "group" in blocks else {}
         for name in COLUMNS[2:]:
-            if name in blocks:
+            if name in blocks and name not in columns:
                 columns[name] = np.concatenate(blocks[name] or [np.zeros(0, np.int64)])
         columns |= {name: Hashes(columns[name]) for name in ("sha256", "image_sha256") if name in columns}
         if all(name in blocks for name in SUMS):

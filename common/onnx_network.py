@@ -1,7 +1,7 @@
 """An ONNX file written by tools/export.py, run by onnxruntime.
 
 The file's metadata contains, as JSON, what test.py needs besides the network: arch, classes, mean, std, img_size and,
-where they matter, sound or value_range.
+where they matter, sound, value_range or fit.
 """
 
 import json
@@ -15,7 +15,7 @@ from common.file_checks import brief, check_input, naming, side_lengths
 from common.options import UserError
 
 METADATA = ("arch", "classes", "mean", "std", "img_size")  # keys of a checkpoint that every exported file contains
-OPTIONAL_METADATA = ("sound", "value_range")  # and those that only some have: see `common.audio.input_kind`
+OPTIONAL_METADATA = ("sound", "value_range", "fit")  # only some have: see `common.audio.input_kind`, `common.fit`
 
 
 class OnnxNetwork:

@@ -540,7 +540,9 @@ def print_summary(about, state, sizes, train_loader, val_set, statistics, learni
         print(f"image size  {start} pixels in the first epoch, {height} at the end, {test} in validation from then on")
     if about.get("sound") is not None:
         print(f"spectrogram {', '.join(f'{name} {value}' for name, value in about['sound'].items())}")
-        print(f"            keeps its own size; IMG_SIZE {config['IMG_SIZE']} is for images")
+        print(f"            keeps its own size; IMG_SIZE {config['IMG_SIZE']} and FIT are for images")
+    elif config["FIT"] != "squeeze":
+        print(f"fit         {config['FIT']}: images keep their aspect ratio")
     print(f"large conv  {describe_implementation(device, choose_amp(config['AMP'], device) or torch.float32)}")
     where = f"{versions['threads']} threads" if device.type == "cpu" else versions["device"]
     print(f"device      {device}, {where}, {versions['precision']}, torch {versions['torch']}, timm {versions['timm']}")
@@ -626,6 +628,7 @@ def describe_run(
         std=std,
         **({} if sound is None else dict(sound=sound)),
         **({} if train_set.value_range is None else dict(value_range=train_set.value_range)),
+        **({} if sound is not None or config["FIT"] == "squeeze" else dict(fit=config["FIT"])),
         config=config,
         pictures_train=len(train_set),
         pictures_fingerprint=fingerprint_names(train_set.files, sound),

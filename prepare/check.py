@@ -36,7 +36,7 @@ class Sample:
 
     path: Path
     name: str  # of its class
-    side: str = ""  # "train", "val", or "" if it was not split
+    side: str = ""  # "train", "val", "test", or "" if it was not split
     reason: str = ""
     content: str = ""  # SHA-256
     size: tuple[int, int] = (0, 0)  # width, height
@@ -114,7 +114,7 @@ def check(source, target, near, folder, kind, value_range):
 
 
 def read_sides(target):
-    """{path of the source: "train" or "val"} as makedata.py split it; {} if it has not."""
+    """{path of the source: "train", "val" or "test"} as makedata.py split it; {} if it has not."""
     if not Path(target, MANIFEST).is_file():
         return {}
     table = read_table(target)

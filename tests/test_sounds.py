@@ -37,7 +37,7 @@ from common.images import ImageError, load_image, scan_class_folders
 from common.manifest import MANIFEST, read_json, read_sound
 from common.options import ConstantError, UserError
 from models.depthwise import DepthwiseConv2d
-from prepare.groups import choose_val_groups, compile_group, find_groups, is_on_both_sides
+from prepare.groups import choose_groups, compile_group, find_groups, is_in_every_part
 from tools import export
 
 soundfile = pytest.importorskip("soundfile")
@@ -523,17 +523,17 @@ def test_a_file_that_stands_in_two_groups_is_named(place, monkeypatch):
 )
 def test_any_groups_are_split_near_the_ratio(sizes, ratio, seed):
     counts = {f"group {number}": np.array(row) for number, row in enumerate(sizes)}
-    chosen = choose_val_groups(counts, ratio, seed)
-    assert chosen == choose_val_groups(dict(reversed(counts.items())), ratio, seed)
+    [chosen] = choose_groups(counts, [ratio], seed)
+    assert [chosen] == choose_groups(dict(reversed(counts.items())), [ratio], seed)
     if chosen:
-        assert is_on_both_sides(counts, chosen).all() and chosen < set(counts)
+        assert is_in_every_part(counts, chosen).all() and chosen < set(counts)
         total, val = sum(counts.values()), sum(counts[group] for group in chosen)
         assert np.abs(val - ratio * total).max() <= 3**0.5 * np.max(sizes) + 1  # not off by more than a group
 
 
 def test_few_groups_are_split_as_near_as_they_can_be():
     counts = {str(size): np.array([size]) for size in (5, 4, 4.5, 7)}
-    assert choose_val_groups(counts, 0.2, 0) == {"4"}
+    assert choose_groups(counts, [0.2], 0) == [{"4"}]
     paths = [Path("a", f"plant{plant}-{photo}.jpg") for plant in range(3) for photo in range(2)]
     assert set(find_groups(paths, compile_group(r"plant\d+"))) == {"plant0", "plant1", "plant2"}
 

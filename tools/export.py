@@ -38,7 +38,7 @@ import torch
 
 from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
-from common.dataset import eval_transform, height_and_width
+from common.dataset import height_and_width, transform_of
 from common.evaluation import accuracy, choose_images, compute_logits, read_batches
 from common.extras import require
 from common.onnx_network import METADATA, OPTIONAL_METADATA, OnnxNetwork
@@ -56,6 +56,7 @@ OUTPUT: Name = "exports"  # folder that holds <model>/; files of an earlier expo
 
 OPSET = 18  # writes GELU with Erf; from 20 on there is an operator of its own, which fewer runtimes know
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # for the formats onnx and int8
+CROP_MODES = dict(squeeze="squash", pad="border", crop="center")  # what timm calls train.py's FIT
 
 
 def main():
@@ -106,7 +107,7 @@ class Reference:
     def __init__(self, checkpoint, folder, count):
         kind = kind_of(checkpoint)
         self.load = kind.load
-        self.transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
+        self.transform = transform_of(checkpoint)
         self.paths, self.labels = choose_images(folder, checkpoint["classes"], count)
         self.logits = self.compute("PyTorch", build_network(checkpoint, merge=False))
         acc1 = accuracy(self.logits, self.labels)
@@ -240,7 +241,7 @@ def write_timm(checkpoint, folder):
         input_size=(3, *height_and_width(checkpoint["img_size"])),
         mean=checkpoint["mean"],
         std=checkpoint["std"],
-        crop_mode="squash",  # resized to a square as in test.py, without cropping
+        crop_mode=CROP_MODES[checkpoint.get("fit", "squeeze")],  # resized to a square as in test.py
         crop_pct=1.0,
         interpolation="bilinear",
         num_classes=len(checkpoint["classes"]),

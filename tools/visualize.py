@@ -38,11 +38,12 @@ from torch import nn
 from common.audio import kind_of, spectrogram_size
 from common.augment import augmentation_from_config
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
-from common.dataset import eval_transform, height_and_width, open_image_folder, seed_everything
+from common.dataset import height_and_width, open_image_folder, seed_everything, transform_of
 from common.device import choose_device
 from common.evaluation import choose_images, read_batches
 from common.files import write_csv
 from common.hub import published_network
+from common.fit import visible_part
 from common.manifest import choose_mean_and_std, read_sound
 from common.network import IMG_SIZE as DEFAULT_SIZE
 from common.options import ConstantError, ImageSize, Limits, Name, NonNegativeInt, PositiveInt, UserError, run
@@ -172,7 +173,7 @@ def show_augmentation(config, mean, std, sound, root, count, seed, folder):
 def show_grad_cam(checkpoint, network, paths, labels, shown, device, folder):
     """Draw gradcam/<class>.png with `shown` correct and as many misclassified predictions."""
     classes, load = checkpoint["classes"], kind_of(checkpoint).load
-    transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
+    transform = transform_of(checkpoint)
     probabilities, cams = [], []
     for images in read_batches(paths, transform, 16, "gradcam", load):
         logits, cam, where = grad_cam(network, images.to(device))
@@ -190,7 +191,7 @@ def show_grad_cam(checkpoint, network, paths, labels, shown, device, folder):
         cells, captions, rows = [], [], []
         for found, title in ((correct, "correct"), (misclassified, "misclassified")):
             if found:
-                images = [load(paths[i]) for i in found]
+                images = [visible_part(load(paths[i]), checkpoint.get("fit", "squeeze")) for i in found]
                 empty = columns - len(found)
                 cells += images + [None] * empty + [overlay(image, cams[i]) for image, i in zip(images, found)]
                 cells += [None] * empty
@@ -213,7 +214,7 @@ def show_receptive_field(checkpoint, network, paths, size, compare, device, fold
             short = Path(name).resolve().parent.name if Path(name).is_file() else name
             networks[name if short in networks else short] = other
     fields = {}
-    transform = eval_transform(size, checkpoint["mean"], checkpoint["std"])
+    transform = transform_of(checkpoint, size)
     for name, network in networks.items():
         batches = read_batches(paths, transform, 1, name, kind_of(checkpoint).load)
         field = receptive_field(network, batches, device)
@@ -301,7 +302,7 @@ def show_features(checkpoint, network, paths, labels, seed, device, folder):
     """Draw features.png from the pooled features."""
     if len(paths) < 4:
         raise UserError(f"features needs 4 images or more, got {len(paths)}; raise IMAGES, or remove it from WHAT")
-    transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
+    transform = transform_of(checkpoint)
     features = []
     for images in read_batches(paths, transform, 32, "features", kind_of(checkpoint).load):
         maps = network.forward_features(images.to(device))

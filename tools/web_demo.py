@@ -18,9 +18,10 @@ answer_early(__name__, __file__)  # --help and wrong options, before imports tha
 
 from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
-from common.dataset import eval_transform, height_and_width
+from common.dataset import height_and_width, transform_of
 from common.device import choose_device
 from common.extras import require
+from common.fit import visible_part
 from common.options import Limits, Name, PositiveInt, UserError, run
 from common.text import label
 from tools.grad_cam import grad_cam, overlay
@@ -63,7 +64,8 @@ class Predictor:
     def __init__(self, checkpoint, device, top_k):
         self.classes = checkpoint["classes"]
         self.network = build_network(checkpoint).to(device)
-        self.transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
+        self.transform = transform_of(checkpoint)
+        self.fit = checkpoint.get("fit", "squeeze")
         self.device = device
         self.top_k = min(top_k, len(self.classes))
         self.kind = kind_of(checkpoint)
@@ -73,7 +75,7 @@ class Predictor:
         logits, cam, where = grad_cam(self.network, self.transform(image)[None].to(self.device))
         top = logits[0].softmax(0).topk(self.top_k)
         probabilities = {self.classes[i]: p for p, i in zip(top.values.tolist(), top.indices.tolist())}
-        return probabilities, overlay(image, cam[0].cpu()), f"Grad-CAM: {where}"
+        return probabilities, overlay(visible_part(image, self.fit), cam[0].cpu()), f"Grad-CAM: {where}"
 
 
 def build_page(predict, title, top_k, kind="image"):
