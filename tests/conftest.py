@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The default convolutions, so that the tests see the same numbers whatever is fastest at the moment.
 os.environ.setdefault("UNIREPLKNET_DEPTHWISE", "default")
 
+import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -29,6 +30,9 @@ from common import run_folder  # noqa: E402
 from common.manifest import read_table  # noqa: E402
 from common.options import READER, current_values  # noqa: E402
 from models import depthwise_choice  # noqa: E402
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # on a busy machine an example may take seconds
+hypothesis.settings.load_profile("unhurried")
 
 DEFAULTS = current_values(vars(train))
 # float32 everywhere, so that the tests see the same numbers on CPUs with and without bfloat16.

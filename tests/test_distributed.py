@@ -1,6 +1,7 @@
 """torchrun with several processes on the CPU (gloo): the same run as one process with as many images a step."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -230,6 +231,7 @@ class Machines:
                 self.processes.append(process)
                 continue
             status = 70
+            multiprocessing.process._children.clear()  # those of this process are not its children
             try:
                 for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
                     stream.flush()
