@@ -1,41 +1,59 @@
 """Time training and inference on this CPU: the network as published beside ours, in one run.
 
-    python benchmarks/cpu.py                       the three tables, about 5 minutes on two cores
+    python benchmarks/cpu.py                                        all tables, about 10 minutes on two cores
+    python benchmarks/cpu.py --parts convolutions,optimizer         some of them
     python benchmarks/cpu.py --repeats 1 --batch-size 2
 
-"Published" is what any script gets: float32, NCHW, PyTorch's own convolutions, gradients and memory settings, the
-training structure. "Ours" is what train.py and test.py choose here. Each has a process of its own, since memory
-settings apply to a whole process; they compute in turns, so that a busy moment affects both.
+"Published" is what any script gets: float32, NCHW, PyTorch's own convolutions, gradients and memory settings, timm's
+optimizer, the training structure. "Ours" is what train.py and test.py choose here, convolutions by measurement
+included. Each has a process of its own, since memory settings apply to a whole process; they compute in turns, so that
+a busy moment affects both.
 
-Prints three Markdown tables: the large-kernel convolution, forward and backward; a training step; inference.
+Prints a Markdown table for each part: "convolutions", the large and the dilated ones of unireplknet_t at 224 pixels,
+forward and backward; "training", a step without the optimizer; "optimizer", a step of Muon; "recipe", a whole step of
+train.py but for loading, at the first and the last image size; "inference", beside onnxruntime where it is installed.
 """
 
+import importlib.util
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, ema.py
 import models
 from common.device import choose_layout, has_bfloat16, keep_freed_memory
+from common.extras import require
+from common.optimizer import create_optimizer, orthogonalise_in_float32
 from common.options import ConstantError, ImageSize, Name, NotEmpty, PositiveInt, run
 from common.progress import Progress
+from ema import ModelEma
+from models import depthwise, depthwise_choice
+from models.depthwise_choice import Group, Use, choose_convolutions, measure_group, processor_name
 
+Part = Literal["convolutions", "training", "optimizer", "recipe", "inference"]
+
+PARTS: Annotated[list[Part], NotEmpty()] = ["convolutions", "training", "optimizer", "recipe", "inference"]  # tables
 BATCH_SIZE: PositiveInt = 16  # images per batch
-REPEATS: PositiveInt = 7  # timings of which the median is taken
+REPEATS: PositiveInt = 5  # timings of which the median is taken
 MODELS: Annotated[list[Name], NotEmpty()] = ["unireplknet_t", "unireplknet_a"]  # UniRepLKNet variants to time
 SIZES: Annotated[list[ImageSize], NotEmpty()] = [224, 128]  # image size in pixels, one for each of MODELS
+RECIPE_SIZES: Annotated[list[ImageSize], NotEmpty()] = [64, 160]  # first and last image size of the last of MODELS
 
-# channels and size of the maps of unireplknet_t's kernels of 13 at 224 pixels
+# channels and size of the maps of unireplknet_t's large kernels at 224 pixels, and kernels with their dilation
 MAPS = ((160, 28), (320, 14), (640, 7))
+KERNELS = ((13, 1), (7, 2), (3, 5))
 CPU = torch.device("cpu")
+LONG = 1.0  # seconds from which on a step needs no warm-up before each timing
 
 
 def main():
@@ -44,123 +62,212 @@ def main():
     unknown = [name for name in MODELS if name not in models.VARIANTS]
     if unknown:
         raise ConstantError(f"MODELS {unknown[0]!r} is unknown; choose among {', '.join(models.VARIANTS)}")
-    servers, processes = start_servers()
     dtype = "bfloat16 autocast" if has_bfloat16(CPU) else "float32"
-    print(f"batch {BATCH_SIZE}, median of {REPEATS}; ours: {dtype}, {str(choose_layout(CPU)).removeprefix('torch.')}")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    threads = torch.get_num_threads()
+    print(f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads")
+    print(f"torch {torch.__version__}, timm {timm.__version__}; ours: {dtype}")
+    print(f"batch {BATCH_SIZE}, median of {REPEATS} in turns")
     networks = list(zip(MODELS, SIZES))
-    print_table("kernel 13, float32, forward and backward", "ms", time_convolutions(servers, BATCH_SIZE, REPEATS))
-    print_table("training step", "images/s", time_networks(servers, training, networks, [BATCH_SIZE], REPEATS))
-    print_table("inference", "images/s", time_networks(servers, inference, networks, [BATCH_SIZE, 1], REPEATS))
-    for server, process in zip(servers, processes):
-        server.send(None)
-        process.join()
+    recipe = [(MODELS[-1], size) for size in RECIPE_SIZES]
+    convolutions = [(*shape, *kernel) for kernel in KERNELS for shape in MAPS]
+    onnx = [] if importlib.util.find_spec("onnxruntime") is None else ["onnxruntime"]
+    tables = dict(
+        convolutions=("forward and gradients, float32", convolution, convolutions, [BATCH_SIZE], []),
+        training=("training step", training, networks, [BATCH_SIZE], []),
+        optimizer=("step of Muon", optimizer, [(name,) for name in MODELS], [], []),
+        recipe=("training step with gradient norm, Muon and EMA", whole_step, recipe, [BATCH_SIZE], []),
+        inference=("inference", inference, networks, [BATCH_SIZE, 1], onnx),
+    )
+    with Servers(["published", "ours", *onnx]) as servers:
+        for part in PARTS:
+            print_table(servers, *tables[part], REPEATS)
 
 
-def start_servers():
-    """Start a process for the published way and one for ours: (connections, processes)."""
-    context = multiprocessing.get_context("spawn")
-    servers, processes = [], []
-    for ours in (False, True):
-        here, there = context.Pipe()
-        processes.append(context.Process(target=serve, args=(there, ours), daemon=True))
-        processes[-1].start()
-        servers.append(here)
-    return servers, processes
+class Servers:
+    """A process for each way to compute, which run in turns; a context that ends them."""
+
+    def __init__(self, ways):
+        self.ways = ways
+
+    def __enter__(self):
+        context = multiprocessing.get_context("spawn")
+        self.processes, self.connections = [], {}
+        for way in self.ways:
+            self.connections[way], there = context.Pipe()
+            self.processes.append(context.Process(target=serve, args=(there, way), daemon=True))
+            self.processes[-1].start()
+        return self
+
+    def __exit__(self, *_):
+        for connection, process in zip(self.connections.values(), self.processes):
+            connection.send(None)
+            process.join()
+
+    def compare(self, ways, repeats, make, *arguments):
+        """{way: median seconds of `make(way, *arguments)()`}."""
+        for way in ways:
+            self.connections[way].send((make, arguments))
+            self.connections[way].recv()
+        times = {way: [] for way in ways}
+        for _ in range(repeats):
+            for way, results in times.items():
+                self.connections[way].send("run")
+                results.append(self.connections[way].recv())
+        return {way: statistics.median(results) for way, results in times.items()}
 
 
-def serve(connection, ours):
+def serve(connection, way):
     """Loop of a process: prepare each (function, arguments) that it receives, and time it once for each "run"."""
     torch.manual_seed(0)
-    if ours:
-        keep_freed_memory()
+    if way == "published":  # this process ends with the benchmark
+        models.DepthwiseConv2d.forward = nn.Conv2d.forward
+        depthwise.takes_nchw = lambda device: True
     else:
-        models.DepthwiseConv2d.forward = nn.Conv2d.forward  # this process ends with the benchmark
+        keep_freed_memory()
     while (task := connection.recv()) is not None:
         if task != "run":
             make, arguments = task
-            step = make(ours, *arguments)
-            step()
+            step = make(way, *arguments)
+            duration = seconds(step)
             connection.send(None)
             continue
-        step()  # brings back data and threads that the other process has displaced
-        started = time.perf_counter()
-        step()
-        connection.send(time.perf_counter() - started)
+        if duration < LONG:
+            step()  # brings back data and threads that the other process has displaced
+        duration = seconds(step)
+        connection.send(duration)
 
 
-def time_convolutions(servers, batch_size, repeats):
-    """Yield the rows of `print_table` for the convolutions of `MAPS`."""
-    for channels, size in Progress(MAPS, unit="shape", leave=False):
-        published, ours = compare(servers, repeats, convolution, channels, size, batch_size)
-        yield f"{channels} x {size} x {size}", 1e3 * published, 1e3 * ours, published / ours
+def seconds(step):
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
 
 
-def compare(servers, repeats, make, *arguments):
-    """Median seconds of `make(ours, *arguments)()`, published and ours."""
-    for server in servers:
-        server.send((make, arguments))
-        server.recv()
-    times = [[], []]
-    for _ in range(repeats):
-        for server, results in zip(servers, times):
-            server.send("run")
-            results.append(server.recv())
-    return [statistics.median(results) for results in times]
+def print_table(servers, title, make, cases, batch_sizes, others, repeats):
+    """Print a Markdown table of milliseconds and of ratios, published to ours and each of the others to ours."""
+    ways = ["published", "ours", *others]
+    ratios = ["ratio", *(f"{other} / ours" for other in others)]
+    print(f"\n| {title} | {' | '.join(f'{way}, ms' for way in ways)} | {' | '.join(ratios)} |")
+    print(f"|{'---|' * (1 + len(ways) + len(ratios))}")
+    cases = [(*case, *batch) for case in cases for batch in ([(size,) for size in batch_sizes] or [()])]
+    for case in Progress(cases, unit="case", leave=False):
+        times = servers.compare(ways, repeats, make, *case)
+        cells = [f"{1e3 * times[way]:.1f}" for way in ways]
+        cells += [f"{times[way] / times['ours']:.2f}" for way in ways if way != "ours"]
+        Progress.write(f"| {describe(make, case)} | {' | '.join(cells)} |")
 
 
-def convolution(ours, channels, size, batch_size):
-    """A function that runs the large-kernel convolution forward and backward once."""
-    conv = models.DepthwiseConv2d(channels, 13)
-    x = torch.randn(batch_size, channels, size, size, requires_grad=True)
+def describe(make, case):
+    """A case in words."""
+    if make is convolution:
+        channels, size, kernel_size, dilation, batch = case
+        return f"{channels} x {size} x {size}, kernel {kernel_size}, dilation {dilation}, batch {batch}"
+    name, *rest = case
+    return f"{name}, {rest[0]} pixels, batch {rest[1]}" if rest else name
+
+
+# --- what is timed: functions (way, ...) that return a function of no argument
+
+
+def convolution(way, channels, size, kernel_size, dilation, batch_size):
+    """A depthwise convolution forward and backward."""
+    conv = models.DepthwiseConv2d(channels, kernel_size, dilation)
+    x = torch.randn(batch_size, channels, size, size)
+    if way == "ours":
+        group = Group(channels, size, size, ((kernel_size, dilation),), False, "nhwc", True, batch_size)
+        plans = measure_group(group, CPU, torch.float32)[1].plans
+        depthwise_choice.install(dict(zip(group.keys(CPU, torch.float32), plans)))
+        x = x.contiguous(memory_format=torch.channels_last)  # as the network has it
+    x.requires_grad_()
     grad = torch.randn_like(x)
     return lambda: torch.autograd.grad(conv(x), [x, conv.weight], grad)
 
 
-def time_networks(servers, make, networks, batch_sizes, repeats):
-    """Yield the rows of `print_table` for pairs of a network and its image size."""
-    cases = [(name, size, batch) for name, size in networks for batch in batch_sizes]
-    for name, size, batch in Progress(cases, unit="network", leave=False):
-        published, ours = compare(servers, repeats, make, name, size, batch)
-        yield f"{name}, {size} pixels, batch {batch}", batch / published, batch / ours, published / ours
-
-
-def training(ours, name, size, batch_size):
-    """A function that runs one training step without the optimizer."""
+def build(way, name, size, batch_size, training):
+    """(network, images, autocast's context) as `way` has them."""
+    ours = way == "ours"
     layout = choose_layout(CPU) if ours else torch.contiguous_format
-    model = timm.create_model(name, num_classes=12, published_arithmetic=not ours).train().to(memory_format=layout)
-    images = torch.randn(batch_size, 3, size, size).to(memory_format=layout)
+    model = timm.create_model(name, num_classes=12, layer_scale_init_value=0.1, published_arithmetic=not ours)
+    model.train(training)
+    if not training and way != "published":
+        model.reparameterize_unireplknet()
+    model.to(memory_format=layout)
+    amp = torch.autocast("cpu", torch.bfloat16, enabled=ours and has_bfloat16(CPU))
+    if ours:
+        dtype = torch.bfloat16 if has_bfloat16(CPU) else torch.float32
+        choose_convolutions(model, [Use((size, size), batch_size, training=training)], dtype=dtype)
+    return model, torch.randn(batch_size, 3, size, size).contiguous(memory_format=layout), amp
+
+
+def training(way, name, size, batch_size):
+    """A training step without the optimizer."""
+    model, images, amp = build(way, name, size, batch_size, True)
     labels = torch.randint(12, (batch_size,))
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=ours and has_bfloat16(CPU)):
+        model.zero_grad(set_to_none=True)
+        with amp:
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
-        model.zero_grad()
 
     return step
 
 
-def inference(ours, name, size, batch_size):
-    """A function that computes one batch."""
-    layout = choose_layout(CPU) if ours else torch.contiguous_format
-    model = timm.create_model(name, num_classes=12, published_arithmetic=not ours).eval()
-    model = (timm.utils.reparameterize_model(model) if ours else model).to(memory_format=layout)
-    images = torch.randn(batch_size, 3, size, size).to(memory_format=layout)
+def optimizer(way, name):
+    """A step of Muon on random gradients."""
+    model = timm.create_model(name, num_classes=12)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return create_muon(way, model).step
+
+
+def create_muon(way, model):
+    """train.py's optimizer, or timm's in float32, which is many times as fast here as its own bfloat16."""
+    if way == "ours":
+        return create_optimizer(model, "muon", 2e-3, 0.05, 1.0, CPU)
+    muon = timm.optim.create_optimizer_v2(model, "muon", 2e-3, 0.05)
+    muon.step = orthogonalise_in_float32(muon.step)
+    return muon
+
+
+def whole_step(way, name, size, batch_size):
+    """A training step of train.py, but for loading."""
+    model, images, amp = build(way, name, size, batch_size, True)
+    labels = torch.randint(12, (batch_size,))
+    muon, ema = create_muon(way, model), ModelEma(model)
+
+    def step():
+        with amp:
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        muon.step()
+        muon.zero_grad(set_to_none=True)
+        ema.update(model)
+
+    return step
+
+
+def inference(way, name, size, batch_size):
+    """The logits of one batch."""
+    model, images, amp = build(way, name, size, batch_size, False)
+    if way == "onnxruntime":
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's about itself
+            file = Path(folder, "model.onnx")
+            torch.onnx.export(model, (images,), file, dynamo=True, external_data=False, verbose=False)
+            options = require("onnxruntime")[0].SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            session = require("onnxruntime")[0].InferenceSession(file.read_bytes(), options)
+        inputs = {session.get_inputs()[0].name: images.numpy()}
+        return lambda: session.run(None, inputs)
 
     @torch.inference_mode()
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=ours and has_bfloat16(CPU)):
+        with amp:
             model(images)
 
     return step
-
-
-def print_table(title, unit, rows):
-    """Print a Markdown table; `rows` yields (what, published, ours, ratio)."""
-    print(f"\n| {title} | published, {unit} | ours, {unit} | ratio |\n|---|---|---|---|")
-    for what, published, ours, ratio in rows:
-        Progress.write(f"| {what} | {published:.1f} | {ours:.1f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

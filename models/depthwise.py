@@ -251,8 +251,10 @@ def lay_out(x: torch.Tensor, weight: torch.Tensor, dilation: int, training: bool
 
 
 def reads_nhwc(x, weight, training):
-    """Whether PyTorch's convolution, without gradients on a CPU, computes in NHWC, so that NCHW would be copied."""
-    return x.device.type == "cpu" and not (training and torch.is_grad_enabled()) and depthwise_cpu.is_nhwc(weight)
+    """Whether x stays in NHWC for PyTorch's convolution on a CPU without gradients: where it computes so, or should."""
+    if x.device.type != "cpu" or training and torch.is_grad_enabled():
+        return False
+    return depthwise_cpu.FAST_IN_NHWC or depthwise_cpu.is_nhwc(weight)
 
 
 def lay_out_stream(x: torch.Tensor) -> torch.Tensor:

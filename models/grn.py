@@ -54,6 +54,8 @@ def normalise_response(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor 
     """The function of `GRN`; one node of a torch.fx graph, which cannot hold a test of the dtype."""
     if x.dtype == torch.float16:  # in which squares overflow from 256 on
         return normalise_as_published(x, gamma, beta)
+    if not torch.is_grad_enabled():
+        return apply_scale(x, gamma, beta, *spatial_norms(x))
     return GlobalResponseNorm.apply(x, gamma, beta)
 
 
@@ -69,11 +71,9 @@ class GlobalResponseNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gamma, beta):
         gx, mean = spatial_norms(x)
-        nx = gx / mean
         ctx.save_for_backward(x, gamma, gx, mean)
         ctx.has_beta = beta is not None
-        scale = (gamma * nx + 1).to(x.dtype)
-        return x * scale if beta is None else torch.addcmul(beta.to(x.dtype), x, scale)
+        return apply_scale(x, gamma, beta, gx, mean)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -94,6 +94,12 @@ def spatial_norms(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """L2 norm of each channel's map (N, 1, 1, C), and its mean over the channels plus EPS (N, 1, 1, 1)."""
     gx = sum_pixels(x.square()).sqrt()  # torch.norm is slow on a CPU
     return gx, gx.mean(dim=-1, keepdim=True) + EPS
+
+
+def apply_scale(x, gamma, beta, gx, mean):
+    """The output for what `spatial_norms` returned."""
+    scale = (gamma * (gx / mean) + 1).to(x.dtype)
+    return x * scale if beta is None else torch.addcmul(beta.to(x.dtype), x, scale)
 
 
 def sum_pixels(x: torch.Tensor) -> torch.Tensor:

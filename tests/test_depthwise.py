@@ -441,6 +441,18 @@ def test_a_block_casts_its_input_once(dtype):
     assert copies.dtypes == 1
 
 
+@pytest.mark.parametrize(("fast", "layout"), [(True, torch.contiguous_format), (False, torch.channels_last)])
+@pytest.mark.parametrize("deploy", [True, False])
+def test_inference_on_a_cpu_copies_no_map(fast, layout, deploy, monkeypatch):
+    """Where PyTorch's convolution computes in NHWC, for the sake of the CPU or of the weights."""
+    monkeypatch.setattr(depthwise_cpu, "FAST_IN_NHWC", fast)
+    model = UniRepLKNet(depths=(2, 2, 6, 2), dims=(4, 8, 8, 16), num_classes=3, deploy=deploy).eval()
+    model.to(memory_format=layout)
+    with depthwise_choice.installed({}), Copies() as copies, torch.no_grad():
+        model(torch.randn(2, 3, 64, 64))
+    assert (copies.formats, copies.dtypes) == (0, 0)
+
+
 def test_import_survives_a_missing_triton_and_an_unknown_name_in_the_environment_variable():
     program = """
 import os, sys

@@ -105,8 +105,9 @@ def test_onnx_needs_nothing_but_the_standard_and_is_merged(files):
     assert {node.domain for node in model.graph.node} == {""} and not model.functions
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
     operators = [node.op_type for node in model.graph.node]
-    # Five of the stem and the downsampling, and for each of 4 blocks one depthwise and two of SE.
-    assert operators.count("Conv") == 5 + 4 * 3 and "BatchNormalization" not in operators
+    # Five of the stem and the downsampling, and one of each of 4 blocks, of which each has two of SE; and the head.
+    assert operators.count("Conv") == 5 + 4 and "BatchNormalization" not in operators
+    assert operators.count("Gemm") == 4 * 2 + 1
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 

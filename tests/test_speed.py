@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import functools
+import importlib
 import multiprocessing
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 
+import models
 import train
 from benchmarks import cpu, data, depthwise, throughput
 from common import device
@@ -19,7 +21,7 @@ from common.device import prefetch, wants_compile
 from common.optimizer import create_optimizer
 from common.options import ConstantError
 from common.run_folder import TrainingState
-from models import DepthwiseConv2d
+from models import DepthwiseConv2d, depthwise_choice
 from tools.conv_report import find_shapes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -176,21 +178,41 @@ def test_benchmarks_run_on_a_cpu(script, monkeypatch, capsys):
         script.main()
 
 
-def test_the_cpu_s_benchmark_runs_in_small(monkeypatch, capfd):
+@pytest.mark.parametrize("parts", [["convolutions", "optimizer"], ["training", "recipe", "inference"]], ids=len)
+def test_the_cpu_s_benchmark_runs_in_small(parts, monkeypatch, capfd, tmp_path):
     """In threads instead of processes, which take long to start; what "published" changes is undone afterwards."""
     threads = types.SimpleNamespace(Pipe=multiprocessing.Pipe, Process=threading.Thread)
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: threads)
     monkeypatch.setattr(DepthwiseConv2d, "forward", DepthwiseConv2d.forward)
+    monkeypatch.setattr(models.depthwise, "takes_nchw", models.depthwise.takes_nchw)
     monkeypatch.setattr(cpu, "keep_freed_memory", lambda: None)
-    for name, value in dict(MODELS=[MODEL], SIZES=[32], BATCH_SIZE=2, REPEATS=1, MAPS=((4, 8),)).items():
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # exporting takes long
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    small = dict(MODELS=[MODEL], SIZES=[32], RECIPE_SIZES=[32, 64], BATCH_SIZE=2, REPEATS=1, PARTS=parts)
+    small |= dict(MAPS=((4, 8),), KERNELS=((5, 1), (3, 2)))
+    for name, value in small.items():
         monkeypatch.setattr(cpu, name, value)
-    cpu.main()
+    with depthwise_choice.installed({}):
+        cpu.main()
     rows = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 3 + 4  # titles, then one convolution, one training step, inference of 2 and of 1
-    ratios = [float(line.split("|")[-2]) for line in rows if "ratio" not in line]
-    assert len(ratios) == 4 and min(ratios) > 0
-    monkeypatch.setattr(cpu, "MODELS", ["resnet18"])
-    with pytest.raises(ConstantError, match="'resnet18' is unknown; choose among unireplknet_a"):
+    titles = [row for row in rows if "ratio" in row]
+    assert len(titles) == len(parts)
+    counts = dict(convolutions=2, optimizer=1, training=1, recipe=2, inference=2)
+    assert len(rows) - len(titles) == sum(counts[part] for part in parts)
+    assert all(float(row.split("|")[-2]) > 0 for row in rows if row not in titles)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MODELS", ["resnet18"], "'resnet18' is unknown; choose among unireplknet_a"),
+        ("SIZES", [32, 64], "SIZES must hold one size for each of the 1 MODELS"),
+    ],
+)
+def test_the_cpu_s_benchmark_refuses_what_does_not_fit(name, value, message, monkeypatch):
+    for constant, small in (("MODELS", [MODEL]), ("SIZES", [32]), (name, value)):
+        monkeypatch.setattr(cpu, constant, small)
+    with pytest.raises(ConstantError, match=message):
         cpu.main()
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from models import depthwise, load_weights
+from models.depthwise_methods import methods, parse_plan
 from models.grn import GRN, GlobalResponseNorm, PublishedGRN
 from models.pretrained import WRAPPERS
 from models.unireplknet import DILATED_BRANCHES, KERNEL_SIZES, VARIANTS, UniRepLKNet, UniRepLKNetBlock
@@ -111,7 +112,15 @@ FORCED = [
     ("nchw fft fft fft", "nhwc filled-nhwc filled-nhwc kernel-nhwc"),
     ("nhwc fft nhwc fft", "nchw filled-nchw filled-nchw kernel-nchw"),
     ("nhwc nchw native-nchw fft", "nchw nhwc nhwc phases-native-nhwc"),
+    ("nchw nhwc native-nhwc rows", "nhwc nhwc nchw phases-native-nchw"),
 ]
+
+
+def test_every_method_is_among_the_forced_ones():
+    for index, dilation in enumerate((1, 2)):
+        passes = methods((2, 8, 8, 8), (3, 3), dilation, torch.float32)
+        for names, forced in zip(passes, zip(*(parse_plan(plans[index])[1:] for plans in FORCED))):
+            assert set(names) == set(forced)
 
 
 @pytest.fixture(params=FORCED, ids=lambda plans: plans[0])
