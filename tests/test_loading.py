@@ -113,7 +113,9 @@ class PastedCutout(augment.Cutout):
         return image
 
 
-def one_at_a_time(size, crop=1.0, cutout=0.0, hflip=0.0, vflip=0.0, quarter_turns=False, rotation=0.0, color_jitter=0.0):
+def one_at_a_time(
+    size, crop=1.0, cutout=0.0, hflip=0.0, vflip=0.0, quarter_turns=False, rotation=0.0, color_jitter=0.0
+):
     """The augmentation by Pillow and torchvision: PIL RGB -> float tensor, normalised."""
     steps = [
         transforms.Resize(size),
