@@ -1,10 +1,14 @@
-"""Time what reads images: the cache, mean_std.py and makedata.py beside the plain way, in one run.
+"""Time what reads images: the loader, the cache, mean_std.py and makedata.py beside the plain way, in one run.
 
     python benchmarks/data.py                       about 2 minutes on two cores
     python benchmarks/data.py --source photos       images in photos/<class>/; else those of data1, else drawn
+    python benchmarks/data.py --what loader         the first table only, in half a minute
 
 The images are resized to several sizes and saved as PNG and JPEG in a temporary folder. Compared, in turns:
 
+- the loader: training images from the cache with the augmentation of train.py, in processor time of one thread: image
+  by image with Pillow, torchvision and torch.manual_seed, and ours, before and after the normalisation of whole
+  batches, which a GPU does where there is one. The best of several turns, since other programs only take time.
 - an epoch: torchvision's ImageFolder, which decodes every image, and ours, from the cache of the epoch before. Both
   resize to IMG_SIZE and normalise.
 - statistics: the loop with batch size 1 over ToTensor that tutorials show, and mean_std.py's `get_mean_and_std`; beside
@@ -21,7 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from PIL import Image
@@ -30,23 +34,29 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, prepare/
+from common.augment import CUTOUT_RATIO, CUTOUT_SCALE, train_transform
 from common.cache import cache_images
-from common.dataset import eval_transform, open_image_folder
+from common.dataset import SeededImages, eval_transform, open_image_folder
+from common.device import Normalise, keep_freed_memory
 from common.images import is_image, load_image, scan_class_folders
-from common.options import Limits, Name, NotEmpty, PositiveInt, UserError, run
+from common.options import ImageSize, Limits, Name, NotEmpty, PositiveInt, UserError, run
 from common.progress import Progress
 from common.workers import map_in_processes
+from models.depthwise_choice import processor_name
 from prepare.drawn_data import draw_data_set
 
+WHAT: Annotated[list[Literal["loader", "epoch", "reading"]], NotEmpty()] = ["loader", "epoch", "reading"]  # tables
 SOURCE: Name = "data1"  # folder that holds <class>/<image>; images are drawn if it holds no class
 IMAGES: Annotated[int, Limits(2)] = 200  # images of each size and format
 SIZES: Annotated[list[PositiveInt], NotEmpty()] = [150, 512, 1024]  # image sizes in pixels
-IMG_SIZE: PositiveInt = 224  # image size for the network in pixels
-REPEATS: PositiveInt = 3  # timings of which the median is taken
+IMG_SIZE: PositiveInt = 224  # image size for the network in pixels, in the table of epochs
+LOADER_SIZES: Annotated[list[ImageSize], NotEmpty()] = [64, 224]  # likewise in that of the loader
+REPEATS: PositiveInt = 3  # timings of which the median is taken; four times as many for the loader
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = {"png": {}, "jpg": dict(quality=90)}
 MEAN, STD = [0.5] * 3, [0.2] * 3
+RECIPE = dict(cutout=0.25, hflip=0.5, vflip=0.5, quarter_turns=True, color_jitter=0.2)  # the defaults of train.py
 
 # What a process runs that calls functions of makedata.py and mean_std.py: "<name> <folder>" a line, one line back.
 SCRIPTS = """
@@ -86,15 +96,26 @@ def main():
             source = folder / "drawn"
             drawing = draw_data_set(source, max(2, IMAGES // 12 + 1), seed=0)
             list(Progress(drawing, desc="drawing", unit="img", leave=False))
-        count = save_images(source, folder / "images", IMAGES, SIZES)
-        epochs, reading = [], []
-        with Scripts() as scripts:
-            for root in Progress(sorted((folder / "images").iterdir()), unit="set", leave=False):
-                size, suffix = root.name.split("-")
-                epochs.append((int(size), suffix, *compare_epochs(root, folder / "cache", IMG_SIZE, REPEATS)))
-                reading.append((int(size), suffix, *compare_reading(root, scripts, REPEATS)))
+        sizes = SIZES if {"epoch", "reading"} & set(WHAT) else [min(SIZES)]
+        count = save_images(source, folder / "images", IMAGES, sizes)
+        loading, epochs, reading = [], [], []
+        roots = sorted((folder / "images").iterdir())
+        if "loader" in WHAT:
+            for size in Progress(LOADER_SIZES, desc="loader", unit="size", leave=False):
+                root = folder / "images" / f"{min(SIZES)}-png"
+                loading.append((size, *compare_loaders(root, folder / "cache", size, 4 * REPEATS)))
+        if {"epoch", "reading"} & set(WHAT):
+            with Scripts() as scripts:
+                for root in Progress(roots, unit="set", leave=False):
+                    size, suffix = root.name.split("-")
+                    if "epoch" in WHAT:
+                        epochs.append((int(size), suffix, *compare_epochs(root, folder / "cache", IMG_SIZE, REPEATS)))
+                    if "reading" in WHAT:
+                        reading.append((int(size), suffix, *compare_reading(root, scripts, REPEATS)))
     origin = "drawn" if drawn else f"from {SOURCE}"
     print(f"{count} images {origin}, median of {REPEATS}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}")
+    print_loading(loading, count, 4 * REPEATS)
     print_tables(epochs, reading, IMG_SIZE, count)
 
 
@@ -139,6 +160,64 @@ class Scripts:
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
+
+
+def compare_loaders(root, cache_folder, img_size, turns):
+    """Images in a second of processor time: (image by image, ours, ours and normalised)."""
+    size = (img_size, img_size)
+    ours = open_image_folder(root, train_transform(size, MEAN, **RECIPE))
+    plain = open_image_folder(root, plain_transform(size, **RECIPE))
+    result = cache_images(cache_folder, 1000, (ours, size))
+    if ours.cache is None:
+        raise UserError(f"no cache: {result}")
+    plain.cache = ours.cache
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    normalise = Normalise(MEAN, STD, torch.device("cpu"))
+    rates = []
+    for _ in range(turns):
+        rates.append((*rate(PlainSeeds(plain, 0)), *rate(SeededImages(ours, 0), normalise)))
+    torch.set_num_threads(threads)
+    _, plain, ours, normalised = map(max, zip(*rates))
+    return plain, ours, normalised
+
+
+def rate(images, normalise=torch.nn.Identity()):
+    """Images in a second of processor time: (read and stacked, and then normalised)."""
+    keys = [[(1, index) for index in range(first, min(first + 32, len(images)))] for first in range(0, len(images), 32)]
+    started, normalising = time.process_time(), 0.0
+    for batch, _ in DataLoader(images, batch_sampler=keys):
+        before = time.process_time()
+        normalise(batch)
+        normalising += time.process_time() - before
+    seconds = time.process_time() - started
+    return len(images) / (seconds - normalising), len(images) / seconds
+
+
+class PlainSeeds(SeededImages):
+    """Images whose augmentation depends on (epoch, index), by torch.manual_seed."""
+
+    def __getitem__(self, key):
+        torch.manual_seed(1000 * key[0] + key[1])
+        return self.dataset[key[1]]
+
+
+def plain_transform(size, cutout, hflip, vflip, quarter_turns, color_jitter):
+    """The augmentation of train.py by Pillow and torchvision: PIL RGB -> float tensor (3, height, width)."""
+    turn = transforms.RandomChoice([transforms.RandomRotation((angle, angle)) for angle in (0, 90, 180, 270)])
+    return transforms.Compose(
+        [
+            transforms.Resize(size),
+            transforms.RandomHorizontalFlip(hflip),
+            transforms.RandomVerticalFlip(vflip),
+            turn if quarter_turns else transforms.Lambda(lambda image: image),
+            transforms.ColorJitter(color_jitter, color_jitter, color_jitter),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+            transforms.RandomErasing(cutout, CUTOUT_SCALE, CUTOUT_RATIO),
+        ]
+    )
 
 
 def compare_epochs(root, cache_folder, img_size, repeats):
@@ -205,15 +284,30 @@ def decode(path):
     load_image(path)
 
 
+def print_loading(loading, count, turns):
+    """Print the table of the loader from rows of (size, *images/s)."""
+    if loading:
+        columns = ("image by image", "ours", "ratio", "ours, normalised on this CPU", "ratio")
+        print(f"\n| loader, images a CPU second, best of {turns} | {' | '.join(columns)} |\n|---|---|---|---|---|---|")
+    for size, plain, ours, normalised in loading:
+        print(
+            f"| {size} pixels, {count} images | {plain:.0f} | {ours:.0f} | {ours / plain:.1f} | {normalised:.0f} "
+            f"| {normalised / plain:.1f} |"
+        )
+
+
 def print_tables(epochs, reading, img_size, count):
-    """Print the tables from rows of (size, format, *seconds for `count` images)."""
+    """Print the other tables from rows of (size, format, *seconds for `count` images)."""
 
     def cells(plain, ours):
         return f"{1e3 * plain / count:.2f} | {1e3 * ours / count:.2f} | {plain / ours:.1f}"
 
-    print(f"\n| an epoch, resized to {img_size} | decoding, ms/image | from the cache | ratio |\n|---|---|---|---|")
+    if epochs:
+        print(f"\n| an epoch, resized to {img_size} | decoding, ms/image | from the cache | ratio |\n|---|---|---|---|")
     for size, suffix, plain, ours in sorted(epochs):
         print(f"| {size} {suffix} | {cells(plain, ours)} |")
+    if not reading:
+        return
     columns = ("plain loop, ms/image", "mean_std.py", "ratio", "mean_std.py / decoding alone", "after makedata.py")
     print(f"\n| statistics | {' | '.join(columns)} |\n|---|---|---|---|---|---|")
     for size, suffix, plain, ours, known, _, decoding in sorted(reading):

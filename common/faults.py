@@ -292,8 +292,11 @@ def explain_not_finite(state, loader, first_batch, batches, numbers, prepare, am
         broken = [name for name, image in zip(names, batch[0]) if not image.isfinite().all()]
         if broken:
             return f"not finite after the augmentation: {', '.join(broken[:4])}; check MEAN and STD"
+        images = prepare(batch, number)[0]
+        if not images.isfinite().all():
+            return "the normalised images are not finite; check MEAN and STD"
         with amp():
-            layer = first_non_finite_layer(state.model, prepare(batch, number)[0])
+            layer = first_non_finite_layer(state.model, images)
         if layer is not None:
             origin = f"the first layer with a non-finite output is {layer}"
             break

@@ -1057,6 +1057,12 @@ def test_an_image_that_is_not_finite_is_named(run_train, monkeypatch, place):
         run_train(EPOCHS=3, CACHE_GB=0.0)  # the cached image has other pixels
 
 
+def test_a_deviation_that_overflows_is_named(run_train, monkeypatch):
+    monkeypatch.setattr(faults, "MAX_SKIPPED", 1)
+    with pytest.raises(UserError, match="the normalised images are not finite; check MEAN and STD"):
+        run_train(MEAN=[0.5] * 3, STD=[1e-40] * 3)
+
+
 @pytest.mark.parametrize("clip", [0.0, 5.0])
 def test_an_absurd_learning_rate_stops_the_run_before_it_ruins_a_checkpoint(clip, run_train, place, monkeypatch):
     monkeypatch.setattr(faults, "MAX_SKIPPED", 3)
@@ -1113,7 +1119,8 @@ def test_micro_batches_give_the_gradient_of_the_whole():
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.rand(7, 3, 4, 4, generator=generator), torch.randint(3, (7,), generator=generator))] * 2
     mixup = BatchMixup(3, 0.8, 1.0, prob=1.0, smoothing=0.1)
-    prepare = partial(train.prepare_batch, size=(4, 4), device=torch.device("cpu"), mixup=mixup, seed=0)
+    options = dict(size=(4, 4), device=torch.device("cpu"), normalise=torch.nn.Identity(), mixup=mixup, seed=0)
+    prepare = partial(train.prepare_batch, **options)
     gradients, sums = [], []
     for count in (1, 2, 4):
         torch.manual_seed(0)
