@@ -66,8 +66,9 @@ def main():
     device = torch.device("cpu" if CPU else "cuda")
     if STEP_VARIABLE in os.environ:
         return run_step(ONLY, device)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by which the step that runs is ended, too
     with tempfile.TemporaryDirectory() as folder, open(OUTPUT, "a", encoding="utf-8") as file:
-        title = f"{time.strftime('%Y-%m-%d %H:%M')}, {'a CPU, in small' if CPU else 'GPU'}, part {PART}"
+        title = f"{time.strftime('%Y-%m-%d %H:%M')}, {'a CPU, in small' if CPU else 'GPU'}, {f'step {ONLY}' if ONLY else f'part {PART}'}"
         write(f"\n{title}\n\n| step | what | result |\n|---|---|---|", file)
         names = [ONLY] if ONLY else [name for name, step in STEPS.items() if step[0] == PART]
         failed = [name for name in names if not start_step(name, folder, file, time.monotonic())]
@@ -96,9 +97,8 @@ def start_step(name, folder, file, now):
     environment = os.environ | {STEP_VARIABLE: folder, "PYTHONIOENCODING": "utf-8"}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace",
-            start_new_session=True,
-        )  # fmt: skip
+            command, env=environment, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace"
+        )
         late = threading.Timer(limit, end, [process])
         late.start()
         try:
@@ -122,20 +122,29 @@ def start_step(name, folder, file, now):
 
 def end(process):
     """End a step and all that it has started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if sys.platform == "win32":
-            process.kill()
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):  # AttributeError: Windows
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def end_with(parent):
+    """End this step, and all that it has started, when the process that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def run_step(name, device):
     """This process is a step: print its rows."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+        threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
     torch.manual_seed(0)
     settings = SMALL if CPU else {key: globals()[key] for key in SMALL}
     globals().update(settings)
     if CPU:
-        torch.set_num_threads(1)  # threads that wait for each other on a busy machine take minutes
+        os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other on a busy machine take minutes
+        torch.set_num_threads(1)
     STEPS[name][2](device)
     return 0
 
@@ -402,7 +411,7 @@ def folder():
     """The folder of this part, with the demo data in data/."""
     place = Path(os.environ[STEP_VARIABLE])
     if not (place / "data" / "train").is_dir():
-        script("makedata.py", "--demo", "--demo-images", "20" if CPU else "80", cwd=place)
+        script("makedata.py", "--demo", "--demo-images", "4" if CPU else "80", cwd=place)
         script("mean_std.py", cwd=place)
     return place
 
@@ -425,13 +434,15 @@ def script(name, *options, cwd, status=0, environment=()):
 def train(device, output, *options, epochs=2, **more):
     """Run train.py on the demo data and say what came of it."""
     place = folder()
-    size, batch = (32, 8) if CPU else (128, 64)
+    size, batch = (32, 16) if CPU else (128, 64)
+    epochs = 1 if CPU and epochs == 2 else epochs
     command = [f"--model={SMALL['MODEL']}", f"--img-size={size}", f"--batch-size={batch}", f"--epochs={epochs}"]
     command += ["--optimizer=adamw", "--warmup-epochs=0", f"--device={device.type}", f"--output={output}", *options]
     text = script("train.py", *command, cwd=place, **more)
     log = (place / output / SMALL["MODEL"] / "log.csv").read_text(encoding="utf-8").splitlines()
     last = dict(zip(log[0].split(","), log[-1].split(",")))
-    return text, f"loss {last['train_loss']}, accuracy {last['val_acc1']} %, {last['img_per_s']} images/s"
+    loss, accuracy, speed = (float(last[name]) for name in ("train_loss", "val_acc1", "img_per_s"))
+    return text, f"loss {loss:.3f}, accuracy {accuracy:.1f} %, {speed:.0f} images/s"
 
 
 def line_of(text, start):
@@ -453,7 +464,7 @@ def training(device):
         text, result = train(device, "bf16", "--amp", "bf16", "--resume", "auto", epochs=3)
         return f"{result}; kernels {line_of(text, 'kernels')}"
 
-    row("resumed for another epoch", resumed)
+    row("resumed for more epochs", resumed)
     checkpoint = Path("bf16", SMALL["MODEL"], "best.pth")
     row("test.py", lambda: script("test.py", "--checkpoint", checkpoint, cwd=folder()).strip().splitlines()[-1])
     if device.type == "cuda":

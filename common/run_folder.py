@@ -36,6 +36,7 @@ from common.faults import Diverged, StepGuard
 from common.file_checks import check_fields, naming
 from common.files import SideFiles, write_csv, write_json, write_text
 from common.fingerprints import describe_change
+from common.gpu import find_triton_remedy
 from common.manifest import fingerprint_sorted
 from common.options import UserError
 from common.plots import plot_curves
@@ -534,7 +535,10 @@ def print_summary(about, state, sizes, train_loader, val_set, statistics, learni
     if about.get("sound") is not None:
         print(f"spectrogram {', '.join(f'{name} {value}' for name, value in about['sound'].items())}")
         print(f"            keeps its own size; IMG_SIZE {config['IMG_SIZE']} is for images")
-    print(f"large conv  {describe_implementation(device, choose_amp(config['AMP'], device) or torch.float32)}")
+    convolution = describe_implementation(device, choose_amp(config["AMP"], device) or torch.float32)
+    print(f"large conv  {convolution}")
+    if device.type == "cuda" and find_triton_remedy(convolution):
+        print(f"            {find_triton_remedy(convolution)}")
     print(f"device      {device}, {versions['precision']}, torch {versions['torch']}, timm {versions['timm']}")
     print(f"loading     {train_loader.num_workers} workers{' (chosen for the device)' * (config['WORKERS'] is None)}")
     if sampler.world_size > 1:

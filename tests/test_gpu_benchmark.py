@@ -17,6 +17,7 @@ ROWS = re.compile(r"^\| (.*) \| (.*) \|$", re.MULTILINE)
 @pytest.fixture(autouse=True)
 def in_small(monkeypatch, tmp_path):
     monkeypatch.setenv(gpu.STEP_VARIABLE, str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("UNIREPLKNET_DEPTHWISE", raising=False)
     small = gpu.SMALL | dict(MODEL="unireplknet_test", PEER="convnext_atto")
     for name, value in (small | dict(CPU=True)).items():
@@ -61,7 +62,7 @@ def test_the_steps_of_train_py_use_options_that_exist(capsys, monkeypatch):
     gpu.report(CPU)
     rows = ROWS.findall(capsys.readouterr().out)
     assert {"makedata.py", "mean_std.py", "train.py", "test.py", "tools/conv_report.py"} == set(calls)
-    assert ("train.py, fp16", "loss 1, accuracy 50 %, 9 images/s; kernels default") in rows
+    assert ("train.py, fp16", "loss 1.000, accuracy 50.0 %, 9 images/s; kernels default") in rows
     assert not [row for row in rows if "Error" in row[1]]
 
 
