@@ -5,8 +5,8 @@
 
 Adds up weights, gradients, the state of the optimizer, the moving average and the tensors that autograd saves for the
 backward pass, from a forward pass on tensors without data that pretend to be on a GPU. Beside them it leaves RESERVED
-for CUDA itself and the working memory of the kernels, and SPARE of all memory for what PyTorch cannot use since it is in
-pieces. The batch is the largest power of 2 up to MAX_BATCH. Nothing is measured: `python benchmarks/gpu.py` does that.
+for CUDA itself and the working memory of the kernels, and SPARE of all memory for what PyTorch cannot use, since it is
+in pieces. The batch is the largest power of 2 up to MAX_BATCH. Nothing is measured: `benchmarks/gpu.py` does that.
 
 Prints a Markdown table.
 """

@@ -59,10 +59,10 @@ def explain_cuda_error(error):
     old = re.search(r"driver on your system is too old \(found version (\d+)\)", error)
     if old:
         version = int(old[1])
+        supported = f"{version // 1000}.{version % 1000 // 10}"
         return (
-            f"the NVIDIA driver is too old for this PyTorch: it supports CUDA {version // 1000}.{version % 1000 // 10}, "
-            f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}; update the driver, or {INSTALL} for an "
-            "older CUDA"
+            f"the NVIDIA driver is too old for this PyTorch: it supports CUDA {supported}, PyTorch {torch.__version__} "
+            f"is built for CUDA {torch.version.cuda}; update the driver, or {INSTALL} for an older CUDA"
         )
     if "Found no NVIDIA driver" in error:
         if in_container():
@@ -73,8 +73,8 @@ def explain_cuda_error(error):
         return "this machine has an NVIDIA GPU, but no driver for it; install the driver, and start the machine anew"
     if re.search(r"No CUDA GPUs are available|no CUDA-capable device", error):
         return (
-            "the NVIDIA driver shows no GPU to this process; nvidia-smi -L lists what there is: one with MIG on needs an "
-            "instance (nvidia-smi mig -cgi <profile> -C), a container --gpus all, a Slurm job --gpus=1"
+            "the NVIDIA driver shows no GPU to this process; nvidia-smi -L lists what there is: one with MIG on needs "
+            "an instance (nvidia-smi mig -cgi <profile> -C), a container --gpus all, a Slurm job --gpus=1"
         )
     if re.search(r"not yet initialized|error 802", error, re.IGNORECASE):
         return "the GPUs of this server are not initialized; its administrator starts nvidia-fabricmanager"
@@ -128,8 +128,8 @@ def why_unusable(device):
     least = min(version for _, version in built)
     if capability < least:
         return (
-            f"{name} is older than this PyTorch supports, which is built for {least[0]}.{least[1]} and above; {INSTALL} "
-            "for an older CUDA"
+            f"{name} is older than this PyTorch supports, which is built for {least[0]}.{least[1]} and above; "
+            f"{INSTALL} for an older CUDA"
         )
     return f"{name} is newer than this PyTorch ({torch.__version__}, CUDA {torch.version.cuda}); install a newer one"
 
