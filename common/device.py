@@ -1,6 +1,7 @@
 """The device that a script computes on, what suits it, and how images get there."""
 
 import ctypes
+import functools
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from common import gpu
 from common.faults import copy_tensors, is_out_of_memory
 from common.options import ConstantError
 
@@ -21,7 +23,13 @@ def choose_device(name):
     """
     if name == "auto":
         if torch.cuda.is_available():
+            unusable = gpu.why_unusable(torch.device("cuda"))
+            if unusable:
+                raise ConstantError(f'DEVICE "auto" takes the GPU, but {unusable}, or set DEVICE to "cpu"')
+            tell(gpu.describe_gpus("LOCAL_RANK" in os.environ))
             return torch.device("cuda")
+        if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):  # which are there to hide the GPUs
+            tell([f"this runs without a GPU: {reason}" for reason in [gpu.find_reason()] if reason])
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()  # which "meta" refuses
@@ -29,6 +37,17 @@ def choose_device(name):
         reason = find_reason(name) or str(error).splitlines()[0]
         raise ConstantError(f'DEVICE {name!r} is not available here ({reason}); set it to "auto" or "cpu"') from error
     return torch.device(name)
+
+
+@functools.cache
+def tell_once(sentence):
+    print(f"note: {sentence}", file=sys.stderr)
+
+
+def tell(sentences):
+    """Print sentences to the user, each of them once; of several processes, one does."""
+    for sentence in sentences if os.environ.get("RANK", "0") == "0" else ():
+        tell_once(sentence)
 
 
 def find_reason(name):
@@ -44,10 +63,17 @@ def find_reason(name):
     if name != meant:
         return f'PyTorch has no such name; did you mean "{meant}"?'
     if torch.cuda.is_available():
-        return f"the GPUs of this machine are cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+        count = torch.cuda.device_count()
+        if number[1] is None or int(number[1]) < count:
+            return gpu.why_unusable(torch.device(meant))
+        mig = [sentence for sentence in gpu.describe_gpus() if "MIG" in sentence]
+        return "; ".join([f"the GPUs of this machine are cuda:0 to cuda:{count - 1}", *mig])
+    reason = gpu.find_reason()
+    if reason:
+        return reason
     if torch.version.cuda is None and torch.version.hip is None:
         return "this PyTorch was built without GPU support; https://pytorch.org says how to install one with it"
-    return "PyTorch finds no GPU here; nvidia-smi says whether its driver works"
+    return f"PyTorch finds no GPU here; {gpu.describe_smi()}"
 
 
 def prepare_device(device, deterministic=False):
@@ -69,6 +95,8 @@ def choose_amp(name, device):
         device: a `torch.device`.
     """
     choices = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+    if name == "bf16" and device.type == "cuda" and not has_bfloat16(device):
+        tell([f"{device} has no bfloat16 in hardware, so AMP bf16 is slow there; fp16 is faster"])
     if name in choices:
         return choices[name]
     if has_bfloat16(device):

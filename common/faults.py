@@ -13,6 +13,7 @@ import time
 
 import torch
 
+from common.gpu import describe_memory
 from common.options import UserError
 from common.workers import SIGNALS
 
@@ -260,7 +261,7 @@ def split_when_out_of_memory(state, sampler):
         if sampler.world_size > 1 or state.micro_batches >= sampler.batch_size:
             raise UserError(
                 "memory is full; lower BATCH_SIZE, and raise ACCUMULATE to keep the same step, lower IMG_SIZE, or set "
-                "GRAD_CHECKPOINTING"
+                f"GRAD_CHECKPOINTING{describe_memory(next(state.model.parameters()).device)}"
             ) from error
         state.micro_batches *= 2
 

@@ -35,6 +35,7 @@ from common.faults import Diverged, StepGuard
 from common.file_checks import check_fields, naming
 from common.files import SideFiles, write_csv, write_json, write_text
 from common.fingerprints import describe_change
+from common.gpu import find_triton_remedy
 from common.manifest import fingerprint_sorted
 from common.options import UserError
 from common.plots import plot_curves
@@ -543,7 +544,10 @@ def print_summary(about, state, sizes, train_loader, val_set, statistics, learni
         print(f"            keeps its own size; IMG_SIZE {config['IMG_SIZE']} and FIT are for images")
     elif config["FIT"] != "squeeze":
         print(f"fit         {config['FIT']}: images keep their aspect ratio")
-    print(f"large conv  {describe_implementation(device, choose_amp(config['AMP'], device) or torch.float32)}")
+    convolution = describe_implementation(device, choose_amp(config["AMP"], device) or torch.float32)
+    print(f"large conv  {convolution}")
+    if device.type == "cuda" and find_triton_remedy(convolution):
+        print(f"            {find_triton_remedy(convolution)}")
     where = f"{versions['threads']} threads" if device.type == "cpu" else versions["device"]
     print(f"device      {device}, {where}, {versions['precision']}, torch {versions['torch']}, timm {versions['timm']}")
     print(f"loading     {train_loader.num_workers} workers{' (chosen for the device)' * (config['WORKERS'] is None)}")

@@ -10,17 +10,14 @@ import torch
 from benchmarks import gpu
 from tests.test_readme import known_options
 
-CPU = torch.device("cpu")
+JOB = gpu.Job(torch.device("cpu"), "", **gpu.SMALL | dict(model="unireplknet_test"))
 ROWS = re.compile(r"^\| (.*) \| (.*) \|$", re.MULTILINE)
 
 
 @pytest.fixture(autouse=True)
-def in_small(monkeypatch, tmp_path):
-    monkeypatch.setenv(gpu.STEP_VARIABLE, str(tmp_path))
+def in_small(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("UNIREPLKNET_DEPTHWISE", raising=False)
-    small = gpu.SMALL | dict(MODEL="unireplknet_test", PEER="convnext_atto")
-    for name, value in (small | dict(CPU=True)).items():
-        monkeypatch.setattr(gpu, name, value)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -32,7 +29,7 @@ def test_every_step_of_the_first_part_gives_rows(capsys, monkeypatch):
     monkeypatch.setattr(gpu.depthwise_choice, "save_results", lambda *args: None)
     for name, (part, _, step) in gpu.STEPS.items():
         if part == 1:
-            step(CPU)
+            step(JOB)
             rows = ROWS.findall(capsys.readouterr().out)
             assert rows, name
             if name in ("steps", "merged"):
@@ -41,7 +38,7 @@ def test_every_step_of_the_first_part_gives_rows(capsys, monkeypatch):
     assert not gpu.depthwise.PLANS
 
 
-def test_the_steps_of_train_py_use_options_that_exist(capsys, monkeypatch):
+def test_the_steps_of_train_py_use_options_that_exist(capsys, monkeypatch, tmp_path):
     calls = []
 
     def script(name, *options, cwd, **_):
@@ -51,17 +48,18 @@ def test_the_steps_of_train_py_use_options_that_exist(capsys, monkeypatch):
         place = cwd if isinstance(cwd, str) else str(cwd)
         if name == "train.py":
             output = next(option.partition("=")[2] for option in options if str(option).startswith("--output"))
-            folder = gpu.Path(place, output, gpu.SMALL["MODEL"])
+            folder = gpu.Path(place, output, gpu.SMALL["model"])
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "log.csv").write_text("train_loss,val_acc1,img_per_s\n1,50,9\n", encoding="utf-8")
         return "kernels     default\nmemory is full: each batch of 8 is now computed in 2 parts; ...\n"
 
     monkeypatch.setattr(gpu, "script", script)
-    gpu.training(CPU)
-    gpu.report(CPU)
+    job = JOB._replace(folder=str(tmp_path))
+    gpu.training(job)
+    gpu.report(job)
     rows = ROWS.findall(capsys.readouterr().out)
     assert {"makedata.py", "mean_std.py", "train.py", "test.py", "tools/conv_report.py"} == set(calls)
-    assert ("train.py, fp16", "loss 1, accuracy 50 %, 9 images/s; kernels default") in rows
+    assert ("train.py, fp16", "loss 1.000, accuracy 50.0 %, 9 images/s; kernels default") in rows
     assert not [row for row in rows if "Error" in row[1]]
 
 
@@ -86,9 +84,8 @@ def test_a_step_that_fails_or_hangs_becomes_a_row(name, limit, last, tmp_path, m
     (tmp_path / "stub.py").write_text(STUB, encoding="utf-8")
     monkeypatch.setattr(gpu, "__file__", str(tmp_path / "stub.py"))
     monkeypatch.setitem(gpu.STEPS, name, (1, limit, None))
-    monkeypatch.setattr(gpu, "STARTED", time.monotonic())
     with open(tmp_path / "gpu.md", "w", encoding="utf-8") as file:
-        assert gpu.start_step(name, str(tmp_path), file, time.monotonic()) == (last is None)
+        assert gpu.start_step(name, [], str(tmp_path), file, time.monotonic() + 600) == (last is None)
     lines = (tmp_path / "gpu.md").read_text(encoding="utf-8").splitlines()
     assert "not a row" not in str(lines)
     if name != "late":
@@ -101,8 +98,7 @@ def test_a_row_whose_measurement_fails_does_not_end_the_step(capsys):
     assert capsys.readouterr().out == "| what / else | ZeroDivisionError: division by zero |\n"
 
 
-def test_from_the_command_line(run_script, monkeypatch, tmp_path):
-    monkeypatch.delenv(gpu.STEP_VARIABLE)
+def test_from_the_command_line(run_script, tmp_path):
     done = run_script("benchmarks/gpu.py", "--cpu", "--only", "versions")
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "gpu.md").read_text(encoding="utf-8")
@@ -111,7 +107,6 @@ def test_from_the_command_line(run_script, monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_it_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(gpu, "CPU", False)
+def test_without_a_gpu_it_says_what_to_do():
     with pytest.raises(gpu.UserError, match="this measures a GPU: .*; --cpu tries the script in small on a CPU"):
         gpu.main()

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from common.device import choose_device, choose_layout, prepare_device
+from common.gpu import find_triton_remedy
 from common.options import ConstantError, ImageSize, Name, PositiveInt, UserError, run
 from common.progress import Progress
 from models import VARIANTS, depthwise, depthwise_choice
@@ -76,7 +77,8 @@ def main():
             counts[line] = counts.get(line, 0) + 1
     print()
     for line, count in counts.items():
-        print(f"{count} of {len(shapes)} shapes {line}")
+        remedy = find_triton_remedy(line) if cuda else ""
+        print(f"{count} of {len(shapes)} shapes {line}{f'; {remedy}' if remedy else ''}")
     if MEASURE and device.type in ("cuda", "cpu"):
         prepare_device(device)
         model = timm.create_model(MODEL).to(device, memory_format=choose_layout(device)).train()
