@@ -23,14 +23,21 @@ class Stream(io.StringIO):
 
 
 @pytest.fixture
-def stream(monkeypatch):
-    stream = Stream()
-    monkeypatch.setattr("sys.stderr", stream)
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    return stream
+def replace_stderr(monkeypatch):
+    """Call it in the test itself, since pytest replaces sys.stderr, too, before each."""
+
+    def replace(terminal=False):
+        stream = Stream()
+        stream.terminal = terminal
+        monkeypatch.setattr("sys.stderr", stream)
+        monkeypatch.delenv("TQDM_DISABLE", raising=False)
+        return stream
+
+    return replace
 
 
-def test_a_log_file_gets_nothing_of_short_work(stream):
+def test_a_log_file_gets_nothing_of_short_work(replace_stderr):
+    stream = replace_stderr()
     for _ in Progress(range(1000), desc="checking", unit="img", leave=False):
         pass
     with Progress(total=3, desc="caching", unit="img", leave=False) as bar:
@@ -40,7 +47,8 @@ def test_a_log_file_gets_nothing_of_short_work(stream):
 
 
 @pytest.mark.parametrize("leave", [True, False])
-def test_a_log_file_gets_whole_lines_of_long_work(stream, monkeypatch, leave):
+def test_a_log_file_gets_whole_lines_of_long_work(replace_stderr, monkeypatch, leave):
+    stream = replace_stderr()
     monkeypatch.setattr(progress, "LINE_SECONDS", 1e-9)
     bar = Progress(range(3), desc="epoch 1/2", unit="step", leave=leave)
     for step in bar:
@@ -53,19 +61,21 @@ def test_a_log_file_gets_whole_lines_of_long_work(stream, monkeypatch, leave):
     assert all(re.fullmatch(pattern, line) for line in lines), lines
 
 
-def test_a_terminal_gets_tqdm_s_bar(stream):
-    stream.terminal = True
+def test_a_terminal_gets_tqdm_s_bar(replace_stderr):
+    stream = replace_stderr(terminal=True)
     for _ in Progress(range(3), desc="epoch", unit="step", leave=False, mininterval=0):
         pass
     assert "\r" in stream.getvalue() and "3/3" in stream.getvalue() and "\n" not in stream.getvalue()
 
 
-def test_a_notebook_gets_it_too(stream, monkeypatch):
+def test_a_notebook_gets_it_too(replace_stderr, monkeypatch):
+    replace_stderr()
     monkeypatch.setattr("builtins.__IPYTHON__", True, raising=False)
     assert not Progress(total=1).in_lines
 
 
-def test_lines_of_a_work_of_unknown_length(stream, monkeypatch):
+def test_lines_of_a_work_of_unknown_length(replace_stderr, monkeypatch):
+    stream = replace_stderr()
     monkeypatch.setattr(progress, "LINE_SECONDS", 1e-9)
     for _ in Progress(iter("ab"), desc="reading"):
         pass
