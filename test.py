@@ -216,8 +216,12 @@ def compute(network, images, dtype):
     """Probabilities (N, classes) of images (N, 3, H, W), by autocast in `dtype` except for the head."""
     if isinstance(network, OnnxNetwork):
         return network(images).softmax(1)
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+    if dtype == torch.float32:
+        return network(images).softmax(1)
+    with torch.autocast(images.device.type, dtype):
         features = network.forward_features(images)
+        if not torch.is_tensor(features):  # of networks with several branches, whose head takes all of them
+            return network.forward_head(features).float().softmax(1)
     return network.forward_head(features.float()).softmax(1)
 
 

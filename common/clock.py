@@ -24,13 +24,16 @@ class Clock:
         self.on_cpu = device == "cpu"
         self.images = about["pictures_train"]
         self.areas = [math.prod(sizes.training(epoch)) for epoch in range(sizes.epochs)]
-        self.began = None  # (seconds, images) of the epoch in which this process started
+        self.began = (0.0, 0)  # (seconds, images) of the epoch in which this process started, when it did
         self.said = self.done = self.hinted = False  # the first estimate, that by an epoch, and the hint
+
+    def begin(self, state):
+        """Before the first step of this process; `state` may be that of a run that is resumed."""
+        self.began = state.seconds, state.images
 
     def look(self, state):
         """After each step: the first estimate, as soon as there is something to tell."""
-        if self.said or self.began is None:
-            self.began = self.began or (state.seconds, state.images)
+        if self.said:
             return
         seconds, images = state.seconds - self.began[0], state.images - self.began[1]
         if seconds >= FIRST_LOOK and images > 0:
@@ -45,7 +48,8 @@ class Clock:
             state: its `epoch` is the number of finished epochs.
             row: of log.csv.
         """
-        complete = self.began is not None and self.began[1] <= self.images / 10
+        complete = not self.began[1]
+        self.began = (0.0, 0)
         if not self.done and complete and state.epoch < len(self.areas):
             rest = sum(self.areas[state.epoch :]) / self.areas[state.epoch - 1]
             self.tell(row["seconds"] * rest, f"by the {row['seconds']:.0f} s of epoch {row['epoch']}")

@@ -367,6 +367,7 @@ class RunFolder(contextlib.ExitStack):
         Not where the run diverges, since the checkpoint before is the better one, nor where saving is what failed.
         """
         self.progress = state.epoch, state.images
+        self.clock.begin(state)
         try:
             yield
         except (Diverged, SaveError):
