@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from sklearn.metrics import classification_report
 from tqdm import tqdm
 
@@ -85,6 +86,17 @@ def compute_logits(network, paths, transform, batch_size=32, description="images
 def accuracy(logits, labels):
     """Top-1 accuracy in percent."""
     return 100 * float((logits.argmax(1) == np.asarray(labels)).mean())
+
+
+def accuracy_interval(correct, count):
+    """Wilson's 95 % confidence interval of an accuracy, which holds for independent images: two numbers in percent.
+
+    Args:
+        correct: number of correct predictions.
+        count: number of images, at least one.
+    """
+    interval = binomtest(int(correct), int(count)).proportion_ci(0.95, method="wilson")
+    return 100 * interval.low, 100 * interval.high
 
 
 def match_classes(names, classes):
