@@ -1,13 +1,15 @@
 """Classify images or recordings with a checkpoint that train.py saved.
 
-    python test.py                                       images in test/, or in data/val if there is no test/
+    python test.py                                       images in test/, else in data/test, else in data/val
     python test.py some_photo.jpg more_photos/           files, folders, or patterns such as "photos/*.jpg"
     python test.py --checkpoint checkpoints/unireplknet_t/best.pth some_photo.jpg
     python test.py --checkpoint exports/unireplknet_t/model.onnx      by onnxruntime, from tools/export.py
+    python test.py --checkpoint "cross_validation/fold*/*/last.pth"   the average of several networks
 
 Prints the top-k classes of each image and writes them to results/predictions.csv. Where the folders have the names of
-the classes, it also measures the accuracy and writes report.txt, confusion_matrix.csv, confusion_matrix.png and
-mistakes.png. Class names, normalisation, size and how a recording becomes an image come from the checkpoint.
+the classes, it also measures the accuracy, with its 95 % confidence interval, and writes report.txt,
+confusion_matrix.csv, confusion_matrix.png and mistakes.png. Class names, normalisation, size and how a recording
+becomes an image come from the checkpoint.
 
 Exit status: 0; 1 an error; 2 a wrong option or constant; 3 done, but some files could not be read; 141 done, but nobody
 read the output (`| head`).
@@ -17,6 +19,8 @@ import glob
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -29,10 +33,10 @@ import numpy as np
 import torch
 
 from common.audio import kind_of
-from common.checkpoint import build_network, find_checkpoint, load_checkpoint
+from common.checkpoint import build_network, find_checkpoints, load_checkpoint
 from common.dataset import ImageFiles, PixelTransform
 from common.device import Normalise, choose_device, choose_layout, has_bfloat16, keep_freed_memory
-from common.evaluation import match_classes, report_classes
+from common.evaluation import accuracy_interval, match_classes, report_classes
 from common.files import SideFiles, identity, is_circle, list_files, write_csv, write_text
 from common.images import is_hidden
 from common.loading import Loader
@@ -42,8 +46,8 @@ from common.plots import plot_confusion_matrix, plot_sheet
 from common.progress import Progress
 from common.text import label
 
-IMAGES: list[Name] = []  # files, folders or patterns; []: test/ if it exists, else data/val
-CHECKPOINT: str = ""  # file of train.py, or .onnx; "": the newest checkpoints/*/best.pth, else "seedlings"
+IMAGES: list[Name] = []  # files, folders or patterns; []: test/ if it exists, else data/test, else data/val
+CHECKPOINT: str = ""  # .pth or .onnx; several, or a pattern: averaged; "": the newest checkpoints/*/best.pth
 TOP_K: PositiveInt = 3  # number of most likely classes to show for each image
 TTA: bool = False  # average over the 8 rotated and mirrored copies of each image, in 8 times the time
 MERGE: bool = True  # merge the network into its inference structure: the same predictions, faster
@@ -56,47 +60,55 @@ OUTPUT: Name = "results"  # output folder; files of an earlier run are replaced
 
 MAX_DIFFERENCE = 0.02  # between probabilities in bf16 and float32, up to which AMP "auto" takes bf16
 MAX_LISTED = 20  # files of other kinds that are named one by one
+WHERE = ("test", "data/test", "data/val")  # folders that are looked for where IMAGES is empty
 SECONDS_TO_START = 3.0  # s, roughly what starting processes costs; for less reading it does not pay off
 
 
 def main():
-    path = find_checkpoint(CHECKPOINT)
-    if path.suffix == ".onnx":
-        network, device = OnnxNetwork(path), torch.device("cpu")
-        checkpoint, structure = network.about, "onnxruntime"
-        if DEVICE not in ("auto", "cpu") or AMP == "bf16" or not MERGE:
-            print(f"onnxruntime runs on the CPU in float32: DEVICE {DEVICE}, AMP {AMP}, MERGE {MERGE} have no effect")
-    else:
-        checkpoint, device = load_checkpoint(path), choose_device(DEVICE)
-        if device.type == "cpu":
-            keep_freed_memory()
-        network = build_network(checkpoint, MERGE).to(device, memory_format=choose_layout(device))
-        structure = "EMA weights" if checkpoint.get("state_dict_ema") else "weights"
-        structure += ", merged" if MERGE else ", training structure"
+    members = [open_network(path, DEVICE, AMP, MERGE) for path in find_checkpoints(CHECKPOINT)]
+    check_members(members)
+    checkpoint = members[0].about
     classes, kind = checkpoint["classes"], kind_of(checkpoint)
     if TTA and kind.name == "recording":
         raise ConstantError("TTA must be False for recordings, since a mirrored spectrogram is another sound, got True")
-    structure += ", 8 views of each image" if TTA else ""
-    if not IMAGES and not Path("test").is_dir() and not Path("data/val").is_dir():
-        raise UserError(
-            f"there is no folder test or data/val; give {kind.name}s, as in python test.py some_file more_files/, "
-            "or run makedata.py first"
+    weights = next((name for name in IMAGES if name.lower().endswith((".pth", ".onnx"))), None)
+    if weights is not None:
+        raise ConstantError(
+            f"IMAGES must be {kind.name}s, got {weights}; write --checkpoint before it, and patterns in quotation marks"
         )
-    paths, others, passed = find_files(IMAGES or ["test" if Path("test").is_dir() else "data/val"], kind)
-    print(f"{path}: {checkpoint['arch']}, {len(classes)} classes, {structure}, {device}")
+    where = next((folder for folder in WHERE if Path(folder).is_dir()), None)
+    if not IMAGES and where is None:
+        raise UserError(
+            f"there is no folder {', '.join(WHERE[:-1])} or {WHERE[-1]}; give {kind.name}s, as in python test.py "
+            "some_file more_files/, or run makedata.py first"
+        )
+    paths, others, passed = find_files(IMAGES or [where], kind)
+    views = ", 8 views of each image" if TTA else ""
+    for member in members:
+        print(
+            f"{member.path}: {member.about['arch']}, {len(classes)} classes, {member.structure}{views}, {member.device}"
+        )
 
     folder = Path(OUTPUT)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    files = ImageFiles(paths, PixelTransform(checkpoint["img_size"], fit=checkpoint.get("fit", "squeeze")), kind.load)
-    workers = choose_readers(files, BATCH_SIZE, device) if WORKERS is None else WORKERS
-    loader = Loader(files, BATCH_SIZE, num_workers=workers, collate_fn=list)
-    normalise = Normalise(checkpoint["mean"], checkpoint["std"], device)
-    probabilities, reasons, dtype = predict(network, loader, normalise, device, AMP, TTA)
+    predicted = []
+    for member in members:
+        about = member.about
+        files = ImageFiles(paths, PixelTransform(about["img_size"], fit=about.get("fit", "squeeze")), kind.load)
+        workers = choose_readers(files, BATCH_SIZE, member.device) if WORKERS is None else WORKERS
+        loader = Loader(files, BATCH_SIZE, num_workers=workers, collate_fn=list)
+        normalise = Normalise(about["mean"], about["std"], member.device)
+        predicted.append(predict(member.network, loader, normalise, member.device, AMP, TTA))
     seconds = time.perf_counter() - started
+    every, every_reason, (dtype, *_) = zip(*predicted)
+    reasons = every_reason[0]
     broken = [reason for reason in reasons if reason]
     if len(broken) == len(paths):
         raise UserError(f"none of the {len(paths)} {kind.name}s can be read; the first: {broken[0]}")
+    if any(list(map(bool, others)) != list(map(bool, reasons)) for others in every_reason):
+        raise UserError(f"{kind.name}s were changed while they were read; give the same command again")
+    probabilities = every[0] if len(every) == 1 else np.mean(every, 0)
     paths = [path for path, reason in zip(paths, reasons) if not reason]
 
     # All files before anything is printed, whoever reads it: `| head` reads ten lines only.
@@ -118,6 +130,50 @@ def main():
     if results.failed:
         raise UserError("; ".join(results.failed.values()))
     return 3 if broken or others else 0
+
+
+@dataclass
+class Member:
+    """A network whose predictions count, and what its file says about it."""
+
+    path: Path
+    network: Callable  # images (N, 3, height, width) -> logits (N, classes)
+    about: dict  # arch, classes, mean, std, img_size, and what else matters
+    device: torch.device
+    structure: str  # in words
+
+
+def open_network(path, device, amp, merge):
+    """Open a checkpoint or an exported network: a `Member`.
+
+    Args:
+        path: .pth or .onnx file.
+        device, amp, merge: the constants DEVICE, AMP and MERGE.
+    """
+    if path.suffix == ".onnx":
+        network = OnnxNetwork(path)
+        if device not in ("auto", "cpu") or amp == "bf16" or not merge:
+            print(f"onnxruntime runs on the CPU in float32: DEVICE {device}, AMP {amp}, MERGE {merge} have no effect")
+        return Member(path, network, network.about, torch.device("cpu"), "onnxruntime")
+    checkpoint, device = load_checkpoint(path), choose_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    network = build_network(checkpoint, merge).to(device, memory_format=choose_layout(device))
+    structure = "EMA weights" if checkpoint.get("state_dict_ema") else "weights"
+    return Member(path, network, checkpoint, device, structure + (", merged" if merge else ", training structure"))
+
+
+def check_members(members):
+    """UserError unless the networks know the same classes and take the same kind of input, so that they can be
+    averaged."""
+    first, *others = members
+    for other in others:
+        for key, what in (("classes", "classes"), ("sound", "spectrograms"), ("value_range", "VALUE_RANGE")):
+            if first.about.get(key) != other.about.get(key):
+                raise UserError(
+                    f"{first.path} and {other.path} cannot be averaged, since their {what} differ; give checkpoints "
+                    "of the same data"
+                )
 
 
 def find_files(names, kind):
@@ -270,6 +326,9 @@ def evaluate(paths, probabilities, classes, kind, mistakes, folder, results):
 
     report_path, table_path, matrix_path, mistakes_path = files
     report = report_classes(labels, predictions, classes)
+    low, high = accuracy_interval((predictions == labels).sum(), len(labels))
+    interval = f"95 % confidence interval of acc1: {low:.2f} to {high:.2f} % (Wilson)"
+    report += f"{interval}\n"
     results.write(report_path, write_text, report_path, report)
     matrix = confusion_matrix(labels, predictions, labels=range(len(classes)))
     rows = [["true class \\ predicted class", *classes], *([name, *row] for name, row in zip(classes, matrix))]

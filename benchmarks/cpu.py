@@ -24,12 +24,16 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, ema.py
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, ema.py
 import models
 from common.device import choose_layout, has_bfloat16, keep_freed_memory
 from common.extras import require

@@ -27,13 +27,17 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, prepare/
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, prepare/
 from common.augment import CUTOUT_RATIO, CUTOUT_SCALE, train_transform
 from common.cache import cache_images
 from common.dataset import SeededImages, eval_transform, open_image_folder

@@ -19,12 +19,16 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import timm
 import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
 from common.device import choose_device
 from common.options import ConstantError, ImageSize, Name, PositiveInt, run
 from common.progress import Progress

@@ -27,10 +27,14 @@ from typing import Annotated, NamedTuple
 from unittest import mock
 
 import timm
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/, common/, models/, tests/, tools/
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
+import torch
+
 from benchmarks import throughput
 from common.device import find_reason
 from common.options import ConstantError, ImageSize, Limits, Name, Positive, PositiveInt, UserError, run

@@ -16,13 +16,17 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import timm
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
 from common.options import ConstantError, ImageSize, Name, NotEmpty, Positive, PositiveInt, run
 from models import VARIANTS
 from tools.conv_report import DTYPES, forced

@@ -13,11 +13,15 @@ there. A configuration that cannot run (memory full, no compiler) is skipped, wi
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
+from common.options import answer_early
+
+answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
+
 import timm
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, tools/
 from common.device import choose_device
 from common.options import ConstantError, ImageSize, Name, PositiveInt, run
 from common.progress import Progress

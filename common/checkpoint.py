@@ -1,6 +1,7 @@
 """Checkpoints: plain types and tensors, written so that a stopped write harms nothing, read without running code."""
 
 import contextlib
+import glob
 import os
 import time
 import warnings
@@ -198,6 +199,27 @@ def find_checkpoint(path):
     if not found:
         print("there is no checkpoints/*/best.pth, so the weights for seedlings, which came along, are used")
     return found[-1] if found else SEEDLINGS
+
+
+def find_checkpoints(text):
+    """The paths of the checkpoints, or .onnx files, whose predictions are to be averaged: a list.
+
+    Args:
+        text: see `find_checkpoint`; or several paths separated by commas, each of which may be a pattern such as
+            "cross_validation/fold*/*/last.pth".
+
+    Raises:
+        UserError: if there is none, or a pattern matches no file.
+    """
+    if not text or text == "seedlings" or Path(text).is_file():
+        return [find_checkpoint(text)]
+    paths = {}
+    for word in text.split(","):
+        found = [word] if Path(word).is_file() or not glob.has_magic(word) else sorted(glob.glob(word, recursive=True))
+        if not found:
+            raise UserError(f"no file matches {word}; give a file that train.py saved, or a pattern of some")
+        paths |= {find_checkpoint(path): None for path in found if path}
+    return list(paths)
 
 
 def build_network(checkpoint, merge=True):

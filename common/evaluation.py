@@ -86,6 +86,19 @@ def accuracy(logits, labels):
     return 100 * float((logits.argmax(1) == np.asarray(labels)).mean())
 
 
+def accuracy_interval(correct, count):
+    """Wilson's 95 % confidence interval of an accuracy, which holds for independent images: two numbers in percent.
+
+    Args:
+        correct: number of correct predictions.
+        count: number of images, at least one.
+    """
+    from scipy.stats import binomtest  # takes a second to import
+
+    interval = binomtest(int(correct), int(count)).proportion_ci(0.95, method="wilson")
+    return 100 * interval.low, 100 * interval.high
+
+
 def match_classes(names, classes):
     """Which class the name of a folder means: the one that is equal, or else equal but for its Unicode form and case.
 

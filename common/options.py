@@ -46,6 +46,7 @@ from common.renamed import RENAMED
 
 # What requirements.txt installs, by the names of the modules, but for torchtoolbox, which can be done without.
 PACKAGES = ("torch", "torchvision", "timm", "sklearn", "numpy", "PIL", "matplotlib", "tqdm", "filelock")
+LISTS = ("positional", "unknown")  # arguments of `run` that name a list constant, see `set_constants`
 READER = "reader"  # name of the threads of common/workers.py, which may never end
 
 
@@ -370,13 +371,14 @@ def build_parser(namespace, constants, kinds, positional, renamed):
     return parser
 
 
-def set_constants(namespace, argv, positional=None):
+def set_constants(namespace, argv, positional=None, unknown=None):
     """Set the constants of a script from the command line, and check all of them.
 
     Args:
         namespace: the script's globals; changed in place.
         argv: the words after the script's name.
         positional: name of a list constant that also takes the words without an option in front.
+        unknown: name of a list constant that also takes all words that are no option of this script, in order.
 
     Returns:
         {name: value} of the constants that the command line set.
@@ -391,7 +393,13 @@ def set_constants(namespace, argv, positional=None):
     constants = read_constants(namespace["__file__"])
     parser = build_parser(namespace, constants, kinds, positional, renamed) if argv else None
     given, wrong, problems = {}, set(), []
-    for key, word in vars(parser.parse_args(argv)).items() if argv else ():
+    words, others = {}, []
+    if argv:
+        parsed, others = parser.parse_known_args(argv) if unknown else (parser.parse_args(argv), [])
+        words = vars(parsed)
+    if others:
+        given[unknown] = [word for word in others if word != "--"]
+    for key, word in words.items():
         name = key.upper()
         try:
             if isinstance(word, list):  # words without an option in front; a comma in them separates nothing
@@ -496,10 +504,10 @@ def answer_early(name, path, packages=PACKAGES):
             if isinstance(node, ast.AnnAssign):  # the whole script, which comes next, shows what is wrong
                 return
     runs = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "run")
-    words = [word.value.value for call in runs for word in call.keywords if word.arg == "positional"]
+    lists = {word.arg: word.value.value for call in runs for word in call.keywords if word.arg in LISTS}
     with guard_output("end"):
         try:
-            set_constants(namespace, sys.argv[1:], next(iter(words), None))
+            set_constants(namespace, sys.argv[1:], **lists)
             require_packages(packages)
         except UserError as error:
             leave(2 if isinstance(error, ConstantError) else 1, str(error))
@@ -524,7 +532,7 @@ def prepare_streams():
             stream.reconfigure(errors="replace", line_buffering=True)
 
 
-def run(main, positional=None, closed_output="finish", fail=lambda message, status: None):
+def run(main, positional=None, closed_output="finish", fail=lambda message, status: None, unknown=None):
     """Run a script: constants, then the command line (see `set_constants`), then `main`.
 
     Exit status: 0, or what `main` returns; 1 with one sentence for what the user can fix; 2 for a wrong option or a
@@ -532,15 +540,15 @@ def run(main, positional=None, closed_output="finish", fail=lambda message, stat
 
     Args:
         main: function of the script.
-        positional: see `set_constants`.
+        positional, unknown: see `set_constants`.
         closed_output: what follows where nobody reads the output any more, see `guard_output`.
         fail: function (message, exit status) that is called before an error is printed, and may end the process.
     """
     with guard_output(closed_output):
-        run_main(main, positional, fail)
+        run_main(main, positional, fail, unknown)
 
 
-def run_main(main, positional, fail):
+def run_main(main, positional, fail, unknown=None):
     """`run` on streams that can be written to."""
     prepare_streams()
     # Processes that are spawned know the script's classes by this name, which in IPython stands for IPython's own.
@@ -550,7 +558,7 @@ def run_main(main, positional, fail):
             if "__file__" not in main.__globals__:  # exec, or the code pasted into a console
                 how = "python train.py in a terminal, %run train.py in a notebook"
                 raise UserError(f"start the script as a file: {how}")
-            overrides = set_constants(main.__globals__, sys.argv[1:], positional)
+            overrides = set_constants(main.__globals__, sys.argv[1:], positional, unknown)
             line = describe_overrides(overrides, script_name(main.__globals__))
             if line and os.environ.get("RANK", "0") == "0":
                 print(line)

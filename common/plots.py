@@ -249,6 +249,33 @@ def plot_curve(history, key, quantity, path):
     save_figure(figure, path)
 
 
+def plot_runs(runs, path):
+    """Draw the validation accuracy and the training loss of several runs side by side.
+
+    Args:
+        runs: {name: rows as in `plot_curves`}, in the order of the legend.
+        path: PNG file to write.
+    """
+    figure = new_figure(figsize=(13, 5.5), layout="constrained")
+    panels = zip(figure.subplots(1, 2), (("ema_acc1", "val_acc1"), ("train_loss",)))
+    for axes, keys in panels:
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("validation accuracy / %" if len(keys) > 1 else "training loss (cross-entropy)")
+        handles = []
+        for number, history in enumerate(runs.values()):
+            key = next((key for key in keys if any(row.get(key) is not None for row in history)), keys[-1])
+            points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None] or [(math.nan, math.nan)]
+            # The colours repeat after ten runs, so the line style changes.
+            style = ("-", "--", ":", "-.")[number // 10 % 4]
+            size = 4 if len(points) < 9 else 0
+            handles += axes.plot(*zip(*points), style, color=f"C{number % 10}", marker="o", ms=size)
+        axes.locator_params("x", integer=True)
+        axes.grid(alpha=0.3)
+    names, columns = list(runs)[:MAX_LEGEND], min(3, len(runs))
+    add_legend(figure, handles[:MAX_LEGEND], names, loc="outside lower center", ncols=columns)
+    save_figure(figure, path)
+
+
 def plot_confusion_matrix(labels, predictions, classes, path, counts=None):
     """Draw a confusion matrix: with counts, or for many classes beside a list of those most often confused.
 

@@ -46,7 +46,9 @@ def split_by_group(files, contents, groups, named, ratios, seed):
     """
     names = sorted(set(groups))
     if len(names) == 1:
-        raise UserError(f"all files are in one group, {names[0]!r}, and a split needs two; change the column group")
+        raise UserError(
+            f"all files are in one group, {names[0]!r}, and a split needs two or more; change the column group"
+        )
     number = {name: place for place, name in enumerate(names)}
     groups = np.array([number[group] for group in groups])
     # Files of equal content stand one after the other.

@@ -414,7 +414,7 @@ def test_all_missing_files_are_named_at_once_and_nothing_is_predicted(run_test, 
 
 def test_a_fresh_clone_says_what_to_give(run_test, place):
     shutil.rmtree(place / "data")
-    with pytest.raises(UserError, match="there is no folder test or data/val; give images, as in python test.py"):
+    with pytest.raises(UserError, match="there is no folder test, data/test or data/val; give images"):
         run_test()
 
 
@@ -462,3 +462,72 @@ def test_files_that_are_not_read_are_named_and_counted(run_test, place, capsys):
         run_test(mixed)
     with pytest.raises(UserError, match="none of the 1 images can be read.*f.dng is a camera's raw file"):
         run_test(mixed / "f.dng")
+
+
+# --- the test part, and several checkpoints
+
+
+def test_the_test_part_of_makedata_is_reported_by_default(run_test, place, capsys):
+    shutil.copytree(place / "data/val", place / "data/test")
+    shutil.rmtree(place / "data/test/Maize")
+    _, rows = run_test()
+    assert len(rows) == 6 and all(Path(row["image"]).parts[:2] == ("data", "test") for row in rows)
+    shutil.copytree(place / "data/val/Maize", place / "test/Maize")
+    _, rows = run_test()
+    assert len(rows) == 3 and all(Path(row["image"]).parts[0] == "test" for row in rows)
+
+
+def test_the_accuracy_comes_with_a_confidence_interval(run_test, place, capsys):
+    _, rows = run_test()
+    hits = sum(Path(row["image"]).parent.name == row["class_1"] for row in rows)
+    n, z, p = len(rows), 1.959964, hits / len(rows)
+    centre, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5  # Wilson, 1927
+    low, high = (100 * (centre + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    line = f"95 % confidence interval of acc1: {low:.2f} to {high:.2f} % (Wilson)"
+    assert line in capsys.readouterr().out
+    assert line in (place / "results" / "report.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def folds(place):
+    """Two checkpoints that predict differently and see the images differently."""
+    checkpoint = torch.load(place / BEST, weights_only=True)
+    paths = []
+    for number in range(2):
+        changed = dict(checkpoint, mean=[0.3 + 0.2 * number] * 3)
+        changed["state_dict_ema"] = {
+            name: value + 0.02 * number if name.startswith("head") else value
+            for name, value in checkpoint["state_dict_ema"].items()
+        }
+        paths.append(place / "folds" / f"fold{number}" / "last.pth")
+        paths[-1].parent.mkdir(parents=True)
+        torch.save(changed, paths[-1])
+    return paths
+
+
+def test_several_checkpoints_are_averaged(run_test, folds, capsys):
+    tables = []
+    for text in (*map(str, folds), "folds/*/last.pth", ",".join(map(str, folds))):
+        _, rows = run_test(CHECKPOINT=text, TOP_K=3)
+        tables.append({(r["image"], r[f"class_{k}"]): float(r[f"probability_{k}"]) for r in rows for k in (1, 2, 3)})
+    first, second, pattern, listed = tables
+    assert max(abs(first[key] - second[key]) for key in first) > 1e-3
+    assert pattern == listed
+    assert pattern == pytest.approx({key: (first[key] + second[key]) / 2 for key in first}, abs=2e-6)
+    assert capsys.readouterr().out.count(f"{folds[1]}: unireplknet_test") == 2
+
+
+def test_checkpoints_that_do_not_fit_each_other_are_refused(run_test, folds, place):
+    checkpoint = torch.load(folds[1], weights_only=True)
+    torch.save(dict(checkpoint, classes=["a", "b", "c"], best=None), folds[1])
+    with pytest.raises(UserError, match="cannot be averaged, since their classes differ"):
+        run_test(CHECKPOINT="folds/*/last.pth")
+    with pytest.raises(UserError, match="no file matches folds/[*]/best.pth"):
+        run_test(CHECKPOINT="folds/*/best.pth")
+    with pytest.raises(UserError, match="there is no checkpoint nowhere.pth"):
+        run_test(CHECKPOINT=f"{folds[0]},nowhere.pth")
+
+
+def test_checkpoints_among_the_images_are_explained(run_test, folds):
+    with pytest.raises(ConstantError, match="IMAGES must be images, got .*last.pth; write --checkpoint before it"):
+        run_test("data/val", folds[1], CHECKPOINT=str(folds[0]))

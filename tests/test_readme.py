@@ -150,7 +150,8 @@ def test_options_in_commands_are_known(page):
         for script, options in started_scripts(command):
             assert (ROOT / script).is_file(), f"{page}: {command}"
             known = known_options(script)
-            if script == "benchmarks/accuracy.py":  # which passes --options="..." on
+            # These pass options of train.py on.
+            if script in ("benchmarks/accuracy.py", "tools/cross_validate.py"):
                 known |= known_options("train.py")
             assert not set(options) - known, f"{page}: {command}"
         if command.startswith("--"):  # an option alone
@@ -233,6 +234,11 @@ def test_ci_runs_the_readme_s_test_command(readme):
         ("pretrained weights", "预训练权重"),
         ("stochastic depth", "随机深度"),
         ("label smoothing", "标签平滑"),
+        ("cross-validation", "交叉验证"),
+        ("test set", "测试集"),
+        ("label errors", "标签错误"),
+        ("labels from a csv file", "CSV 文件读取标签"),
+        ("aspect ratio", "长宽比"),
     ],
 )
 def test_a_search_for_a_standard_term_finds_it(english, chinese):
