@@ -336,7 +336,7 @@ def test_several_series_below_each_other_are_refused_with_the_column_that_tells_
 ZONES = ("Europe/Berlin", "America/New_York", "Australia/Sydney", "Europe/London")
 
 
-def local(zone, step=HOUR, first=datetime(2018, 6, 1), days=800):
+def local(zone, step=HOUR, first=datetime(2018, 6, 1), days=330):
     """(UTC, local time with its zone) of the rows."""
     utc = [first + step * row for row in range(int(DAY * days / step))]
     return utc, [date.replace(tzinfo=timezone.utc).astimezone(ZoneInfo(zone)) for date in utc]
@@ -345,7 +345,7 @@ def local(zone, step=HOUR, first=datetime(2018, 6, 1), days=800):
 @pytest.mark.parametrize("zone", ZONES)
 @pytest.mark.parametrize("step", [HOUR, HOUR / 2])
 def test_daylight_saving_with_a_time_zone(zone, step, read):
-    utc, dates = local(zone, step, days=400)
+    utc, dates = local(zone, step)
     text = write(dates, lambda d: f"{d:%Y-%m-%d %H:%M}")
     series = read(text, zone=zone)
     assert series.clock == utc and series.dates == dates and series.interval == step
