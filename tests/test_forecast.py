@@ -19,7 +19,9 @@ from common.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from common.options import UserError, read_constants, run
 from common.schedule import warmup_cosine
 from tools import forecast
-from tools.series import choose_period, column_statistics, read_series, split_rows, split_windows
+from tools.dates import Step
+from tools.series import check_parts, choose_period, column_statistics, default_windows, read_series
+from tools.series import split_rows, split_windows
 
 COMMENTS = read_constants(forecast.__file__)
 DEFAULTS = {name: getattr(forecast, name) for name in COMMENTS}
@@ -184,12 +186,52 @@ def test_published_variants_and_independent_columns():
     [(HOUR, 24), (HOUR / 4, 96), (6 * HOUR, 4), (12 * HOUR, 14), (24 * HOUR, 7), (7 * 24 * HOUR, 52), (HOUR / 60, 60)],
 )
 def test_the_period_follows_from_the_interval(interval, period):
-    assert choose_period(interval) == period
+    step = Step("time", interval, datetime(2020, 1, 1))
+    assert choose_period(step)[0] == choose_period(step, 6 * period)[0] == period
+    assert choose_period(step, 6 * period - 1)[0] < period
 
 
-def test_unusual_intervals_need_a_period():
-    with pytest.raises(UserError, match="set PERIOD"):
-        choose_period(timedelta(days=45))
+@pytest.mark.parametrize(
+    ("step", "period"),
+    [
+        (("month", 1), (12, "a year")),
+        (("month", 3), (4, "a year")),
+        (("month", 12), (1, "none")),
+        (("weekday", 1), (5, "a week")),
+        (("time", timedelta(days=45)), (1, "none")),
+    ],
+)
+def test_the_period_of_months_weekdays_and_unusual_steps(step, period):
+    assert choose_period(Step(*step, datetime(2020, 1, 1), "1111100")) == period
+
+
+@pytest.mark.parametrize(
+    ("rows", "split", "period", "expected"),
+    [
+        (17420, [12, 4, 4], 24, (21, [24, 96, 336], 336)),  # look-backs of benchmarks/forecast.md
+        (17420, [0.6, 0.2, 0.2], 24, (21, [24, 96, 336], 336)),
+        (120, [0.6, 0.2, 0.2], 12, (2, [12], 24)),
+        (60, [0.6, 0.2, 0.2], 4, (3, [4], 12)),
+        (30, [0.6, 0.2, 0.2], 1, (6, [1], 6)),
+        (12, [0.6, 0.2, 0.2], 1, (2, [1], 2)),
+    ],
+)
+def test_windows_follow_from_length_and_period(rows, split, period, expected):
+    ends = split_rows(rows, HOUR, split)
+    assert default_windows(ends, period) == expected
+    lookback, horizons, _ = expected
+    for horizon in horizons:
+        assert all(len(part) > 0 for part in split_windows(torch.zeros(rows, 1), ends, lookback * period, horizon))
+
+
+@pytest.mark.parametrize("period", [1, 4, 5, 7, 12, 24, 52, 96])
+def test_six_periods_are_enough_for_windows(period):
+    for rows in range(max(12, 6 * period), 40 * period, period):
+        ends = split_rows(rows, HOUR, [0.6, 0.2, 0.2])
+        assert ends[2] == rows
+        lookback, horizons, dlinear = default_windows(ends, period)
+        for horizon in horizons:
+            check_parts(ends, max(lookback * period, dlinear), horizon)
 
 
 def test_mixup_and_flips_keep_past_and_future_together():
@@ -222,25 +264,37 @@ def change(line, text):
 
 
 BAD = {
-    "empty": (lambda lines: [], "no date column 'date', only an empty first line"),
-    "only a header": (lambda lines: lines[:1], "sine.csv has 0 rows of numbers"),
-    "no date column": (lambda lines: ["when,north,south", *lines[1:]], "no date column 'date', only when, north"),
+    "empty": (lambda lines: [], "no date column, only an empty first line"),
+    "only a header": (lambda lines: lines[:1], "sine.csv has no date column, only date, north, south"),
+    "no date column": (
+        lambda lines: [line.partition(",")[2] for line in lines],
+        "no date column, only north, south; set DATE",
+    ),
+    "no header": (lambda lines: lines[1:], "has no header: its first line, 2020-01-01 00:00:00, .*, holds a date"),
     "no numbers": (lambda lines: [line.split(",")[0] for line in lines], "no column besides date"),
     "duplicate name": (lambda lines: ["date,north,north", *lines[1:]], "several columns named 'north'"),
-    "empty cell": (change(5, "2020-01-01 03:00:00,1.0,"), "line 5, column south: the cell is empty"),
-    "NaN": (change(5, "2020-01-01 03:00:00,nan,1.0"), "line 5, column north: nan is not finite"),
-    "infinite": (change(5, "2020-01-01 03:00:00,1,-inf"), "line 5, column south: -inf is not finite"),
+    "empty cell": (
+        change(5, "2020-01-01 03:00:00,1.0,"),
+        "column south: 1 cell is empty .2020-01-01 03:00:00.; set GAPS to",
+    ),
+    "NaN": (change(5, "2020-01-01 03:00:00,nan,1.0"), "column north: 1 cell is empty .2020-01-01 03:00:00."),
+    "infinite": (change(5, "2020-01-01 03:00:00,1,-inf"), "line 5, column south: '-inf' is not finite"),
+    "too large": (change(5, "2020-01-01 03:00:00,1,1e999"), "line 5, column south: '1e999' is not finite"),
     "text": (change(7, "2020-01-01 05:00:00,1.0,off"), "line 7, column south: 'off' is not a number"),
     "no date": (change(7, "yesterday,1.0,1.0"), "line 7, column date: 'yesterday' is not a date"),
+    "no such date": (change(7, "2020-02-30 05:00:00,1.0,1.0"), "line 7, column date: '2020-02-30 05.* is not a date"),
     "missing field": (change(7, "2020-01-01 05:00:00,1.0"), "line 7: expected 3 fields, got 2; fix this line"),
-    "gap": (lambda lines: lines[:9] + lines[11:], "line 10: 2020-01-01 10:00:00 follows 2020-01-01 07:00:00"),
-    "duplicate date": (lambda lines: lines[:9] + lines[8:], "line 10: the date 2020-01-01 07:00:00 is a duplicate"),
-    "unsorted": (lambda lines: [lines[0], *lines[:0:-1]], "line 3: .* follows the later date .*; sort the rows"),
+    "gap": (lambda lines: lines[:9] + lines[11:], "2 rows are missing .2020-01-01 08:00:00 .2 rows..; set GAPS"),
+    "duplicate date": (
+        lambda lines: [*lines[:9], lines[8].rsplit(",", 1)[0] + ",99", *lines[9:]],
+        "1 row has a date that another row has, with other values: line 10 .2020-01-01 07:00:00.; keep each",
+    ),
+    "between": (change(7, "2020-01-01 05:00:07,1.0,1.0"), "most rows are 1:00:00 apart, but 1 of 480 lie .* line 7"),
     "time zone": (change(7, "2020-01-01 05:00:00+00:00,1.0,1.0"), "some dates have a time zone"),
     "short": (lambda lines: lines[:150], "the training part of the series is too short"),
     "constant": (
-        lambda lines: [lines[0], *(f"{line.rsplit(',', 1)[0]},3.5" for line in lines[1:])],
-        "south is constant",
+        lambda lines: lines[:1] + [f"{line.rsplit(',', 1)[0]},{row // 400}" for row, line in enumerate(lines[1:])],
+        "south is constant in the training part",
     ),
 }
 
@@ -287,6 +341,11 @@ REFUSED = (
     ("--encoding=hex", "ENCODING must be a text encoding"),
     ("--encoding=undefined", "ENCODING must be a text encoding"),
     ("--split=0.5,0.5", "SPLIT must be a list of 3 numbers above 0"),
+    ("--timezone=Mars/Base", "TIMEZONE must be an IANA time zone"),
+    ("--timezone=../passwd", "TIMEZONE must be an IANA time zone"),
+    ("--date-order=ydm", 'DATE_ORDER must be "auto", "dmy", "mdy" or "ymd"'),
+    ("--decimal=;", "DECIMAL must be"),
+    ("--gaps=zero", 'GAPS must be "refuse", "carry" or "interpolate"'),
     ("--split=1,0,1", "SPLIT must be"),
     ("--period=0", "PERIOD must be a whole number of at least 1 or None"),
     ("--lookback=1", "LOOKBACK must be a whole number of at least 2"),
@@ -409,6 +468,8 @@ def test_a_checkpoint_alone_forecasts(finished, run_forecast, capsys):
 
 def test_constants_that_a_checkpoint_overrides_are_reported(finished, run_forecast, no_plots, capsys):
     best = finished / RUN / "12-seed1" / "unireplknet" / "best.pth"
+    run_forecast(CHECKPOINT=str(best), **dict.fromkeys(("SPLIT", "LOOKBACK", "HORIZONS", "DLINEAR_LOOKBACK")))
+    assert "\nconstants" not in capsys.readouterr().out
     changed = dict(MODEL="unireplknet_f", LOOKBACK=21, HORIZONS=[96], PERIOD=12, COLUMNS=["north"], EPOCHS=9)
     run_forecast(CHECKPOINT=str(best), **changed, DATE="date")
     printed = capsys.readouterr().out
@@ -519,8 +580,8 @@ def test_runs_of_earlier_versions_resume(finished, run_forecast, no_plots, capsy
         save_checkpoint(checkpoint, path)
     run_forecast(RESUME="auto")
     printed = capsys.readouterr().out
-    assert "period      24 rows (1 day, 0:00:00, chosen from the interval" in printed
-    assert "dates       in column 'date', the default of DATE" in printed
+    assert "period      24 rows (a day, chosen by the step" in printed
+    assert "            dates in column date: year-month-day" in printed
     write_sine("sine.csv", rows=ROWS + 5)
     with pytest.raises(UserError, match="it was trained on another series than CSV now holds"):
         run_forecast(RESUME="auto")

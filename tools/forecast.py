@@ -1,8 +1,8 @@
 """Time-series forecasting with UniRepLKNet: train on a CSV file, validate, test, and plot the forecasts.
 
-    python tools/forecast.py --csv ETTh1.csv --seeds 1,2,3           train four horizons with three seeds each
-    python tools/forecast.py --csv ETTh1.csv --resume auto           resume what was interrupted
-    python tools/forecast.py --checkpoint checkpoints/forecast/ETTh1/96-seed1/unireplknet/best.pth --csv new.csv
+    python tools/forecast.py --csv sales.csv --seeds 1,2,3           train each horizon with three seeds
+    python tools/forecast.py --csv sales.csv --resume auto           resume what was interrupted
+    python tools/forecast.py --checkpoint checkpoints/forecast/sales/12-seed1/unireplknet/best.pth --csv new.csv
                                                                      forecast the rows that follow the end of new.csv
 
 Series as images. In the paper (arXiv:2311.15599, "Generalizing UniRepLKNet beyond Image") each variable is a node that
@@ -20,6 +20,9 @@ network therefore predicts the deviation from the mean day. No other path bypass
 
 DLinear (Zeng et al., AAAI 2023), a strong linear baseline, is trained on the same data for the same number of steps.
 Repeating the last period is the naive baseline; repeating the mean of the LOOKBACK periods shows what the network adds.
+
+The file is read as it is where that is possible, see docs/series.md; what was decided about it is printed. Where SPLIT,
+PERIOD, LOOKBACK and HORIZONS are not set, they follow from the length of the series and the step between its rows.
 
 Protocol: three parts given by SPLIT; each column is z-scored with the statistics of the training part; errors are
 measured on z-scored values over every window of the test part. The best epoch is selected on the validation part;
@@ -92,7 +95,9 @@ from common.run_folder import lock, set_aside
 from common.schedule import warmup_cosine
 from common.text import label
 from ema import ModelEma
-from tools.series import check_parts, choose_period, column_statistics, read_series, split_rows, split_windows
+from tools.dates import describe_interval
+from tools.series import check_parts, choose_period, column_statistics, default_windows, open_zone, read_series
+from tools.series import split_rows, split_windows
 
 # What the constants below accept, besides the kinds of common/options.py.
 Parts = Annotated[list[Positive], Length(3)]
@@ -103,15 +108,19 @@ Sizes = Annotated[list[PositiveInt], Length(4)]
 StepSize = Annotated[float, Limits(above=0, high=10)]
 
 # --- data
-CSV: Name = "ETTh1.csv"  # file with a header, a date column, and number columns sampled at equal intervals
-DATE: Name | None = None  # name of the date column; None: "date", or that of CHECKPOINT
-COLUMNS: list[str] = []  # number columns to train on; []: all
+CSV: Name = "ETTh1.csv"  # file with a header, dates at equal steps and columns of numbers; see docs/series.md
+DATE: Name | None = None  # name of the date column; None: the first one that holds dates, or that of CHECKPOINT
+DATE_ORDER: Literal["auto", "dmy", "mdy", "ymd"] = "auto"  # day, month and year in dates of numbers; "auto": by column
+TIMEZONE: Name | None = None  # of local times with daylight saving, such as Europe/Berlin; None: as the dates are
+DECIMAL: Literal["auto", ".", ","] = "auto"  # decimal sign; "auto": the columns decide
+GAPS: Literal["refuse", "carry", "interpolate"] = "refuse"  # missing rows, empty cells: last value, or a line
+COLUMNS: list[str] = []  # number columns to train on; []: all that vary
 TARGETS: list[str] = []  # columns among COLUMNS to forecast and evaluate; []: all
 ENCODING: Name = "utf-8-sig"  # text encoding of the file; utf-8-sig is UTF-8 with or without a byte order mark
-SPLIT: Parts = [12, 4, 4]  # training, validation and test part in months of 30 days, or as fractions that sum to 1
-PERIOD: PositiveInt | None = None  # rows per seasonal period; None: those of a day, or of a week if a day has under 4
-LOOKBACK: Annotated[int, Limits(2)] = 21  # input window in periods; up to 32, the last feature map is 1 x 1
-HORIZONS: Rows = [96, 192, 336, 720]  # rows to forecast, one network for each
+SPLIT: Parts | None = None  # the three parts as fractions that sum to 1, or in months of 30 days; None: 0.6,0.2,0.2
+PERIOD: PositiveInt | None = None  # rows per seasonal period; None: those of a day, a week or a year, whichever fits
+LOOKBACK: Annotated[int, Limits(2)] | None = None  # input window in periods; None: 21, or a third of the training part
+HORIZONS: Rows | None = None  # rows to forecast, one network for each; None: 1, 4 and 14 periods where they fit
 
 # --- network
 MODEL: Name = "unireplknet_a"  # unireplknet_a f p n t s b l xl
@@ -139,7 +148,7 @@ PATIENCE: NonNegativeInt = 3  # early stopping: epochs without a lower validatio
 MAX_SKIPPED: PositiveInt = 10  # consecutive steps with a non-finite loss or gradient after which training stops
 
 # --- DLinear, as published for the ETT data
-DLINEAR_LOOKBACK: PositiveInt = 336  # input window in rows
+DLINEAR_LOOKBACK: PositiveInt | None = None  # input window in rows; None: 336, or a third of the training part
 DLINEAR_LEARNING_RATE: StepSize = 5e-3  # peak learning rate; the loss is the MSE
 
 # --- run
@@ -150,8 +159,11 @@ RESUME: Literal["", "auto"] = ""  # "": new runs; "auto": resume those in OUTPUT
 OUTPUT: Name = "checkpoints/forecast"  # folder in which <name of the CSV file>/ is created
 RESULTS: Name = "results"  # folder for the forecasts of CHECKPOINT; existing files are replaced
 
-# Constants that have no effect on what is trained, so that a run may be resumed with others.
+# Constants that have no effect on what is trained, or only through the series, which is compared itself, so that a run
+# may be resumed with others.
 NO_EFFECT = ("CSV", "CHECKPOINT", "DEVICE", "SEEDS", "HORIZONS", "RESUME", "OUTPUT", "RESULTS")
+NO_EFFECT += ("DATE_ORDER", "TIMEZONE", "DECIMAL", "GAPS")
+DEFAULT_SPLIT = [0.6, 0.2, 0.2]
 LOSSES = dict(mae=F.l1_loss, mse=F.mse_loss, huber=F.smooth_l1_loss)
 MAX_SIDE = 32  # of an image that the five downsamplings of the network reduce to one pixel
 REQUIRED = ("arch", "model_args", "state_dict_ema", "lookback", "horizon", "period", "columns", "targets", "date")
@@ -188,7 +200,7 @@ ResumedFields = dict(
 def main():
     if MODEL not in timm.list_models("unireplknet*"):
         raise ConstantError(f"MODEL must be one of {', '.join(timm.list_models('unireplknet*'))}, got {MODEL!r}")
-    for name, values in dict(COLUMNS=COLUMNS, TARGETS=TARGETS, HORIZONS=HORIZONS, SEEDS=SEEDS).items():
+    for name, values in dict(COLUMNS=COLUMNS, TARGETS=TARGETS, HORIZONS=HORIZONS or [], SEEDS=SEEDS).items():
         if len(set(values)) < len(values):
             raise ConstantError(f"{name} must not hold the same value twice, got {values}")
     if COLUMNS and not set(TARGETS) <= set(COLUMNS):
@@ -205,32 +217,39 @@ def main():
             f"{DLINEAR_LEARNING_RATE}, got {MIN_LEARNING_RATE}"
         )
     check_encoding(ENCODING)
+    open_zone(TIMEZONE)
     network = dict(drop_rate=DROPOUT, drop_path_rate=DROP_PATH, layer_scale_init_value=LAYER_SCALE)
     network |= network_structure(DEPTHS, DIMS, KERNELS)
     count_parameters(MODEL, network)  # refuses values that do not fit together
 
     config = {name: globals()[name] for name in read_constants(__file__) if name not in NO_EFFECT}
     device = choose_device(DEVICE)
+    reading = dict(encoding=ENCODING, order=DATE_ORDER, decimal=DECIMAL, zone=TIMEZONE, gaps=GAPS)
     if CHECKPOINT:
-        return forecast(CHECKPOINT, CSV, DATE, ENCODING, config | dict(HORIZONS=HORIZONS), device, Path(RESULTS))
+        return forecast(CHECKPOINT, CSV, DATE, reading, config | dict(HORIZONS=HORIZONS), device, Path(RESULTS))
     if device.type == "cpu":
         keep_freed_memory()
 
-    series = read_series(CSV, DATE or "date", COLUMNS, ENCODING)
+    series = read_series(CSV, DATE, COLUMNS, **reading)
     unknown = [name for name in TARGETS if name not in series.columns]
     if unknown:
         raise UserError(f"TARGETS names {unknown[0]!r}, which is not among the columns {', '.join(series.columns)}")
-    period = PERIOD or choose_period(series.interval)
-    ends = split_rows(len(series.dates), series.interval, SPLIT)
-    longest = max(LOOKBACK * period, DLINEAR_LOOKBACK)
-    for horizon in HORIZONS:
+    dates, step = series.dates, series.step
+    usual, usual_name = choose_period(step, len(dates))
+    period = PERIOD or usual
+    ends = split_rows(len(dates), series.interval, SPLIT or DEFAULT_SPLIT)
+    periods, horizons, rows = default_windows(ends, period)
+    lookback, horizons, dlinear_lookback = LOOKBACK or periods, HORIZONS or horizons, DLINEAR_LOOKBACK or rows
+    config |= dict(SPLIT=SPLIT or DEFAULT_SPLIT, LOOKBACK=lookback, DLINEAR_LOOKBACK=dlinear_lookback)
+    longest = max(lookback * period, dlinear_lookback)
+    for horizon in horizons:
         check_parts(ends, longest, horizon)
     mean, std = column_statistics(series, ends[0], CSV)
     values = torch.tensor((series.values - mean) / std, dtype=torch.float32).to(device)  # (rows, columns), z-scored
     metadata = dict(  # part of each checkpoint
         columns=series.columns,
         targets=list(TARGETS) or series.columns,
-        date=DATE or "date",
+        date=series.date,
         interval=series.interval.total_seconds(),
         ends=list(ends),
         period=period,
@@ -241,17 +260,25 @@ def main():
     )
     targets = [series.columns.index(name) for name in metadata["targets"]]
     channels = count_channels(period)
-    unused = len(series.dates) - ends[2]
-    print(f"series      {CSV}: {len(series.dates)} rows, {series.interval} apart, from {series.dates[0]}")
-    print(f"dates       in column {metadata['date']!r}, {'set by' if DATE else 'the default of'} DATE")
+    unused = len(dates) - ends[2]
+    print(f"series      {CSV}: {len(dates)} rows, {step} apart, from {dates[0]} to {dates[-1]}")
+    for note in series.notes:
+        print(f"            {note}")
     print(f"columns     {len(series.columns)}; forecast: {', '.join(metadata['targets'])}")
-    origin = "set by PERIOD" if PERIOD else f"{period * series.interval}, chosen from the interval; PERIOD sets another"
+    origin = "set by PERIOD" if PERIOD else f"{usual_name}, chosen by the step and the length; PERIOD sets another"
     print(f"period      {period} rows ({origin})")
-    print(f"parts       training ends before row {ends[0]}, validation before {ends[1]}, test before {ends[2]}", end="")
+    print(f"parts       {ends[0]} rows to train, {ends[1] - ends[0]} to validate, {ends[2] - ends[1]} to test", end="")
+    print(f" ({'set by SPLIT' if SPLIT else 'the default shares 0.6, 0.2, 0.2; SPLIT sets others'})", end="")
     print(f"; the last {unused} rows are not used" if unused else "")
-    print(f"image       {LOOKBACK} periods x {period // channels} pixels, channels: {channels}")
-    parameters = count_parameters(MODEL, network | dict(in_chans=channels, num_classes=HORIZONS[0]))
-    print(f"network     {MODEL}, {parameters:,} parameters for horizon {HORIZONS[0]}")
+    windows = dict(LOOKBACK=LOOKBACK, HORIZONS=HORIZONS, DLINEAR_LOOKBACK=DLINEAR_LOOKBACK)
+    chosen = [f"{name} is unset" for name, value in windows.items() if value is None]
+    print(f"windows     look-back {lookback} periods, {lookback * period} rows", end="")
+    print(f"; DLinear {dlinear_lookback} rows", end=";")
+    print(f" horizons {', '.join(map(str, horizons))} rows", end="")
+    print(f" ({', '.join(chosen)}: chosen by length and period)" if chosen else "")
+    print(f"image       {lookback} periods x {period // channels} pixels, channels: {channels}")
+    parameters = count_parameters(MODEL, network | dict(in_chans=channels, num_classes=horizons[0]))
+    print(f"network     {MODEL}, {parameters:,} parameters for horizon {horizons[0]}")
     print(f"device      {device}, torch {torch.__version__}, timm {timm.__version__}\n")
 
     settings = Settings(
@@ -272,13 +299,13 @@ def main():
             set_aside(folder)
         print(format_result(None))
         try:
-            for horizon, seed in product(HORIZONS, SEEDS):
+            for horizon, seed in product(horizons, SEEDS):
                 model_args = network | dict(in_chans=channels, num_classes=horizon)
                 recipe = dict(loss=LOSS, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, mixup=MIXUP, flip=FLIP)
-                methods = dict(unireplknet=Method(MODEL, model_args, LOOKBACK * period, **recipe))
-                model_args = dict(lookback=DLINEAR_LOOKBACK, horizon=horizon)
+                methods = dict(unireplknet=Method(MODEL, model_args, lookback * period, **recipe))
+                model_args = dict(lookback=dlinear_lookback, horizon=horizon)
                 recipe = dict(loss="mse", learning_rate=DLINEAR_LEARNING_RATE)
-                methods["dlinear"] = Method("dlinear", model_args, DLINEAR_LOOKBACK, **recipe)
+                methods["dlinear"] = Method("dlinear", model_args, dlinear_lookback, **recipe)
                 trained = {}
                 for name, method in methods.items():
                     parts = split_windows(values, ends, method.lookback, horizon)
@@ -297,7 +324,7 @@ def main():
                     path = folder / f"{horizon}.png"
                     side_files.write(path, write_test_forecasts, series, metadata, horizon, windows, trained, path)
                 if seed == SEEDS[-1]:
-                    for name, periods in (("mean period", LOOKBACK), ("last period", 1)):
+                    for name, periods in (("mean period", lookback), ("last period", 1)):
                         parts = split_windows(values, ends, periods * period, horizon)
                         row = dict(horizon=horizon, seed=None, method=name, windows=len(parts[2]))
                         row |= evaluate_repeat(periods, period, horizon, parts, targets, interrupt)
@@ -345,14 +372,14 @@ def count_parameters(arch, model_args):
 
 
 @torch.inference_mode()
-def forecast(path, csv_path, date, encoding, constants, device, folder):
+def forecast(path, csv_path, date, reading, constants, device, folder):
     """Forecast the rows that follow the end of a CSV file; if the file is long enough, also evaluate on it.
 
     Args:
         path: the checkpoint, a best.pth or last.pth.
         csv_path: the CSV file.
         date: name of its date column; None: as in training.
-        encoding: text encoding of the CSV file.
+        reading: how the CSV file is read, keyword arguments of `read_series`.
         constants: {name: value} of the constants; reported where the checkpoint overrides them.
         device: `torch.device`.
         folder: in which forecast.csv and forecast.png are written.
@@ -370,11 +397,14 @@ def forecast(path, csv_path, date, encoding, constants, device, folder):
     if overridden:
         print(f"constants   {overridden}; from the checkpoint, since these constants apply to training")
 
-    series = read_series(csv_path, date or checkpoint["date"], columns, encoding)
+    series = read_series(csv_path, date or checkpoint["date"], columns, **reading)
+    for note in series.notes:
+        print(f"            {note}")
     interval = timedelta(seconds=checkpoint["interval"])
     if series.interval != interval:
         raise UserError(
-            f"the rows of {csv_path} are {series.interval} apart, but {path} was trained on rows {interval} apart; "
+            f"the rows of {csv_path} are {series.step} apart, but {path} was trained on rows "
+            f"{describe_interval(interval)} apart; "
             "resample the series, or train anew"
         )
     if len(series.dates) < lookback:
@@ -384,7 +414,7 @@ def forecast(path, csv_path, date, encoding, constants, device, folder):
     values = ((torch.from_numpy(series.values) - mean) / std).float().to(device)
     targets = [columns.index(name) for name in checkpoint["targets"]]
     future = model(values[-lookback:].T[None])[0].T.cpu().double() * std + mean  # (horizon, columns)
-    dates = [series.dates[-1] + interval * (step + 1) for step in range(horizon)]
+    dates = series.following(horizon)
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
@@ -460,14 +490,14 @@ def describe_overridden(checkpoint, constants):
         names = ["MODEL", "DEPTHS", "DIMS", "KERNELS", "LOOKBACK"]
     used = {name: trained.get(name) for name in names}
     used |= dict(PERIOD=checkpoint["period"], COLUMNS=checkpoint["columns"], TARGETS=checkpoint["targets"])
-    automatic = dict(PERIOD=None, COLUMNS=[], TARGETS=[])
+    automatic = dict(PERIOD=None, LOOKBACK=None, DLINEAR_LOOKBACK=None, COLUMNS=[], TARGETS=[])
     here = read_config(constants)
     texts = [
         f"{name} {value} (not {here[name]})"
         for name, value in used.items()
         if here[name] != value and not (name in automatic and here[name] == automatic[name])
     ]
-    if checkpoint["horizon"] not in here["HORIZONS"]:
+    if here["HORIZONS"] and checkpoint["horizon"] not in here["HORIZONS"]:
         texts.append(f"HORIZONS {checkpoint['horizon']} (not {here['HORIZONS']})")
     return ", ".join(texts)
 
@@ -602,9 +632,9 @@ def plot_forecasts(columns, dates, known, forecasts, path, most=8):
         axes.set_ylabel(label(column), fontsize=9)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=7, labelbottom=number + across >= len(columns))
-        locator = AutoDateLocator(minticks=3, maxticks=7)
+        locator = AutoDateLocator(tz=dates[0].tzinfo, minticks=3, maxticks=7)
         axes.xaxis.set_major_locator(locator)
-        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, tz=dates[0].tzinfo))
     for axes in grid.flat[len(columns) :]:
         axes.remove()
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
@@ -951,16 +981,19 @@ def write_test_forecasts(series, metadata, horizon, windows, trained, path):
     def to_units(z):
         return (z[:, targets].cpu().double() * std + mean).numpy()
 
-    tiles = windows[::horizon]
+    starts = list(range(0, len(windows), horizon))
+    if starts[-1] < len(windows) - 1:  # the last window, so that no row is left out
+        starts.append(len(windows) - 1)
+    tiles = windows[starts]
     truth = to_units(tiles)  # (tiles, targets, lookback + horizon)
     forecasts = {}
     for name, (model, own) in trained.items():
         forecasts[name] = to_units(model(tiles[..., lookback - own : lookback]))
-    rows = []
-    for tile in range(len(tiles)):
-        first = metadata["ends"][1] + tile * horizon
-        for step in range(horizon):
-            row = dict(date=series.dates[first + step], seen_until=series.dates[first - 1])
+    rows, dates = [], series.dates
+    for tile, start in enumerate(starts):
+        first = metadata["ends"][1] + start
+        for step in range(len(rows) - start, horizon):
+            row = dict(date=dates[first + step], seen_until=dates[first - 1])
             for place, target in enumerate(metadata["targets"]):
                 row[target] = f"{truth[tile, place, lookback + step]:.6g}"
                 row |= {f"{target} {name}": f"{forecasts[name][tile, place, step]:.6g}" for name in forecasts}
@@ -968,10 +1001,10 @@ def write_test_forecasts(series, metadata, horizon, windows, trained, path):
     write_csv(path.with_suffix(".csv"), rows)
 
     middle = len(tiles) // 2
-    first = metadata["ends"][1] + middle * horizon
+    first = metadata["ends"][1] + starts[middle]
     plot_forecasts(
         metadata["targets"],
-        series.dates[first - min(lookback, horizon) : first + horizon],
+        dates[first - min(lookback, horizon) : first + horizon],
         truth[middle, :, -horizon - min(lookback, horizon) :],
         {name: forecast[middle] for name, forecast in forecasts.items()},
         path,

@@ -1,0 +1,499 @@
+"""tools/series.py and tools/dates.py: files as people have them, made here kind by kind, and the values read."""
+
+from datetime import datetime, timedelta, timezone
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pytest
+
+from common.options import UserError
+from tools.dates import Step, describe_interval, find_step, read_dates
+from tools.series import find_separator, read_series
+
+NAMES = "January February March April May June July August September October November December".split()
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+
+
+def month(number, day=1):
+    return datetime(number // 12, number % 12 + 1, day)
+
+
+def month_end(number):
+    return month(number + 1) - DAY
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Read a file with a text: read(text, **options of `read_series`)."""
+
+    def read(text, **options):
+        path = tmp_path / "series.csv"
+        path.write_bytes(text.encode(options.get("encoding", "utf-8")))
+        return read_series(path, **options)
+
+    return read
+
+
+def write(dates, form, name="date", separator=",", number=lambda row: f"{row * row % 17}.5"):
+    """Text of a file with a row for each date."""
+    lines = [f"{name}{separator}value"]
+    lines += [f"{form(date)}{separator}{number(row)}" for row, date in enumerate(dates)]
+    return "\n".join(lines) + "\n"
+
+
+def check(series, dates, values=None):
+    """That a series has these dates without a time zone, and the values of `write`."""
+    assert [date.replace(tzinfo=None) for date in series.dates] == list(dates)
+    expected = [row * row % 17 + 0.5 for row in range(len(series.dates))] if values is None else values
+    assert series.values[:, 0].tolist() == expected and series.columns == ["value"]
+
+
+# --- dates
+
+HOURS = [datetime(2016, 2, 28) + HOUR * row for row in range(60)]
+DAYS = [datetime(2019, 12, 20) + DAY * row for row in range(60)]
+MONTHS = [month(12 * 1989 + row) for row in range(150)]
+QUARTERS = [month(12 * 1970 + 3 * row) for row in range(30)]
+YEARS = [datetime(1947 + row, 1, 1) for row in range(40)]
+WEEKS = [datetime(2019, 12, 2) + 7 * DAY * row for row in range(60)]
+
+
+def quarter(date):
+    return (date.month + 2) // 3
+
+
+FORMS = {
+    # ISO 8601, and what is near to it
+    "2016-07-01 13:00:00": (HOURS, str),
+    "2016-07-01T13:00": (HOURS, lambda d: f"{d:%Y-%m-%dT%H:%M}"),
+    "2016-07-01T13": (HOURS, lambda d: f"{d:%Y-%m-%dT%H}"),
+    "2016-07-01T13:00:00Z": (HOURS, lambda d: f"{d:%Y-%m-%dT%H:%M:%SZ}"),
+    "2016-07-01T13:00:00.0000000Z": (HOURS, lambda d: f"{d:%Y-%m-%dT%H:%M:%S}.0000000Z"),
+    "2016-07-01T13:00:00.000": (HOURS, lambda d: f"{d:%Y-%m-%dT%H:%M:%S}.000"),
+    "2016-07-01T13:00:00,123456789": (HOURS, lambda d: f'"{d:%Y-%m-%dT%H:%M:%S},000000789"'),
+    "2016-07-01T13:00:00+02": (HOURS, lambda d: f"{d:%Y-%m-%dT%H:%M:%S}+02"),
+    "2016-07-01 13:00:00 -0530": (HOURS, lambda d: f"{d:%Y-%m-%d %H:%M:%S} -0530"),
+    "2016-07-01 13:00 UTC": (HOURS, lambda d: f"{d:%Y-%m-%d %H:%M} UTC"),
+    "20160701T130000": (HOURS, lambda d: f"{d:%Y%m%dT%H%M%S}"),
+    "20160701T1300+0100": (HOURS, lambda d: f"{d:%Y%m%dT%H%M}+0100"),
+    "20160701": (DAYS, lambda d: f"{d:%Y%m%d}"),
+    "201607011300": (HOURS, lambda d: f"{d:%Y%m%d%H%M}"),
+    "2016070113": (HOURS, lambda d: f"{d:%Y%m%d%H}"),
+    "2016-W05": (WEEKS, lambda d: "{0}-W{1:02}".format(*d.isocalendar())),
+    "2016W051": (DAYS, lambda d: "{0}W{1:02}{2}".format(*d.isocalendar())),
+    "2016-W05-1": (DAYS, lambda d: "{0}-W{1:02}-{2}".format(*d.isocalendar())),
+    "2016-7-1": (DAYS, lambda d: f"{d.year}-{d.month}-{d.day}"),
+    "2016/07/01": (DAYS, lambda d: f"{d:%Y/%m/%d}"),
+    "2016.7.1": (DAYS, lambda d: f"{d.year}.{d.month}.{d.day}"),
+    "2016/3/1 0:00": (HOURS, lambda d: f"{d.year}/{d.month}/{d.day} {d.hour}:00"),
+    "quoted": (HOURS, lambda d: f'"{d}"'),
+    "days and times mixed": (HOURS, lambda d: f"{d:%Y-%m-%d}" if d.hour == 0 else str(d)),
+    "24:00": (HOURS, lambda d: str(d) if d.hour else f"{d - DAY:%Y-%m-%d} 24:00"),
+    # Chinese
+    "2016年3月1日": (DAYS, lambda d: f"{d.year}年{d.month}月{d.day}日"),
+    "2016年03月01日 13:00": (HOURS, lambda d: f"{d.year}年{d.month:02}月{d.day:02}日 {d:%H:%M}"),
+    "2016年3月": (MONTHS, lambda d: f"{d.year}年{d.month}月"),
+    "2016年": (YEARS, lambda d: f"{d.year}年"),
+    "2016年第1季度": (QUARTERS, lambda d: f"{d.year}年第{quarter(d)}季度"),
+    # day, month and year as numbers
+    "31.12.2019": (DAYS, lambda d: f"{d:%d.%m.%Y}"),
+    "31/12/2019": (DAYS, lambda d: f"{d:%d/%m/%Y}"),
+    "12/31/2019": (DAYS, lambda d: f"{d:%m/%d/%Y}"),
+    "12-31-2019": (DAYS, lambda d: f"{d.month}-{d.day}-{d.year}"),
+    "31.12.2019 13:00": (HOURS, lambda d: f"{d:%d.%m.%Y %H:%M}"),
+    "12/31/2019 1:00:00 PM": (HOURS, lambda d: f"{d:%m/%d/%Y %I:%M:%S %p}"),
+    "12/31/2019, 1:00 p.m.": (HOURS, lambda d: f'"{d:%m/%d/%Y, %I:%M} {"ap"[d.hour > 11]}.m."'),
+    "31/12/19": (DAYS, lambda d: f"{d:%d/%m/%y}"),
+    "12/31/19": (DAYS, lambda d: f"{d:%m/%d/%y}"),
+    "12/1/2019 for months": (MONTHS, lambda d: f"{d.month}/1/{d.year}"),
+    "1/12/2019 for months": (MONTHS, lambda d: f"1/{d.month}/{d.year}"),
+    "01.01.2019 for years": (YEARS, lambda d: f"{d:%d.%m.%Y}"),
+    # months, quarters, years
+    "1949-01": (MONTHS, lambda d: f"{d:%Y-%m}"),
+    "1949/1": (MONTHS, lambda d: f"{d.year}/{d.month}"),
+    "01/1949": (MONTHS, lambda d: f"{d:%m/%Y}"),
+    "1991 Jul": (MONTHS, lambda d: f"{d.year} {NAMES[d.month - 1][:3]}"),
+    "1991-JUL": (MONTHS, lambda d: f"{d.year}-{NAMES[d.month - 1][:3].upper()}"),
+    "July 1991": (MONTHS, lambda d: f"{NAMES[d.month - 1]} {d.year}"),
+    "Jul-91": (MONTHS, lambda d: f"{NAMES[d.month - 1][:3]}-{d:%y}"),
+    "Jul-61": ([month(12 * 1961 + row) for row in range(150)], lambda d: f"{NAMES[d.month - 1][:3]}-{d:%y}"),
+    "1-Jul-91": (DAYS, lambda d: f"{d.day}-{NAMES[d.month - 1][:3]}-{d:%y}"),
+    "01 July 1991": (DAYS, lambda d: f"{d.day:02} {NAMES[d.month - 1]} {d.year}"),
+    "01Jul1991": (DAYS, lambda d: f"{d.day:02}{NAMES[d.month - 1][:3]}{d.year}"),
+    "Jul 1, 1991": (DAYS, lambda d: f'"{NAMES[d.month - 1][:3]} {d.day}, {d.year}"'),
+    "Sept. 1st, 1991": (DAYS, lambda d: f'"{NAMES[d.month - 1][:3]}. {d.day}th, {d.year}"'),
+    "Mon, 1 Jul 1991": (DAYS, lambda d: f'"{"Mon Tue Wed Thu Fri Sat Sun".split()[d.weekday()]}, {d.day} '
+                        f'{NAMES[d.month - 1][:3]} {d.year}"'),  # fmt: skip
+    "1991-Jul-01": (DAYS, lambda d: f"{d.year}-{NAMES[d.month - 1][:3]}-{d.day:02}"),
+    "1991M7": (MONTHS, lambda d: f"{d.year}M{d.month}"),
+    "199107": (MONTHS, lambda d: f"{d:%Y%m}"),
+    "1991.07": (MONTHS, lambda d: f"{d:%Y.%m}"),
+    "1991.583": (MONTHS, lambda d: f"{d.year + (d.month - 1) / 12:.3f}"),
+    "1991.58333333333": (MONTHS, lambda d: f"{d.year + (d.month - 1) / 12:.11f}"),
+    "1991.58": (MONTHS, lambda d: f"{d.year + (d.month - 1) / 12:.2f}"),
+    "1970.25 for quarters": (QUARTERS, lambda d: f"{d.year + (d.month - 1) / 12:g}"),
+    "1970 Q1": (QUARTERS, lambda d: f"{d.year} Q{quarter(d)}"),
+    "1970q1": (QUARTERS, lambda d: f"{d.year}q{quarter(d)}"),
+    "1970-Q1": (QUARTERS, lambda d: f"{d.year}-Q{quarter(d)}"),
+    "Q1 1970": (QUARTERS, lambda d: f"Q{quarter(d)} {d.year}"),
+    "Q1-70": (QUARTERS, lambda d: f"Q{quarter(d)}-{d:%y}"),
+    "1947": (YEARS, lambda d: str(d.year)),
+    "1947.0": (YEARS, lambda d: f"{d.year}.0"),
+    # seconds since 1970
+    "Unix time in seconds": (HOURS, lambda d: str(int(d.replace(tzinfo=timezone.utc).timestamp()))),
+    "Unix time in milliseconds": (HOURS, lambda d: str(1000 * int(d.replace(tzinfo=timezone.utc).timestamp()))),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dates_are_read_as_they_are(form, read):
+    dates, function = FORMS[form]
+    check(read(write(dates, function)), dates)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_date_column_is_found_behind_others_and_below_a_strange_name(form, read):
+    dates, function = FORMS[form]
+    series = read(
+        "id,what,,value\n" + "".join(f"{row + 1},a,{function(date)},{row % 7}\n" for row, date in enumerate(dates))
+    )
+    check(series, dates, [row % 7 for row in range(len(dates))])
+    assert series.date == "column 3" and any("what (text); id (numbers of the rows)" in note for note in series.notes)
+
+
+def test_date_names_another_column(read):
+    text = "made,valid,value\n" + "".join(f"2020-01-01,{date:%d.%m.%Y},{date.day}\n" for date in DAYS)
+    check(read(text, date_column="valid"), DAYS, [date.day for date in DAYS])
+    with pytest.raises(UserError, match="58 rows have a date that another row has"):
+        read(text)
+    with pytest.raises(UserError, match="no date column 'when', only made, valid, value; set DATE"):
+        read(text, date_column="when")
+    with pytest.raises(UserError, match="line 2, column value: '20' is not a date"):
+        read(text, date_column="value")
+
+
+@pytest.mark.parametrize(
+    ("form", "rest", "words"),
+    [
+        ("{0}/{1}/2020", [(1, 2), (3, 4), (7, 9)], "'1/2/2020' can be dmy or mdy .* set DATE_ORDER"),
+        ("{0:02}.{1:02}.20", [(1, 2), (3, 4), (7, 9)], "can be dmy or mdy or ymd"),
+        ("{0}-{1}-2020", [(1, 1), (2, 2), (3, 5)], "set DATE_ORDER"),
+    ],
+)
+def test_an_order_that_nothing_decides_is_refused_and_can_be_set(form, rest, words, read):
+    text = "date,value\n" + "".join(f"{form.format(*pair)},{row}\n" for row, pair in enumerate(rest))
+    with pytest.raises(UserError, match=words):
+        read(text)
+    first = datetime(2020, rest[0][1], rest[0][0])
+    gaps = dict(order="dmy", gaps="carry")
+    try:
+        assert read(text, **gaps).dates[0] == first
+    except UserError as error:  # days at random
+        assert "apart" in str(error)
+
+
+def test_the_order_that_was_chosen_is_printed(read):
+    for form, word in (("%d/%m/%Y", "dmy"), ("%m/%d/%Y", "mdy")):
+        [note] = [note for note in read(write(DAYS, lambda d: f"{d:{form}}")).notes if "DATE_ORDER" in note]
+        assert word in note
+    with pytest.raises(UserError, match="'13/01/2020' is not a date|is not a date"):
+        read(write(DAYS, lambda d: f"{d:%d/%m/%Y}"), order="mdy", date_column="date")
+
+
+def test_numbers_are_dates_only_at_equal_steps(read):
+    for cells in ([1950, 1951, 1953, 1954], [12, 13, 14, 15], [201313, 201314, 201315, 201316], [1e3, 2e3, 3e3, 4e3]):
+        text = "n,value\n" + "".join(f"{cell:.0f},{row}\n" for row, cell in enumerate(cells))
+        with pytest.raises(UserError, match="has no date column, only n, value"):
+            read(text)
+
+
+@pytest.mark.parametrize(
+    ("header", "form"),
+    [
+        ("year,month,day,hour", lambda d: f"{d.year},{d.month},{d.day},{d.hour}"),
+        ("Year,Mo,DD,Hr", lambda d: f"{d.year},{d.month:02},{d.day:02},{d.hour:02}"),
+        ("date,time,x,y", lambda d: f"{d:%d/%m/%Y},{d:%H:%M:%S},a,b"),
+        ("x,date,hour,y", lambda d: f"a,{d:%Y-%m-%d},{d.hour},b"),
+        ("x,Date,Uhrzeit,y", lambda d: f"a,{d:%d.%m.%Y},{d:%I:%M %p},b"),
+    ],
+)
+def test_dates_in_several_columns(header, form, read):
+    dates = [datetime(2019, 12, 20) + HOUR * row for row in range(24 * 20)]
+    text = f"{header},value\n" + "".join(f"{form(date)},{row}\n" for row, date in enumerate(dates))
+    series = read(text)
+    check(series, dates, list(range(len(dates))))
+    assert read(text, date_column=series.date).dates == dates  # as from a checkpoint
+
+
+def test_years_and_months_in_columns(read):
+    text = "Year,Month,value\n" + "".join(f"{d.year},{NAMES[d.month - 1]},{d.month}\n" for d in MONTHS)
+    check(read(text), MONTHS, [d.month for d in MONTHS])
+
+
+# --- steps
+
+STEPS = {
+    "hours": ([datetime(2020, 1, 1) + HOUR * row for row in range(50)], "1:00:00"),
+    "15 minutes": ([datetime(2020, 1, 1) + HOUR / 4 * row for row in range(50)], "0:15:00"),
+    "10 seconds": ([datetime(2020, 1, 1) + HOUR / 360 * row for row in range(50)], "0:00:10"),
+    "days": (DAYS, "1 day"),
+    "weeks": (WEEKS, "7 days"),
+    "business days": ([d for d in DAYS if d.weekday() < 5], "1 weekday of 5 a week"),
+    "Sunday to Thursday": ([d for d in DAYS if d.weekday() not in (4, 5)], "1 weekday of 5 a week"),
+    "Monday to Saturday": ([d for d in DAYS if d.weekday() != 6], "1 weekday of 6 a week"),
+    "months": (MONTHS, "1 month"),
+    "ends of months": ([month_end(12 * 2019 + row) for row in range(40)], "1 month"),
+    "the 15th": ([month(12 * 2019 + row, 15) for row in range(40)], "1 month"),
+    "the 30th": ([min(month(12 * 2019 + row) + 29 * DAY, month_end(12 * 2019 + row)) for row in range(40)], "1 month"),
+    "quarters": (QUARTERS, "3 months"),
+    "ends of quarters": ([month_end(12 * 2019 + 2 + 3 * row) for row in range(40)], "3 months"),
+    "half years": ([month(12 * 2019 + 6 * row) for row in range(40)], "6 months"),
+    "years": (YEARS, "1 year"),
+    "ends of years": ([datetime(1980 + row, 12, 31) for row in range(30)], "1 year"),
+    "decades": ([datetime(1800 + 10 * row, 1, 1) for row in range(30)], "10 years"),
+    "4 weeks": ([datetime(2019, 1, 1) + 28 * DAY * row for row in range(40)], "28 days"),
+}
+for weekday, ends in (("last", month_end), ("first", month)):
+    dates = []
+    for row in range(40):
+        dates.append(ends(12 * 2019 + row))
+        while dates[-1].weekday() > 4:
+            dates[-1] += DAY * (1 if weekday == "first" else -1)
+    STEPS[f"{weekday} weekdays of months"] = dates, "1 month"
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_steps_are_found_and_go_on(kind, read):
+    dates, words = STEPS[kind]
+    series = read(write(dates[:-4], str))
+    check(series, dates[:-4])
+    assert str(series.step) == words and series.following(4) == dates[-4:]
+    assert describe_interval(timedelta(seconds=series.interval.total_seconds())) == words  # as from a checkpoint
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_missing_rows_are_refused_at_once_or_filled(kind, read):
+    dates, _ = STEPS[kind]
+    kept = [date for row, date in enumerate(dates) if row not in (5, 6, 20)]
+    text = write(kept, str, number=lambda row: dates.index(kept[row]))
+    with pytest.raises(UserError, match=rf"3 rows are missing .{dates[5]} .2 rows., {dates[20]}.; set GAPS"):
+        read(text)
+    series = read(text, gaps="carry")
+    check(series, dates, [4 if row in (5, 6) else 19 if row == 20 else row for row in range(len(dates))])
+    assert any("3 rows are missing" in note and "filled, GAPS carry" in note for note in series.notes)
+    check(read(text, gaps="interpolate"), dates, list(range(len(dates))))
+
+
+def test_empty_cells_are_refused_or_filled(read):
+    cells = ["1", "", "3", "NA", "?", "6", "nan", "8", "null", "10", "-", "12"]
+    text = write(DAYS[:12], str, number=lambda row: cells[row])
+    with pytest.raises(UserError, match="column value: 6 cells are empty .* the longest|6 cells are empty"):
+        read(text)
+    check(read(text, gaps="interpolate"), DAYS[:12], list(range(1, 13)))
+    check(read(text, gaps="carry"), DAYS[:12], [1, 1, 3, 3, 3, 6, 6, 8, 8, 10, 10, 12])
+    late = write(DAYS[:12], str, number=lambda row: row if row > 2 else "")
+    series = read(late, gaps="carry")
+    check(series, DAYS[3:12], list(range(3, 12)))
+    assert any("the first 3 rows are left out" in note for note in series.notes)
+    with pytest.raises(UserError, match="begins in the second half only; exclude it"):
+        read(write(DAYS[:12], str, number=lambda row: row if row > 8 else ""), gaps="carry")
+    with pytest.raises(UserError, match="rows are missing, more than there are"):
+        read(write([*DAYS[:12], datetime(2999, 1, 1)], str), gaps="carry")
+
+
+def test_irregular_dates_are_refused(read):
+    dates = [date + HOUR / 60 * (row in (7, 30)) for row, date in enumerate(HOURS)]
+    with pytest.raises(UserError, match=r"most rows are 1:00:00 apart, but 2 of 60 lie between .* line 9 .* line 32"):
+        read(write(dates, str))
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%d %H:%M:%S", "%d.%m.%Y %H:%M", "%Y%m%d%H%M"])
+def test_rows_are_sorted_and_doubled_ones_named(form, read):
+    text = write(HOURS, lambda d: f"{d:{form}}")
+    header, *lines = text.splitlines(keepends=True)
+    series = read(header + "".join(reversed(lines)))
+    check(series, HOURS)
+    assert any("newest row is the first" in note for note in series.notes)
+    series = read(header + "".join([*lines[:10], lines[11], lines[10], *lines[12:]]))
+    check(series, HOURS)
+    assert any("rows sorted by date, lines 12, 13 moved" in note for note in series.notes)
+    series = read(header + "".join([*lines[:10], lines[9], *lines[10:]]))
+    check(series, HOURS)
+    assert any("line 12 left out: a row with this date and these values" in note for note in series.notes)
+    with pytest.raises(UserError, match=r"1 row has a date that another row has, with other values: line 12"):
+        read(header + "".join([*lines[:10], lines[9].replace(".5", ".75"), *lines[10:]]))
+
+
+def test_several_series_below_each_other_are_refused_with_the_column_that_tells_them_apart(read):
+    rows = [f"{date},{store},{date.day * store}\n" for store in (1, 2, 3) for date in DAYS]
+    text = "date,store,value\n" + "".join(rows)
+    with pytest.raises(UserError, match="column store tells them apart"):
+        read(text)
+
+
+# --- daylight saving
+
+ZONES = ("Europe/Berlin", "America/New_York", "Australia/Sydney", "Europe/London")
+
+
+def local(zone, step=HOUR, first=datetime(2018, 6, 1), days=330):
+    """(UTC, local time with its zone) of the rows."""
+    utc = [first + step * row for row in range(int(DAY * days / step))]
+    return utc, [date.replace(tzinfo=timezone.utc).astimezone(ZoneInfo(zone)) for date in utc]
+
+
+@pytest.mark.parametrize("zone", ZONES)
+@pytest.mark.parametrize("step", [HOUR, HOUR / 2])
+def test_daylight_saving_with_a_time_zone(zone, step, read):
+    utc, dates = local(zone, step)
+    text = write(dates, lambda d: f"{d:%Y-%m-%d %H:%M}")
+    series = read(text, zone=zone)
+    assert series.clock == utc and series.dates == dates and series.interval == step
+    assert [str(date) for date in series.dates] == [str(date) for date in dates]
+    following = series.following(2)
+    assert following[0] == (utc[-1] + step).replace(tzinfo=timezone.utc) and following[0].tzinfo == ZoneInfo(zone)
+    header, *lines = text.splitlines(keepends=True)
+    assert read(header + "".join(reversed(lines)), zone=zone).clock[0] == utc[0]
+
+
+@pytest.mark.parametrize("zone", ZONES)
+@pytest.mark.parametrize("first", [datetime(2018, 1, 1), datetime(2018, 7, 15)])
+def test_daylight_saving_shows_itself(zone, first, read):
+    utc, dates = local(zone, first=first)
+    series = read(write(dates, lambda d: f"{d:%Y-%m-%d %H:%M}"))
+    distances = {date.replace(tzinfo=None) - clock for date, clock in zip(series.dates, utc)}
+    assert len(distances) == 1 and any("daylight saving" in note for note in series.notes)
+
+
+def test_daylight_saving_that_does_not_show_itself_is_refused(read):
+    _, dates = local("Europe/Berlin", first=datetime(2018, 10, 1), days=60)
+    text = write(dates, lambda d: f"{d:%Y-%m-%d %H:%M}")
+    with pytest.raises(UserError, match="if daylight saving doubles the hour, set TIMEZONE"):
+        read(text)
+    assert len(read(text, zone="Europe/Berlin").clock) == 60 * 24
+    with pytest.raises(UserError, match="line .*: 2020-03-29 02:00:00 does not exist in Europe/Berlin"):
+        read(write([datetime(2020, 3, 28) + HOUR * row for row in range(60)], str), zone="Europe/Berlin")
+
+
+@pytest.mark.parametrize("zone", ZONES)
+def test_distances_from_utc_that_change(zone, read):
+    utc, dates = local(zone)
+    series = read(write(dates, lambda d: d.isoformat()))
+    assert series.clock == utc and series.dates == [date.astimezone(timezone.utc) for date in dates]
+    assert [str(date) for date in read(write(dates, str), zone=zone).dates] == [str(date) for date in dates]
+    midnights = [datetime(2018, 1, 1) + DAY * row for row in range(500)]
+    series = read(write(midnights, lambda d: d.replace(tzinfo=ZoneInfo(zone)).isoformat()))
+    assert series.dates == midnights and any("local days" in note for note in series.notes)
+
+
+# --- numbers
+
+SIGNS = {
+    "decimal comma": (";", ["1,5", "-2,25", "0,125", "3"], [1.5, -2.25, 0.125, 3]),
+    "decimal comma in quotes": (",", ['"1,5"', '"-2,25"', '"0,125"', "3"], [1.5, -2.25, 0.125, 3]),
+    "thousands with commas": (",", ['"1,234.5"', '"12,345,678"', "7.25", "-0.5"], [1234.5, 12345678, 7.25, -0.5]),
+    "thousands with points": (";", ["1.234,5", "12.345.678", "7,25", "-0,5"], [1234.5, 12345678, 7.25, -0.5]),
+    "several thousands": (";", ["1.234.567", "2", "3.000.000", "5"], [1234567, 2, 3000000, 5]),
+    "thousands with spaces": (";", ["1 234,5", "12 345 678", "7,25", "1"], [1234.5, 12345678, 7.25, 1]),
+    "thousands with thin spaces": (";", ["1\u202f234,5", "12\u00a0345\u00a0678", "7,5"], [1234.5, 12345678, 7.5]),
+    "thousands with apostrophes": (";", ["1'234.5", "12\u2019345.25", "7.25", "1"], [1234.5, 12345.25, 7.25, 1]),
+    "plain": (",", ["1.5", "-.25", "+3.", "1e-3"], [1.5, -0.25, 3, 0.001]),
+    "powers with a decimal comma": (";", ["1,5E+03", "-2,5e-1", "1", "2"], [1500, -0.25, 1, 2]),
+    "minus as a sign of its own": (",", ["\u22121.5", "2", "\u22123", "4"], [-1.5, 2, -3, 4]),
+    "zero before": (";", ["0.125", "0.250", "0.375", "0.500"], [0.125, 0.25, 0.375, 0.5]),
+    "four digits before": (";", ["1234.125", "1.250", "7.375", "1.500"], [1234.125, 1.25, 7.375, 1.5]),
+}
+
+
+@pytest.mark.parametrize("kind", SIGNS)
+def test_numbers_are_read_as_they_are(kind, read):
+    separator, cells, values = SIGNS[kind]
+    dates = DAYS[: len(cells)]
+    check(read(write(dates, str, separator=separator, number=lambda row: cells[row])), dates, values)
+
+
+def test_a_number_that_could_be_either_is_named(read):
+    rows = range(1, 10)
+    for separator, cell, words in ((";", "{}.004", "1.004 or 1004"), (";", "{},004", "1.004 or 1004")):
+        text = write(DAYS[:9], str, separator=separator, number=lambda row: cell.format(row + 1))
+        with pytest.raises(UserError, match=f"column value: .* can be {words}, .* set DECIMAL"):
+            read(text)
+        sign = cell[2]
+        check(read(text, decimal=sign), DAYS[:9], [row + 0.004 for row in rows])
+        check(read(text, decimal="," if sign == "." else "."), DAYS[:9], [1000 * row + 4 for row in rows])
+    series = read(write(DAYS[:9], str, number=lambda row: f"{row + 1}.004"))
+    check(series, DAYS[:9], [row + 0.004 for row in rows])
+    assert any("1.004 is read with a decimal point" in note and "DECIMAL" in note for note in series.notes)
+    text = "date;value;other\n" + "".join(f"{date};{row + 1}.004;{row},5\n" for row, date in enumerate(DAYS[:9]))
+    series = read(text)
+    assert series.values.tolist() == [[1000 * row + 4, row - 1 + 0.5] for row in rows]
+    assert any("column value: 1.004 has the decimal sign of the other columns" in note for note in series.notes)
+
+
+def test_numbers_of_two_kinds_in_a_column_are_refused(read):
+    cells = ["1.5", "2.5", "3,5", "4.5"]
+    text = write(DAYS[:4], str, separator=";", number=lambda row: cells[row])
+    with pytest.raises(UserError, match="line 4, column value: '3,5' is not a number with the decimal sign '.'"):
+        read(text)
+
+
+# --- tables
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize(
+    "header",
+    ["date{0}value", '"date"{0}"value"', 'date{0}"value, in; all | of\tit"', "date{0}value{0}", "date{0}value{0}{0}"],
+)
+def test_separators_are_found_outside_quotes_and_at_the_ends_of_lines(separator, header, read):
+    end = separator * (header.count("{0}") - 1)
+    lines = [header.format(separator), *(f"{date}{separator}{row}.5{end}" for row, date in enumerate(DAYS))]
+    lines += [separator * 3, ""]
+    series = read("\n".join(lines[:-2] + [separator * (1 + len(end))]))
+    assert len(series.columns) == 1 and series.values[:, 0].tolist() == [row + 0.5 for row in range(60)]
+    assert any(f"line {len(DAYS) + 2} without any value left out" in note for note in series.notes)
+    assert find_separator("\n".join(lines)) == separator
+
+
+def test_decimal_commas_do_not_separate(read):
+    text = "date;load, MW;temperature, C\n" + "".join(f"{d:%d.%m.%Y};{d.day},5;{d.month},25\n" for d in DAYS)
+    series = read(text)
+    assert series.columns == ["load, MW", "temperature, C"] and series.values[0].tolist() == [20.5, 12.25]
+
+
+def test_columns_that_are_no_numbers_to_forecast_are_left_out_and_named(read):
+    text = ",date,store,constant,empty,value,id\n"
+    text += "".join(f"{row},{date:%Y-%m-%d},north,7,,{row % 5},{row + 1000}\n" for row, date in enumerate(DAYS))
+    series = read(text)
+    assert series.columns == ["value"]
+    [note] = [note for note in series.notes if note.startswith("columns left out")]
+    assert "store (text); empty (empty); constant (constant); column 1, id (numbers of the rows)" in note
+    series = read(text, columns=["id", "value"])
+    assert series.columns == ["id", "value"] and series.values[3].tolist() == [1003, 3]
+    with pytest.raises(UserError, match="column store: 'north' is not a number"):
+        read(text, columns=["store"])
+    with pytest.raises(UserError, match="no column of numbers that vary besides date: .*constant .constant"):
+        read("date,constant\n" + "".join(f"{date:%Y-%m-%d},7\n" for date in DAYS))
+
+
+def test_comments_above_notes_below_and_names_of_rows_from_r(read):
+    lines = write(DAYS, lambda d: f"{d:%Y-%m-%d}").splitlines()
+    notes = "Source: the office, in the town", "kept as it was"
+    series = read("\n".join(["# made by x", "# of 2020", *lines, "", *notes]))
+    check(series, DAYS)
+    assert any("first 2 lines are empty or begin with #" in note for note in series.notes)
+    assert any("lines 65, 66 below the table left out" in note for note in series.notes)
+    rows = [lines[0], *(f'"{row}",{line}' for row, line in enumerate(lines[1:], 1))]
+    check(read("\n".join(rows)), DAYS)
+
+
+def test_every_reading_is_the_same_again(read):
+    text = write([date for row, date in enumerate(DAYS) if row % 9], lambda d: f"{d:%d/%m/%y}")
+    first, second = read(text, gaps="interpolate"), read(text, gaps="interpolate")
+    assert np.array_equal(first.values, second.values) and first.notes == second.notes and first.clock == second.clock
+
+
+def test_a_step_needs_two_dates():
+    assert find_step([datetime(2020, 1, 1)]) is None and read_dates(["", ""]) is None
+    step = Step("month", 1, datetime(2020, 1, 31), day=31)
+    assert [step.at(row).day for row in range(4)] == [31, 29, 31, 30]
