@@ -249,7 +249,7 @@ def test_images_that_makedata_has_read_are_not_decoded_again(make_data1, monkeyp
 
 
 def test_the_normalisation_is_that_of_the_constants_the_statistics_or_imagenet(make_data1, capsys):
-    assert choose_mean_and_std("data", [0.1] * 3, [0.2] * 3, None) == ([0.1] * 3, [0.2] * 3, "the constants")
+    assert choose_mean_and_std("data", [0.1] * 3, [0.2] * 3, None) == ([0.1] * 3, [0.2] * 3, "MEAN and STD")
     mean, _, source = choose_mean_and_std("data", None, None, None)
     assert mean == [0.485, 0.456, 0.406] and source.startswith("ImageNet")
     make_data1("data1", {"a": 3, "b": 3})

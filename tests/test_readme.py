@@ -21,7 +21,7 @@ ENGLISH = (
     "tests/golden/README.md",
 )
 CHINESE = tuple(f"{name}.zh-CN.md" for name in TRANSLATED)
-PAGES = (*ENGLISH, *CHINESE, "CHANGELOG.md")
+PAGES = (*ENGLISH, *CHINESE, "CHANGELOG.md", "CONTRIBUTING.md")
 PYTHON = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py"))
@@ -214,6 +214,15 @@ def test_ci_runs_the_readme_s_test_command(readme):
     assert command in read(readme).splitlines()
 
 
+def test_github_runs_the_readme_s_test_command_with_the_oldest_and_newest_python_on_each_system():
+    workflow = read(".github/workflows/tests.yml")
+    command = read(".ci/run").splitlines()[-1]
+    assert command in [line.strip() for line in workflow.splitlines()]
+    oldest, newest = re.search(r"Python (3\.\d+) to (3\.\d+)", read("README.md")).groups()
+    assert f'python: ["{oldest}", "{newest}"]' in workflow
+    assert "[ubuntu-latest, windows-latest, macos-latest]" in workflow
+
+
 # --- language
 
 
@@ -222,6 +231,11 @@ def test_ci_runs_the_readme_s_test_command(readme):
     [
         ("class weights", "类别权重"),
         ("class imbalance", "类别不平衡"),
+        ("long tail", "长尾"),
+        ("hf_endpoint", "HF_ENDPOINT"),
+        ("hf-hub:", "hf-hub:"),
+        ("torchvision", "torchvision"),
+        ("swanlab", "SwanLab"),
         ("fine-tuning", "微调"),
         ("transfer learning", "迁移学习"),
         ("early stopping", "早停"),
