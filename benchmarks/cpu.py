@@ -184,6 +184,20 @@ def convolution(way, channels, size, kernel_size, dilation, batch_size):
     return lambda: torch.autograd.grad(conv(x), [x, conv.weight], grad)
 
 
+def training(way, name, size, batch_size):
+    """A training step without the optimizer."""
+    model, images, amp = build(way, name, size, batch_size, True)
+    labels = torch.randint(12, (batch_size,))
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        with amp:
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+
+    return step
+
+
 def build(way, name, size, batch_size, training):
     """(network, images, autocast's context) as `way` has them."""
     ours = way == "ours"
@@ -198,20 +212,6 @@ def build(way, name, size, batch_size, training):
         dtype = torch.bfloat16 if has_bfloat16(CPU) else torch.float32
         choose_convolutions(model, [Use((size, size), batch_size, training=training)], dtype=dtype)
     return model, torch.randn(batch_size, 3, size, size).contiguous(memory_format=layout), amp
-
-
-def training(way, name, size, batch_size):
-    """A training step without the optimizer."""
-    model, images, amp = build(way, name, size, batch_size, True)
-    labels = torch.randint(12, (batch_size,))
-
-    def step():
-        model.zero_grad(set_to_none=True)
-        with amp:
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-
-    return step
 
 
 def optimizer(way, name):
