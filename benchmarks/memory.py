@@ -53,7 +53,8 @@ def main():
     print(f"| variant | weights and optimizer / GB | MB/image |{memories}\n|---|---|---|{'---|' * len(MEMORIES)}")
     for name in MODELS:
         fixed, saved = measure(name, IMG_SIZE, DTYPES[AMP], GRAD_CHECKPOINTING, OPTIMIZER_STATES)
-        batches = (find_batch(memory, fixed / 1e9, saved / 1e9) for memory in MEMORIES)
+        usable = [(1 - SPARE) * memory - RESERVED for memory in MEMORIES]
+        batches = (min(find_batch(memory, fixed / 1e9, saved / 1e9), MAX_BATCH) for memory in usable)
         cells = [f"`{name}`", f"{fixed / 1e9:.2f}", f"{saved / 1e6:.0f}", *(str(batch or "-") for batch in batches)]
         print(f"| {' | '.join(cells)} |")
 
@@ -62,12 +63,12 @@ def find_batch(memory, fixed, saved):
     """The largest power of 2 of images that fits, or 0.
 
     Args:
-        memory: GB of the GPU.
+        memory: GB that may be used.
         fixed: GB that do not depend on the batch.
         saved: GB of an image.
     """
-    images = int(((1 - SPARE) * memory - RESERVED - fixed) / saved)
-    return min(1 << images.bit_length() - 1, MAX_BATCH) if images > 0 else 0
+    images = int((memory - fixed) / saved)
+    return 1 << images.bit_length() - 1 if images > 0 else 0
 
 
 def measure(name, img_size, dtype, grad_checkpointing, optimizer_states):

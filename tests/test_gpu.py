@@ -220,8 +220,8 @@ def test_the_batch_that_fits_is_computed(capsys, monkeypatch):
     assert memory.measure("unireplknet_test", 128, torch.bfloat16, False, 1)[1] == pytest.approx(4 * saved, rel=0.05)
     assert memory.measure("unireplknet_test", 64, torch.bfloat16, False, 2)[0] > fixed
     assert not torch.is_autocast_enabled("cuda")
-    assert memory.find_batch(8, 0.5, 0.1) == 32  # 5.9 GB
-    assert memory.find_batch(8, 8, 0.1) == 0 and memory.find_batch(1000, 0.5, 0.1) == 1024
+    assert memory.find_batch(6.4, 0.5, 0.1) == 32 and memory.find_batch(7, 0.5, 0.1) == 64
+    assert memory.find_batch(8, 8, 0.1) == 0
     monkeypatch.setattr(memory, "MODELS", ["unireplknet_test"])
     memory.main()
     assert "| `unireplknet_test` | 0.00 | " in capsys.readouterr().out
