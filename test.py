@@ -36,7 +36,7 @@ from common.audio import kind_of
 from common.checkpoint import build_network, find_checkpoints, load_checkpoint
 from common.dataset import ImageFiles, PixelTransform
 from common.device import Normalise, choose_device, choose_layout, has_bfloat16, keep_freed_memory
-from common.evaluation import accuracy_interval, match_classes, report_classes
+from common.evaluation import accuracy_interval, match_classes, report_classes, tabulate_confusions
 from common.files import SideFiles, identity, is_circle, list_files, write_csv, write_text
 from common.images import is_hidden
 from common.loading import Loader
@@ -315,8 +315,6 @@ def evaluate(paths, probabilities, classes, kind, mistakes, folder, results):
         results.write(path, partial(path.unlink, missing_ok=True))
     if not known:
         return lines
-    from sklearn.metrics import confusion_matrix  # takes two seconds to import
-
     labels = np.array([index[names[number]] for number in known])
     probabilities = probabilities[known]
     predictions = probabilities.argmax(1)
@@ -330,9 +328,7 @@ def evaluate(paths, probabilities, classes, kind, mistakes, folder, results):
     interval = f"95 % confidence interval of acc1: {low:.2f} to {high:.2f} % (Wilson)"
     report += f"{interval}\n"
     results.write(report_path, write_text, report_path, report)
-    matrix = confusion_matrix(labels, predictions, labels=range(len(classes)))
-    rows = [["true class \\ predicted class", *classes], *([name, *row] for name, row in zip(classes, matrix))]
-    results.write(table_path, write_csv, table_path, rows)
+    results.write(table_path, write_csv, table_path, tabulate_confusions(labels, predictions, classes))
     results.write(matrix_path, plot_confusion_matrix, labels, predictions, classes, matrix_path)
 
     confidence = probabilities.max(1)

@@ -14,6 +14,8 @@ from common.images import load_image
 from common.options import UserError
 from common.progress import Progress
 
+MAX_COLUMNS = 1000  # classes up to which a table of confusions has a column for each
+
 
 def choose_images(folder, classes, count, seed=0):
     """Choose images of folder/<class>/, equally many of each class as far as there are, with the classes interleaved.
@@ -155,3 +157,25 @@ def report_classes(labels, predictions, classes):
         wrong = ", ".join(f"{classes[number]} ({count})" for number, count in zip(absent, counts))
         text += f"predicted, though there is no image of it: {wrong}\n"
     return text
+
+
+def tabulate_confusions(labels, predictions, classes):
+    """The confusion matrix as rows of a table.
+
+    Args:
+        labels, predictions: int arrays (images,).
+        classes: class names.
+
+    Returns:
+        A row and a column for each class, with names; beyond `MAX_COLUMNS` classes, for which that would be gigabytes, a
+        row for each pair of a true and a predicted class that occurs, the most frequent first.
+    """
+    from sklearn.metrics import confusion_matrix  # takes two seconds to import
+
+    if len(classes) <= MAX_COLUMNS:
+        matrix = confusion_matrix(labels, predictions, labels=range(len(classes)))
+        return [["true class \\ predicted class", *classes], *([name, *row] for name, row in zip(classes, matrix))]
+    pairs, counts = np.unique(np.stack([labels, predictions]), axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    rows = [[classes[true], classes[predicted], count] for (true, predicted), count in zip(pairs.T[order], counts[order])]
+    return [["true class", "predicted class", "images"], *rows]

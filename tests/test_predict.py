@@ -19,7 +19,7 @@ from torchvision import transforms
 
 import train
 from common.checkpoint import SEEDLINGS, load_checkpoint
-from common.evaluation import match_classes, report_classes
+from common.evaluation import match_classes, report_classes, tabulate_confusions
 from common.options import ConstantError, UserError, set_constants
 
 BEST = Path("checkpoints", SMALL["MODEL"], "best.pth")
@@ -531,3 +531,20 @@ def test_checkpoints_that_do_not_fit_each_other_are_refused(run_test, folds, pla
 def test_checkpoints_among_the_images_are_explained(run_test, folds):
     with pytest.raises(ConstantError, match="IMAGES must be images, got .*last.pth; write --checkpoint before it"):
         run_test("data/val", folds[1], CHECKPOINT=str(folds[0]))
+
+
+@pytest.mark.parametrize("count", [2, 1000, 1001, 30_000])
+def test_a_table_of_confusions_stays_small(count):
+    classes = [f"class {number}" for number in range(count)]
+    labels, predictions = np.array([0, 0, 1, 1, 1, count - 1]), np.array([0, 1, 1, 1, 0, 1])
+    rows = tabulate_confusions(labels, predictions, classes)
+    if count <= 1000:
+        assert rows[0][1:] == classes and [row[0] for row in rows[1:]] == classes
+        assert {(i, j): n for i, row in enumerate(rows[1:]) for j, n in enumerate(row[1:]) if n} == {
+            pair: sum((labels == pair[0]) & (predictions == pair[1])) for pair in zip(labels.tolist(), predictions.tolist())
+        }
+    else:
+        assert rows[0] == ["true class", "predicted class", "images"] and rows[1] == ["class 1", "class 1", 2]
+        assert sorted(rows[2:]) == sorted(
+            [[classes[a], classes[b], 1] for a, b in ((0, 0), (0, 1), (1, 0), (count - 1, 1))]
+        )

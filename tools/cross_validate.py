@@ -42,7 +42,6 @@ answer_early(__name__, __file__)  # --help and wrong options, before imports tha
 
 import numpy as np
 import torch
-from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from common.audio import kind_of
@@ -51,7 +50,7 @@ from common.columns import Hashes
 from common.contents import hash_contents
 from common.dataset import open_image_folder, transform_of
 from common.device import choose_device
-from common.evaluation import accuracy_interval, compute_logits, report_classes
+from common.evaluation import accuracy_interval, compute_logits, report_classes, tabulate_confusions
 from common.files import write_csv, write_json, write_text
 from common.manifest import CACHE, MANIFEST, STATISTICS, fingerprint, read_json, read_manifest, read_table
 from common.options import ConstantError, Limits, Name, NonNegativeInt, UserError, run
@@ -308,9 +307,7 @@ def write_results(pool, folds, probabilities, folder):
     write_text(folder / "report.txt", "\n".join([report, *lines, ""]))
     result = dict(acc1=acc1, mean=np.mean(acc1), std=np.std(acc1, ddof=1), pooled=100 * correct.mean())
     write_json(folder / "result.json", result | dict(interval=[low, high], images=len(correct), classes=classes))
-    matrix = confusion_matrix(pool.labels, predictions, labels=range(len(classes)))
-    rows = [["true class \\ predicted class", *classes], *([name, *row] for name, row in zip(classes, matrix))]
-    write_csv(folder / "confusion_matrix.csv", rows)
+    write_csv(folder / "confusion_matrix.csv", tabulate_confusions(pool.labels, predictions, classes))
     plot_confusion_matrix(pool.labels, predictions, classes, folder / "confusion_matrix.png")
     print("", report, *lines, f"files in {folder}", sep="\n")
 
