@@ -23,14 +23,14 @@ answer_early(__name__, __file__)  # --help and wrong options, before imports tha
 
 from common.files import write_csv
 from common.manifest import read_json
-from common.options import Name, UserError, run
+from common.options import Name, PositiveInt, UserError, run
 from common.plots import plot_runs
 from common.run_folder import NO_EFFECT
 from common.text import label, pad, width
 
 FOLDERS: list[Name] = []  # folders of runs, or patterns; []: all in checkpoints/
+WIDTH: PositiveInt = 24  # characters of a constant's value in the printed table, from which it is shortened
 OUTPUT: Name = "results"  # folder for compare.csv and compare.png
-SHOWN = 24  # columns of a constant's value in the table
 
 
 def main():
@@ -45,7 +45,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "compare.csv", table)
     plot_runs({one.name: one.history for one in runs}, folder / "compare.png")
-    print_table(table)
+    print_table(table, WIDTH)
     images = {one.val_images for one in runs if one.val_images is not None}
     if len(images) > 1:
         numbers = ", ".join(map(str, sorted(images)))
@@ -142,10 +142,10 @@ def make_table(runs):
     return rows
 
 
-def print_table(rows):
-    """Print rows in columns of equal width."""
+def print_table(rows, most):
+    """Print rows in columns of equal width, cells besides those of the first column in at most `most` characters."""
     rows = [["-" if cell is None else str(cell) for cell in row] for row in rows]
-    rows = [[label(cell, SHOWN if place else 60) for place, cell in enumerate(row)] for row in rows]
+    rows = [[label(cell, most if place else 60) for place, cell in enumerate(row)] for row in rows]
     widths = [max(map(width, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(pad(cell, columns) for cell, columns in zip(row, widths)).rstrip())
