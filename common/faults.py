@@ -295,7 +295,7 @@ def explain_not_finite(state, loader, first_batch, batches, numbers, prepare, am
             return f"not finite after the augmentation: {', '.join(broken[:4])}; check MEAN and STD"
         images = prepare(batch, number)[0]
         if not images.isfinite().all():
-            return "the normalised images are not finite; check MEAN and STD"
+            return f"the normalised images are not finite ({', '.join(names[:4])}); check MEAN and STD"
         with amp():
             layer = first_non_finite_layer(state.model, images)
         if layer is not None:

@@ -628,7 +628,7 @@ def test_one_changed_field_of_a_manifest_is_refused_or_harmless(tmp_path):
         "train/a/..",
         "train//x",
         "train/a",
-        "test/a/x",
+        "other/a/x",
         "a/b/c",
         "train/a/b/c",
     ]

@@ -592,8 +592,9 @@ def test_options_are_answered_before_packages_are_imported(name, start_without_p
     assert output.startswith(f"usage: {name}") and constants
     shown = [constant.lower() for constant in constants]  # a list may be words without an option
     assert all(f"--{word.replace('_', '-')}" in output or f"\n  {word} " in output for word in shown)
-    assert start_without_packages(name, "--surely-unknown=3") == 2
-    assert "--surely-unknown" in capsys.readouterr().err
+    if name != "tools/cross_validate.py":  # which hands options that are not its own to train.py
+        assert start_without_packages(name, "--surely-unknown=3") == 2
+        assert "--surely-unknown" in capsys.readouterr().err
     if "--device" in output:
         assert start_without_packages(name, "--device", "") == 2
         assert capsys.readouterr().err.startswith("error: DEVICE must be text that is not empty, got ''")

@@ -104,7 +104,7 @@ def test_augmentation_before_training_is_that_of_train_py_s_constants(
 
 def test_values_of_a_script_are_read_without_running_it(tmp_path):
     values = visualize.read_values(ROOT / "train.py")
-    assert values["IMG_SIZE"] == 224 and values["QUARTER_TURNS"] is True and values["MEAN"] is None
+    assert values["BATCH_SIZE"] == 32 and values["QUARTER_TURNS"] is True and values["MEAN"] is None
     (tmp_path / "computed.py").write_text("A: int = 1\nB: int = 2 * 3\n")
     with pytest.raises(UserError, match="computed.py, line 2: B is computed; write its value instead"):
         visualize.read_values(tmp_path / "computed.py")
