@@ -30,6 +30,7 @@ import importlib.util
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import tokenize
@@ -643,6 +644,8 @@ def nothing_left_running():
 def end_processes():
     """Kill the processes that this one has started by multiprocessing; returns those that cannot be killed."""
     processes = multiprocessing.active_children()
+    if processes and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error for a killed reader of images
     for process in processes:
         process.kill()
     for process in processes:
