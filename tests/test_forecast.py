@@ -123,6 +123,41 @@ def test_errors_equal_those_of_a_plain_loop():
     assert forecast.evaluate(model, windows, 30, [2, 0]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_scores_of_a_band_equal_those_of_a_plain_loop():
+    torch.manual_seed(0)
+    model, windows = forecast.DLinear(30, 3), torch.randn(150, 2).unfold(0, 33, 1)
+    band = forecast.measure_band(model, windows, 30, [1, 0], enough=1)
+    assert band.shape == (2, 2, 3) and band.dtype == torch.float32
+    losses, inside = [], []
+    for window in windows:
+        forecasts = model(window[None, :, :30])[0].detach()
+        for place, column in enumerate((1, 0)):
+            scale = float((window[column, :30].var(unbiased=False) + 1e-5).sqrt())
+            for step in range(3):
+                truth, middle = float(window[column, 30 + step]), float(forecasts[column, step])
+                low, high = (middle + float(limit) * scale for limit in band[:, place, step])
+                inside.append(low <= truth <= high)
+                for quantile, value in ((0.1, low), (0.5, middle), (0.9, high)):
+                    losses.append(max(quantile * (truth - value), (quantile - 1) * (truth - value)))
+    errors = forecast.evaluate(model, windows, 30, [1, 0], band=band.double())
+    plain = forecast.evaluate(model, windows, 30, [1, 0])
+    assert errors["pinball"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert errors["coverage"] == pytest.approx(np.mean(inside), abs=0.01) == pytest.approx(0.8, abs=0.02)
+    assert plain == {key: errors[key] for key in ("mse", "mae")}
+
+
+def test_few_windows_borrow_errors_from_other_steps_and_many_are_sampled():
+    torch.manual_seed(0)
+    windows = torch.randn(500, 1).unfold(0, 44, 1)
+    model = forecast.Repeat(4, 1, 40)
+    wide = forecast.measure_band(model, windows[:13], 4, [0])
+    assert wide.shape == (2, 1, 40) and wide.diff(dim=-1).abs().max() < 1  # neighbours share most of their errors
+    single = forecast.measure_band(model, windows[:1], 4, [0])
+    assert (single[0] < single[1]).all() and single.diff(dim=-1).abs().max() == 0
+    sample = forecast.measure_band(model, windows, 4, [0], most=100)
+    assert torch.equal(sample, forecast.measure_band(model, windows[::5], 4, [0]))
+
+
 # --- the models
 
 
@@ -444,7 +479,8 @@ def test_a_checkpoint_alone_forecasts(finished, run_forecast, capsys):
     assert "\nperiod      24 rows, from the checkpoint\ndates       in column 'date', from the checkpoint\n" in printed
     with open("results/forecast.csv", newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["date", "north", "south"] and len(rows) == 12
+    assert list(rows[0]) == ["date", "north", "north 10 %", "north 90 %", "south", "south 10 %", "south 90 %"]
+    assert len(rows) == 12
     assert rows[0]["date"] == "2021-06-07 06:00:00"
     checkpoint = load_checkpoint(best, forecast.REQUIRED, forecast.check_resumed)
     model = forecast.open_model(checkpoint, torch.device("cpu"))
@@ -453,7 +489,23 @@ def test_a_checkpoint_alone_forecasts(finished, run_forecast, capsys):
     with torch.inference_mode():
         expected = model(z)[0].T.numpy() * checkpoint["std"] + checkpoint["mean"]
     np.testing.assert_allclose([[float(row["north"]), float(row["south"])] for row in rows], expected, rtol=1e-3)
+    scale = (z.var(-1, unbiased=False) + 1e-5).sqrt()[0].numpy() * checkpoint["std"]
+    for number, limit in enumerate(("10 %", "90 %")):
+        limits = [[float(row[f"{column} {limit}"]) for column in ("north", "south")] for row in rows]
+        np.testing.assert_allclose(limits, expected + checkpoint["band"][number].T.numpy() * scale, rtol=1e-3)
     assert Path("results/forecast.png").is_file()
+
+    checkpoint.pop("band")  # as earlier versions wrote it
+    save_checkpoint(checkpoint, Path("old.pth"))
+    run_forecast(CHECKPOINT="old.pth", CSV="new.csv")
+    assert "\nband        none: the checkpoint is of an earlier version" in capsys.readouterr().out
+    with open("results/forecast.csv", newline="", encoding="utf-8-sig") as file:
+        assert [[row["north"], row["south"]] for row in csv.DictReader(file)] == [
+            [row["north"], row["south"]] for row in rows
+        ]
+    for band in ([1.0], torch.zeros(2, 2, 11), torch.full((2, 2, 12), math.nan), -torch.arange(48.0).view(2, 2, 12)):
+        with pytest.raises(ValueError, match="its band must be"):
+            forecast.check_forecaster(checkpoint | dict(band=band))
 
     write_sine("new.csv", rows=100, interval=HOUR / 2)
     with pytest.raises(UserError, match="are 0:30:00 apart, but .* was trained on rows 1:00:00 apart"):

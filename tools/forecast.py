@@ -19,7 +19,13 @@ and restores them in the forecast. Here the level is computed per hour of the da
 network therefore predicts the deviation from the mean day. No other path bypasses the network.
 
 DLinear (Zeng et al., AAAI 2023), a strong linear baseline, is trained on the same data for the same number of steps.
-Repeating the last period is the naive baseline; repeating the mean of the LOOKBACK periods shows what the network adds.
+Repeating the last period is the seasonal naive baseline; repeating the mean of the LOOKBACK periods shows what the
+network adds.
+
+Uncertainty. The band from the 10 % to the 90 % quantile holds the errors on the validation part (split conformal
+prediction, Vovk et al.), for each column and step, in units of the scale of the window; the forecast itself is the 50 %
+quantile, for which the MAE trains. The band changes neither network nor training. On the test part, "pinball" is the
+mean pinball loss of the three quantiles, and "coverage" the fraction of true values inside the band, 0.8 at best.
 
 The file is read as it is where that is possible, see docs/series.md; what was decided about it is printed. Where SPLIT,
 PERIOD, LOOKBACK and HORIZONS are not set, they follow from the length of the series and the step between its rows.
@@ -30,8 +36,9 @@ benchmarks/forecast.md explains how the constants were chosen.
 
 Outputs in checkpoints/forecast/<name of the CSV file>/:
 
-    results.csv, results.json       MSE and MAE for each horizon, seed and method; JSON adds constants and versions
-    <horizon>.png, <horizon>.csv    forecasts of the first seed and the true values, in the units of the CSV file
+    results.csv, results.json       errors for each horizon, seed and method; JSON adds constants and versions
+    <horizon>.png, <horizon>.csv    forecasts of the first seed with the network's band, and the true values, in the
+                                    units of the CSV file
     <horizon>-seed<seed>/<method>/  last.pth, best.pth, log.csv
 
 With --checkpoint: forecast.csv and forecast.png in results/.
@@ -55,6 +62,7 @@ from common.options import answer_early
 
 answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -165,6 +173,7 @@ NO_EFFECT = ("CSV", "CHECKPOINT", "DEVICE", "SEEDS", "HORIZONS", "RESUME", "OUTP
 NO_EFFECT += ("DATE_ORDER", "TIMEZONE", "DECIMAL", "GAPS")
 DEFAULT_SPLIT = [0.6, 0.2, 0.2]
 LOSSES = dict(mae=F.l1_loss, mse=F.mse_loss, huber=F.smooth_l1_loss)
+QUANTILES = (0.1, 0.9)  # the band around a forecast
 MAX_SIDE = 32  # of an image that the five downsamplings of the network reduce to one pixel
 REQUIRED = ("arch", "model_args", "state_dict_ema", "lookback", "horizon", "period", "columns", "targets", "date")
 REQUIRED += ("interval", "mean", "std", "config")
@@ -316,9 +325,10 @@ def main():
                     )
                     row = dict(horizon=horizon, seed=seed, method=name, windows=len(parts[2]))
                     row |= dict(epoch=best["best_epoch"], seconds=best["seconds"], val_mse=best["best_mse"])
-                    results.append(row | evaluate(model, parts[2], method.lookback, targets, interrupt))
+                    band = best["band"].double()
+                    results.append(row | evaluate(model, parts[2], method.lookback, targets, interrupt, band))
                     print(format_result(results[-1]))
-                    trained[name] = model, method.lookback
+                    trained[name] = model, method.lookback, band
                 if seed == SEEDS[0]:
                     windows = split_windows(values, ends, longest, horizon)[2]
                     path = folder / f"{horizon}.png"
@@ -413,14 +423,23 @@ def forecast(path, csv_path, date, reading, constants, device, folder):
     mean, std = (torch.tensor(checkpoint[name], dtype=torch.float64) for name in ("mean", "std"))
     values = ((torch.from_numpy(series.values) - mean) / std).float().to(device)
     targets = [columns.index(name) for name in checkpoint["targets"]]
-    future = model(values[-lookback:].T[None])[0].T.cpu().double() * std + mean  # (horizon, columns)
+    past = values[-lookback:].T[None]
+    future = model(past)[0].T.cpu().double() * std + mean  # (horizon, columns)
+    band = None
+    if checkpoint.get("band") is not None:
+        offsets = checkpoint["band"].double() * window_scale(past)[0, targets].cpu().double()  # (2, targets, horizon)
+        band = (future[:, targets].T + offsets * std[targets, None]).numpy()
     dates = series.following(horizon)
 
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        dict(date=date) | {columns[target]: f"{row[target]:.6g}" for target in targets}
-        for date, row in zip(dates, future.tolist())
-    ]
+    rows = []
+    for step, date in enumerate(dates):
+        rows.append(dict(date=date))
+        for place, target in enumerate(targets):
+            rows[-1][columns[target]] = f"{future[step, target]:.6g}"
+            if band is not None:
+                low, high = band[:, place, step]
+                rows[-1] |= {f"{columns[target]} 10 %": f"{low:.6g}", f"{columns[target]} 90 %": f"{high:.6g}"}
     write_csv(folder / "forecast.csv", rows)
     shown = min(len(series.dates), max(lookback, horizon) // 2)
     plot_forecasts(
@@ -428,8 +447,11 @@ def forecast(path, csv_path, date, reading, constants, device, folder):
         series.dates[-shown:] + dates,
         series.values[-shown:, targets].T,
         {checkpoint["arch"]: future[:, targets].T.numpy()},
+        band,
         folder / "forecast.png",
     )
+    if band is None:
+        print("band        none: the checkpoint is of an earlier version, which did not measure it")
     print(f"forecast    {horizon} rows from {dates[0]} to {dates[-1]} in {folder / 'forecast.csv'}")
     if len(values) >= lookback + horizon:
         windows = values.unfold(0, lookback + horizon, 1)
@@ -468,6 +490,13 @@ def check_forecaster(checkpoint):
         raise ValueError(f"its arch must be dlinear or the plain name of a UniRepLKNet, got {brief(arch)}")
     if outputs != (horizon, lookback):
         raise ValueError(f"its model_args must give {horizon} outputs for {lookback} rows, got {brief(arguments)}")
+    band = checkpoint.get("band")  # missing in earlier versions, and before training ends
+    if band is not None:
+        shape = (2, len(targets), horizon)
+        if not isinstance(band, torch.Tensor) or band.shape != shape or band.dtype != torch.float32:
+            raise ValueError(f"its band must be a float32 tensor {shape}, got {brief(band)}")
+        if not band.isfinite().all() or (band[0] > band[1]).any():
+            raise ValueError("its band must be finite, and its lower quantiles below the upper ones")
     check_weights("state_dict_ema", checkpoint["state_dict_ema"], outline_model(arch, arguments, period))
 
 
@@ -605,7 +634,7 @@ def merge(model):
 FORECAST_LINES = (("C0", "--", "o"), ("C1", ":", "^"), ("C2", "-.", "s"))  # distinguishable without colours
 
 
-def plot_forecasts(columns, dates, known, forecasts, path, most=8):
+def plot_forecasts(columns, dates, known, forecasts, band, path, most=8):
     """Plot known values and forecasts, one panel per column.
 
     Args:
@@ -613,6 +642,7 @@ def plot_forecasts(columns, dates, known, forecasts, path, most=8):
         dates: of the known rows and the forecast rows.
         known: array (columns, rows) of true values, starting at the first date; may end before the dates do.
         forecasts: {name: array (columns, horizon)}, ending at the last date.
+        band: array (2, columns, horizon), lower and upper quantile of the first forecast, or None.
         path: PNG file to write.
         most: maximum number of panels.
     """
@@ -623,6 +653,9 @@ def plot_forecasts(columns, dates, known, forecasts, path, most=8):
     grid = figure.subplots(down, across, squeeze=False)
     for number, column in enumerate(columns):
         axes = grid.flat[number]
+        if band is not None:
+            span = dates[-band.shape[2] :], band[0, number], band[1, number]
+            axes.fill_between(*span, color="C0", alpha=0.2, lw=0, label="10 to 90 %")
         axes.plot(dates[: known.shape[1]], known[number], color="black", lw=1.1, label="truth")
         for (name, forecast), (color, line, marker) in zip(forecasts.items(), FORECAST_LINES):
             horizon = forecast.shape[1]
@@ -655,8 +688,43 @@ class Repeat(nn.Module):
         return restore(x.new_zeros(*x.shape[:2], self.horizon), day, std)
 
 
+def window_scale(past):
+    """Standard deviation of each window, as in `normalise`: (..., lookback) -> (..., 1)."""
+    return (past.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
 @torch.inference_mode()
-def evaluate(model, windows, lookback, targets, interrupt=None):
+def measure_band(model, windows, lookback, targets, interrupt=None, most=2000, enough=200):
+    """`QUANTILES` of the errors on `windows`, for each column and step, in units of `window_scale`.
+
+    Args:
+        model, windows, lookback, targets, interrupt: see `evaluate`.
+        most: number of windows to use, spread over all.
+        enough: errors for one quantile; with fewer windows, steps before and after count as well.
+
+    Returns:
+        float32 tensor (2, targets, horizon), to be added to a forecast after multiplication by its window's scale.
+    """
+    model = merge(model)
+    windows = windows[:: math.ceil(len(windows) / most), targets]
+    errors = []
+    for batch in windows.split(max(1, 512 // len(targets))):
+        past, future = batch[..., :lookback], batch[..., lookback:]
+        errors.append(((future - model(past)) / window_scale(past)).cpu())
+        if interrupt is not None and interrupt.signal is not None:
+            raise Stopped
+    errors = torch.cat(errors).double().numpy()  # (windows, targets, horizon)
+    count, _, horizon = errors.shape
+    reach = min(horizon, math.ceil((enough / count - 1) / 2) if count < enough else 0)
+    band = []
+    for step in range(horizon):
+        near = errors[:, :, max(0, step - reach) : step + reach + 1].transpose(1, 0, 2).reshape(len(targets), -1)
+        band.append(np.quantile(near, QUANTILES, axis=1))
+    return torch.from_numpy(np.stack(band, 2)).float()
+
+
+@torch.inference_mode()
+def evaluate(model, windows, lookback, targets, interrupt=None, band=None):
     """Errors over all `windows`, for the columns with the indices `targets`.
 
     Args:
@@ -665,24 +733,31 @@ def evaluate(model, windows, lookback, targets, interrupt=None):
         lookback: rows of a window that the model receives.
         targets: indices of columns.
         interrupt: an active `Interrupt`, or None.
+        band: see `measure_band`, or None.
 
     Returns:
-        dict: mse, mae.
+        dict: mse, mae; with `band` also pinball, the mean loss of its quantiles and the median, and coverage.
 
     Raises:
         Stopped: after SIGTERM or Ctrl-C.
     """
     model = merge(model)
     windows = windows[:, targets]
-    squares, absolutes = 0.0, 0.0
+    squares, absolutes, pinball, inside = 0.0, 0.0, 0.0, 0
     for batch in windows.split(max(1, 512 // len(targets))):
         error = (model(batch[..., :lookback]) - batch[..., lookback:]).cpu().double()
         squares += error.square().sum().item()
         absolutes += error.abs().sum().item()
+        if band is not None:
+            limits = band[:, None] * window_scale(batch[..., :lookback]).cpu().double()  # (2, batch, targets, horizon)
+            for quantile, limit in zip((*QUANTILES, 0.5), (*limits, torch.zeros(()))):
+                pinball += torch.maximum(quantile * (-error - limit), (quantile - 1) * (-error - limit)).sum().item()
+            inside += ((limits[0] <= -error) & (-error <= limits[1])).sum().item()
         if interrupt is not None and interrupt.signal is not None:
             raise Stopped
     count = windows.shape[0] * windows.shape[1] * (windows.shape[2] - lookback)
-    return dict(mse=squares / count, mae=absolutes / count)
+    errors = dict(mse=squares / count, mae=absolutes / count)
+    return errors if band is None else errors | dict(pinball=pinball / 3 / count, coverage=inside / count)
 
 
 def count_channels(period):
@@ -728,7 +803,8 @@ class Method:
 def format_result(row):
     """One result as a line of text; the header for None."""
     columns = [("horizon", ">7"), ("seed", ">4"), ("method", "<12"), ("epoch", ">5"), ("val_mse", ">8.4f")]
-    columns += [("mse", ">8.4f"), ("mae", ">8.4f"), ("seconds", ">7.0f")]
+    columns += [("mse", ">8.4f"), ("mae", ">8.4f"), ("pinball", ">8.4f")]
+    columns += [("coverage", ">8.3f"), ("seconds", ">7.0f")]
     cells = []
     for name, spec in columns:
         value = name if row is None else row[name]
@@ -751,7 +827,7 @@ def train(method, settings, parts, metadata, folder, device, interrupt, side_fil
         side_files: the run's `SideFiles`.
 
     Returns:
-        (the model of the best epoch in its inference structure, its checkpoint).
+        (the model of the best epoch in its inference structure, its checkpoint with the band of its forecasts).
 
     Raises:
         Stopped: after SIGTERM or Ctrl-C; last.pth is up to date.
@@ -807,7 +883,11 @@ def train(method, settings, parts, metadata, folder, device, interrupt, side_fil
         raise
     side_files.write(folder / "log.csv", write_csv, folder / "log.csv", fit.history)
     best = load_checkpoint(folder / "best.pth", REQUIRED, check_resumed)
-    return open_model(best, device), best
+    model = open_model(best, device)
+    if best.get("band") is None:
+        best["band"] = measure_band(model, parts[1], method.lookback, targets, interrupt)
+        save_checkpoint(best, folder / "best.pth")
+    return model, best
 
 
 def check_resumed(checkpoint):
@@ -971,7 +1051,7 @@ def write_test_forecasts(series, metadata, horizon, windows, trained, path):
         metadata: see `train`.
         horizon: rows to forecast.
         windows: of the test part, (windows, C, longest lookback + horizon).
-        trained: {name: (model, lookback)}.
+        trained: {name: (model, lookback, band)}, the network first.
         path: the PNG file; the CSV file is written beside it.
     """
     targets = [metadata["columns"].index(name) for name in metadata["targets"]]
@@ -986,9 +1066,12 @@ def write_test_forecasts(series, metadata, horizon, windows, trained, path):
         starts.append(len(windows) - 1)
     tiles = windows[starts]
     truth = to_units(tiles)  # (tiles, targets, lookback + horizon)
-    forecasts = {}
-    for name, (model, own) in trained.items():
-        forecasts[name] = to_units(model(tiles[..., lookback - own : lookback]))
+    forecasts, bands = {}, {}
+    for name, (model, own, band) in trained.items():
+        past = tiles[..., lookback - own : lookback]
+        forecasts[name] = to_units(model(past))
+        offsets = band[:, None] * window_scale(past[:, targets]).cpu().double() * std  # (2, tiles, targets, horizon)
+        bands[name] = forecasts[name] + offsets.numpy()
     rows, dates = [], series.dates
     for tile, start in enumerate(starts):
         first = metadata["ends"][1] + start
@@ -996,7 +1079,10 @@ def write_test_forecasts(series, metadata, horizon, windows, trained, path):
             row = dict(date=dates[first + step], seen_until=dates[first - 1])
             for place, target in enumerate(metadata["targets"]):
                 row[target] = f"{truth[tile, place, lookback + step]:.6g}"
-                row |= {f"{target} {name}": f"{forecasts[name][tile, place, step]:.6g}" for name in forecasts}
+                for name, forecast in forecasts.items():
+                    row[f"{target} {name}"] = f"{forecast[tile, place, step]:.6g}"
+                    low, high = bands[name][:, tile, place, step]
+                    row |= {f"{target} {name} 10 %": f"{low:.6g}", f"{target} {name} 90 %": f"{high:.6g}"}
             rows.append(row)
     write_csv(path.with_suffix(".csv"), rows)
 
@@ -1007,20 +1093,23 @@ def write_test_forecasts(series, metadata, horizon, windows, trained, path):
         dates[first - min(lookback, horizon) : first + horizon],
         truth[middle, :, -horizon - min(lookback, horizon) :],
         {name: forecast[middle] for name, forecast in forecasts.items()},
+        next(iter(bands.values()))[:, middle],
         path,
     )
 
 
 def evaluate_repeat(periods, period, horizon, parts, targets, interrupt):
-    """Validation MSE, test MSE and test MAE of repeating the mean of the last `periods` periods, as a result's dict."""
-    model = Repeat(period, periods, horizon)
-    validation, test = (evaluate(model, part, periods * period, targets, interrupt) for part in parts[1:])
+    """Validation MSE and test errors of repeating the mean of the last `periods` periods, as a result's dict."""
+    model, lookback = Repeat(period, periods, horizon), periods * period
+    validation = evaluate(model, parts[1], lookback, targets, interrupt)
+    band = measure_band(model, parts[1], lookback, targets, interrupt).double()
+    test = evaluate(model, parts[2], lookback, targets, interrupt, band)
     return dict(epoch=None, seconds=None, val_mse=validation["mse"], **test)
 
 
 def format_table(results):
     """Mean and standard deviation over the seeds for each horizon and method, as lines of text."""
-    lines = [f"{'horizon':>7}  {'method':12} {'MSE':>8} {'std':>8}  {'MAE':>8} {'std':>8}  {'windows':>7}"]
+    lines = [f"{'horizon':>7}  {'method':12} {'MSE':>8} {'std':>8}  {'MAE':>8} {'std':>8}  pinball  coverage  windows"]
     for horizon, name in dict.fromkeys((row["horizon"], row["method"]) for row in results):
         rows = [row for row in results if row["horizon"] == horizon and row["method"] == name]
         line = f"{horizon:7}  {name:12}"
@@ -1028,7 +1117,8 @@ def format_table(results):
             values = [row[key] for row in rows]
             spread = f"{statistics.stdev(values):8.4f}" if len(values) > 1 else f"{'-':>8}"
             line += f" {statistics.mean(values):8.4f} {spread} "
-        lines.append(f"{line} {rows[0]['windows']:7}")
+        pinball, coverage = (statistics.mean(row[key] for row in rows) for key in ("pinball", "coverage"))
+        lines.append(f"{line} {pinball:7.4f}  {coverage:8.3f}  {rows[0]['windows']:7}")
     return "\n".join(lines)
 
 
