@@ -167,8 +167,8 @@ def tabulate_confusions(labels, predictions, classes):
         classes: class names.
 
     Returns:
-        A row and a column for each class, with names; beyond `MAX_COLUMNS` classes, for which that would be gigabytes, a
-        row for each pair of a true and a predicted class that occurs, the most frequent first.
+        A row and a column for each class, with names; beyond `MAX_COLUMNS` classes, for which that would be gigabytes,
+        a row for each pair of a true and a predicted class that occurs, the most frequent first.
     """
     from sklearn.metrics import confusion_matrix  # takes two seconds to import
 
@@ -177,5 +177,6 @@ def tabulate_confusions(labels, predictions, classes):
         return [["true class \\ predicted class", *classes], *([name, *row] for name, row in zip(classes, matrix))]
     pairs, counts = np.unique(np.stack([labels, predictions]), axis=1, return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    rows = [[classes[true], classes[predicted], count] for (true, predicted), count in zip(pairs.T[order], counts[order])]
+    rows = zip(pairs.T[order], counts[order])
+    rows = [[classes[true], classes[predicted], count] for (true, predicted), count in rows]
     return [["true class", "predicted class", "images"], *rows]

@@ -644,10 +644,22 @@ def nothing_left_running():
 def end_processes():
     """Kill the processes that this one has started by multiprocessing; returns those that cannot be killed."""
     processes = multiprocessing.active_children()
-    if processes and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error for a killed reader of images
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.join(1)  # the system kills none in the middle of a read from a network drive
+    with no_answer_to_killed_processes() if processes else contextlib.nullcontext():
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join(1)  # the system kills none in the middle of a read from a network drive
     return [process for process in processes if process.is_alive()]
+
+
+@contextlib.contextmanager
+def no_answer_to_killed_processes():
+    """Within this context PyTorch raises no error for a process of a DataLoader that is killed."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)

@@ -541,7 +541,7 @@ def test_a_table_of_confusions_stays_small(count):
     if count <= 1000:
         assert rows[0][1:] == classes and [row[0] for row in rows[1:]] == classes
         assert {(i, j): n for i, row in enumerate(rows[1:]) for j, n in enumerate(row[1:]) if n} == {
-            pair: sum((labels == pair[0]) & (predictions == pair[1])) for pair in zip(labels.tolist(), predictions.tolist())
+            (a, b): sum((labels == a) & (predictions == b)) for a, b in zip(labels.tolist(), predictions.tolist())
         }
     else:
         assert rows[0] == ["true class", "predicted class", "images"] and rows[1] == ["class 1", "class 1", 2]
