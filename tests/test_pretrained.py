@@ -95,7 +95,10 @@ def swap_statistics(state):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda state: {f"a.{n}.{name.rsplit('.', 1)[1]}": t for n, (name, t) in enumerate(swap_statistics(state).items())},
+        lambda state: {
+            f"a.{number}.{name.rsplit('.', 1)[1]}": tensor
+            for number, (name, tensor) in enumerate(swap_statistics(state).items())
+        },
         lambda state: dict(list(state.items())[:-6]),
         lambda state: state | {"layer9.weight": torch.zeros(3)},
         lambda state: {f"x.{name}": tensor for name, tensor in reversed(state.items())},
@@ -199,7 +202,8 @@ def test_a_tag_in_model_stands_for_pretrained(run_train, monkeypatch, capsys):
 @pytest.mark.parametrize("content", [b"", b"no weights", b"\x08\0\0\0\0\0\0\0{}      " * 9])
 def test_a_damaged_safetensors_file_gets_one_sentence(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="model.safetensors cannot be used: .*; set PRETRAINED to another file") as error:
+    words = "model.safetensors cannot be used: .*; set PRETRAINED to another file"
+    with pytest.raises(UserError, match=words) as error:
         network.read_weights("resnet18", str(tmp_path / "model.safetensors"))
     assert "\n" not in str(error.value)
 
