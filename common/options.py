@@ -622,10 +622,12 @@ def nothing_left_running():
     Processes that read files ignore signals, and Python waits for them when it ends. It waits for threads, too, and one
     that stands in the middle of a read cannot be ended but with the process.
     """
+    before = set(threading.enumerate())
     try:
         yield
     except BaseException as error:
         stuck, threads = end_processes(), [one for one in threading.enumerate() if one.name.startswith(READER)]
+        threads = [one for one in threads if one not in before]
         for thread in threads:
             thread.join(0.2)
         if not stuck and not any(thread.is_alive() for thread in threads):

@@ -694,36 +694,6 @@ def window_scale(past):
 
 
 @torch.inference_mode()
-def measure_band(model, windows, lookback, targets, interrupt=None, most=2000, enough=200):
-    """`QUANTILES` of the errors on `windows`, for each column and step, in units of `window_scale`.
-
-    Args:
-        model, windows, lookback, targets, interrupt: see `evaluate`.
-        most: number of windows to use, spread over all.
-        enough: errors for one quantile; with fewer windows, steps before and after count as well.
-
-    Returns:
-        float32 tensor (2, targets, horizon), to be added to a forecast after multiplication by its window's scale.
-    """
-    model = merge(model)
-    windows = windows[:: math.ceil(len(windows) / most), targets]
-    errors = []
-    for batch in windows.split(max(1, 512 // len(targets))):
-        past, future = batch[..., :lookback], batch[..., lookback:]
-        errors.append(((future - model(past)) / window_scale(past)).cpu())
-        if interrupt is not None and interrupt.signal is not None:
-            raise Stopped
-    errors = torch.cat(errors).double().numpy()  # (windows, targets, horizon)
-    count, _, horizon = errors.shape
-    reach = min(horizon, math.ceil((enough / count - 1) / 2) if count < enough else 0)
-    band = []
-    for step in range(horizon):
-        near = errors[:, :, max(0, step - reach) : step + reach + 1].transpose(1, 0, 2).reshape(len(targets), -1)
-        band.append(np.quantile(near, QUANTILES, axis=1))
-    return torch.from_numpy(np.stack(band, 2)).float()
-
-
-@torch.inference_mode()
 def evaluate(model, windows, lookback, targets, interrupt=None, band=None):
     """Errors over all `windows`, for the columns with the indices `targets`.
 
@@ -888,6 +858,36 @@ def train(method, settings, parts, metadata, folder, device, interrupt, side_fil
         best["band"] = measure_band(model, parts[1], method.lookback, targets, interrupt)
         save_checkpoint(best, folder / "best.pth")
     return model, best
+
+
+@torch.inference_mode()
+def measure_band(model, windows, lookback, targets, interrupt=None, most=2000, enough=200):
+    """`QUANTILES` of the errors on `windows`, for each column and step, in units of `window_scale`.
+
+    Args:
+        model, windows, lookback, targets, interrupt: see `evaluate`.
+        most: number of windows to use, spread over all.
+        enough: errors for one quantile; with fewer windows, steps before and after count as well.
+
+    Returns:
+        float32 tensor (2, targets, horizon), to be added to a forecast after multiplication by its window's scale.
+    """
+    model = merge(model)
+    windows = windows[:: math.ceil(len(windows) / most), targets]
+    errors = []
+    for batch in windows.split(max(1, 512 // len(targets))):
+        past, future = batch[..., :lookback], batch[..., lookback:]
+        errors.append(((future - model(past)) / window_scale(past)).cpu())
+        if interrupt is not None and interrupt.signal is not None:
+            raise Stopped
+    errors = torch.cat(errors).double().numpy()  # (windows, targets, horizon)
+    count, _, horizon = errors.shape
+    reach = min(horizon, math.ceil((enough / count - 1) / 2) if count < enough else 0)
+    band = []
+    for step in range(horizon):
+        near = errors[:, :, max(0, step - reach) : step + reach + 1].transpose(1, 0, 2).reshape(len(targets), -1)
+        band.append(np.quantile(near, QUANTILES, axis=1))
+    return torch.from_numpy(np.stack(band, 2)).float()
 
 
 def check_resumed(checkpoint):
