@@ -493,17 +493,19 @@ def answer_early(name, path, packages=PACKAGES):
     with tokenize.open(path) as file:
         tree = ast.parse(file.read())
     namespace = {"__file__": path, "__doc__": ast.get_docstring(tree, clean=False), "__annotations__": {}}
+    plain = {name for name, value in vars(builtins).items() if isinstance(value, type)}
     evaluate = lambda node: eval(compile(ast.Expression(node), path, "eval"), namespace)  # noqa: E731
     for node in tree.body:
-        try:
-            if isinstance(node, ast.ImportFrom) and node.module in ("typing", __name__) or isinstance(node, ast.Assign):
-                exec(compile(ast.Module([node], []), path, "exec"), namespace)
-            elif isinstance(node, ast.AnnAssign) and node.value:
-                namespace["__annotations__"][node.target.id] = evaluate(node.annotation)
-                namespace[node.target.id] = evaluate(node.value)
-        except Exception:
-            if isinstance(node, ast.AnnAssign):  # the whole script, which comes next, shows what is wrong
+        names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)}
+        unknown = names - namespace.keys()
+        from_here = isinstance(node, ast.ImportFrom) and node.module in ("typing", __name__)
+        if from_here or isinstance(node, ast.Assign) and not unknown - plain:  # such as Share = Annotated[float, ...]
+            exec(compile(ast.Module([node], []), path, "exec"), namespace)
+        elif isinstance(node, ast.AnnAssign) and node.value:
+            if unknown - vars(builtins).keys():
                 return
+            namespace["__annotations__"][node.target.id] = evaluate(node.annotation)
+            namespace[node.target.id] = evaluate(node.value)
     runs = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "run")
     lists = {word.arg: word.value.value for call in runs for word in call.keywords if word.arg in LISTS}
     with guard_output("end"):

@@ -133,6 +133,26 @@ def write_former_manifest(manifest, folder="data"):
 
 
 @pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder, in which the scripts run."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """Call makedata's main() with some constants changed; returns the exit status."""
+
+    def run(**constants):
+        with monkeypatch.context() as patch:
+            for name, value in constants.items():
+                patch.setattr(makedata, name, value)
+            return makedata.main()
+
+    return run
+
+
+@pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with data1 and data, in which the scripts run."""
     monkeypatch.chdir(tmp_path)

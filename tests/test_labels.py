@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from conftest import draw_noise, fill_classes, read_manifest
 
-import makedata
 import mean_std
 from common.manifest import choose_mean_and_std
 from common.options import ConstantError, UserError
@@ -15,24 +14,13 @@ from common.tables import TableWriter
 
 CLASSES = {"Common wheat": 10, "Maize": 8, "玉米 苗": 6}
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture
-def make(monkeypatch):
-    """Call makedata's main() with some constants changed; returns the exit status."""
-
-    def run(**constants):
-        with monkeypatch.context() as patch:
-            for name, value in (dict(LABELS="labels.csv", SOURCE="photos") | constants).items():
-                patch.setattr(makedata, name, value)
-            return makedata.main()
-
-    return run
+def make(make):
+    """Call makedata's main() on labels.csv and photos/, with some constants changed; returns the exit status."""
+    return lambda **constants: make(**dict(LABELS="labels.csv", SOURCE="photos") | constants)
 
 
 @pytest.fixture

@@ -32,24 +32,7 @@ from prepare.drawn_data import SPECIES, draw_data_set, draw_seedling
 IMAGES = input_kind(None)
 CLASSES = {"Common wheat": 10, "玉米 苗": 7, "Moutarde frisée": 2}
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def make(monkeypatch):
-    """Call makedata's main() with some constants changed; returns the exit status."""
-
-    def run(**constants):
-        with monkeypatch.context() as patch:
-            for name, value in constants.items():
-                patch.setattr(makedata, name, value)
-            return makedata.main()
-
-    return run
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def sha256(path):

@@ -184,7 +184,11 @@ def test_a_run_says_where_and_how_long_it_computes(run_train, capsys):
     "counts, balance, line",
     [
         ([100, 10], 0.0, None),
-        ([101, 10], 0.0, "imbalance   a 101 and b 10 training images; no class weights: --balance 1 compensates (logit "),
+        (
+            [101, 10],
+            0.0,
+            "imbalance   a 101 and b 10 training images; no class weights: --balance 1 compensates (logit ",
+        ),
         ([3, 50, 7], 0.5, "imbalance   b 50 and a 3 training images; BALANCE 0.5 compensates (logit adjustment)"),
     ],
 )

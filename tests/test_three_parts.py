@@ -20,22 +20,15 @@ from prepare.groups import choose_groups, is_in_every_part
 
 CLASSES = {"Common wheat": 20, "Maize": 13, "玉米 苗": 7}
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture
-def make(monkeypatch):
+def make(make):
     """Call makedata's main() with some constants changed; returns {SHA-256: part}."""
 
     def run(**constants):
-        with monkeypatch.context() as patch:
-            for name, value in constants.items():
-                patch.setattr(makedata, name, value)
-            assert makedata.main() == 0
+        assert make(**constants) == 0
         return {file["sha256"]: file["path"].split("/")[0] for file in read_manifest()["files"]}
 
     return run
