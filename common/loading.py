@@ -7,6 +7,7 @@ from multiprocessing.connection import wait
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from common.distributed import keep_step
 from common.faults import Interrupt, Stopped, is_out_of_memory
@@ -117,6 +118,10 @@ class Loader(DataLoader):
 
     def close(self):
         """Kill the processes; a later pass starts new ones."""
+        if getattr(self.batches, "_worker_pids_set", False):
+            # Otherwise torch, which hears of every process that ends, raises an error for those killed here.
+            signal_handling._remove_worker_pids(id(self.batches))
+            self.batches._worker_pids_set = False
         for process in self.processes():
             process.kill()
         wait_until = time.monotonic() + 5  # the system kills none in the middle of a read from a network drive

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import types
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import torch
 
 from common.images import load_image
 from common.loading import Loader
@@ -381,6 +383,26 @@ def test_an_image_that_a_worker_cannot_read_is_named(workers, end_of):
     status, text = end_of(lambda: list(Loader(Broken(), num_workers=workers)))
     assert status == 1 and text.count("\n") == 1
     assert text.startswith("error: broken.jpg cannot be read as an image (not an image format")
+
+
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="processes are told apart by waitid")
+def test_processes_killed_at_the_end_of_a_pass_are_no_error_of_torch(monkeypatch):
+    """torch's handler of SIGCHLD raises an error in the middle of whatever runs, if the signal comes early enough."""
+
+    def kill(process):
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and its status not yet asked for
+        torch._C._error_if_any_worker_fails()
+
+    for _ in range(3):  # those of an earlier pass are forgotten, too
+        loader = Loader(range(100), num_workers=2)
+        batches = iter(loader)
+        next(batches)
+        processes = loader.processes()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(processes[0]), "kill", kill)
+            batches.close()
+        assert len(processes) == 2 and not any(process.is_alive() for process in processes)
 
 
 # --- slips of people who are new to it
