@@ -45,7 +45,7 @@ from typing import Annotated, Literal
 from common.options import answer_early
 
 # --help and wrong options, before imports that take seconds
-answer_early(__name__, __file__, packages=("numpy", "PIL", "tqdm"))
+answer_early(__name__, __file__, packages=("numpy", "PIL", "tqdm", "filelock"))
 
 import numpy as np
 
@@ -56,6 +56,7 @@ from common.decoding import READER
 from common.file_checks import PARTS
 from common.files import write_json
 from common.images import SYSTEM_FILES, ImageError, is_directory, is_image, level_sums, scan_class_folders
+from common.locks import hold_lock
 from common.manifest import CACHE, CACHE_FILES, MANIFEST, STATISTICS, TABLE, Table, fingerprint, read_table
 from common.options import Ascending, ConstantError, Length, Limits, Name, Rate, UserError, raise_all, run
 from common.progress import Progress
@@ -151,7 +152,12 @@ def main():
         elif VALUE_RANGE is not None:
             manifest["value_range"] = list(VALUE_RANGE)
 
-        replace_target(target, checked, parts, groups, manifest, LINK, spectrograms)
+        linked = target.resolve() if target.is_symlink() else target
+        refusal = f"another makedata.py is making {target}; wait until it has ended, or set TARGET to another folder"
+        alone = linked.with_name(f"{linked.name}.makedata-lock")
+        with hold_lock(alone, refusal, remove=True):
+            placed = replace_target(linked, checked, parts, groups, manifest, LINK, spectrograms)
+        remember_contents(target, checked, *placed)
     report(checked, parts, duplicates)
     if sound is not None:
         print(f"\n{describe_lengths(checked.seconds, SECONDS)}")
@@ -451,15 +457,17 @@ def replace_target(target, checked, parts, groups, manifest, link, spectrograms)
     """Build the new folder beside `target`, then swap: if this is stopped, the old or the new one is there, complete.
 
     Args:
-        target: folder.
+        target: folder, no link.
         checked: a `Checked`.
         parts: int array (files,): the index in `PARTS` of each.
         groups: the group of each; None: they were not split by group.
         manifest: what manifest.json records besides what follows from the files.
         link: whether to try hard links.
         spectrograms: file that contains the PNG files of recordings, one after the other.
+
+    Returns:
+        (the `Table` that was written, bool array (files,): which are still as they were when they were checked).
     """
-    given, target = target, target.resolve() if target.is_symlink() else target
     new, old = (target.with_name(f"{target.name}.makedata-{kind}") for kind in ("new", "old"))
     if old.exists() and not target.exists():  # an earlier run was stopped between the two renames below
         old.rename(target)
@@ -503,7 +511,7 @@ def replace_target(target, checked, parts, groups, manifest, link, spectrograms)
     with contextlib.suppress(OSError):  # decoded images that are still valid; else they are decoded again
         (old / CACHE).rename(target / CACHE)
     shutil.rmtree(old, ignore_errors=True)
-    remember_contents(given, checked, table, unchanged)
+    return table, unchanged
 
 
 def places_in_target(checked, parts):

@@ -22,7 +22,6 @@ import numpy as np
 import timm
 import torch
 import torchvision
-from filelock import FileLock, Timeout
 
 from common import distributed
 from common.agreement import ON_CONSTANTS, ON_DATA, constant_facts, data_facts
@@ -36,6 +35,7 @@ from common.file_checks import check_fields, naming
 from common.files import SideFiles, write_csv, write_json, write_text
 from common.fingerprints import describe_change
 from common.gpu import find_triton_remedy
+from common.locks import hold_lock
 from common.manifest import fingerprint_sorted
 from common.options import UserError
 from common.plots import plot_curves
@@ -208,30 +208,11 @@ def set_aside(folder):
         print(f"the earlier run in {folder} is now in {folder.rename(f'{folder}.{number}')}")
 
 
-@contextlib.contextmanager
 def lock(folder):
-    """Keep other processes from training in `folder`; the system frees the lock with the process, so a crash leaves
-    none behind.
-
-    Raises:
-        UserError: if another process holds it.
-    """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Keep other processes from training in `folder`: a context; UserError if another one does."""
+    refusal = f"another run is training in {folder}; wait for it, end it, or set OUTPUT to another folder"
     # Beside the folder, which may be renamed while it is held.
-    held = FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        held.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(
-            f"another run is training in {folder}; wait for it, end it, or set OUTPUT to another folder"
-        ) from error
-    except NotImplementedError:  # some network drives have no locks
-        print(f"warning: {folder.parent} supports no locks, so nothing keeps a second run out of {folder}")
-    try:
-        yield
-    finally:
-        held.release()
+    return hold_lock(f"{folder}.lock", refusal)
 
 
 class RunFolder(contextlib.ExitStack):

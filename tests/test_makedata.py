@@ -521,6 +521,24 @@ def test_a_failing_rename_leaves_the_old_folder(failing, make, make_data1, monke
     assert tree("data") == before and sorted(os.listdir()) == ["data", "data1"]
 
 
+def test_a_second_makedata_at_the_same_time_is_refused(make, make_data1, monkeypatch):
+    make_data1("data1", {"a": 4, "b": 4})
+    place, refused = makedata.place, []
+
+    def place_and_try_again(*args):
+        if not refused:
+            with pytest.raises(UserError, match="another makedata.py is making data; wait") as error:
+                make()
+            refused.append(error)
+        place(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(makedata, "place", place_and_try_again)
+        assert make() == 0
+    assert refused and len(sides()) == 8 and sorted(os.listdir()) == ["data", "data1"]
+    assert make() == 0
+
+
 @pytest.mark.parametrize("state", ["while placing", "between the renames", "before clearing up"])
 def test_the_next_run_recovers_from_one_that_was_killed(state, make, make_data1):
     make_data1("data1", {"a": 4})
