@@ -83,11 +83,17 @@ class Forked:
 
 def start_training(folder, *words, **options):
     """train.py with unireplknet_test as a process of its own, see `Forked`."""
+    return start_script("train.py", folder, *words, before=save_time, otherwise="tests/tiny.py", **options)
+
+
+def start_script(script, folder, *words, otherwise=None, **options):
+    """A script as a process of its own, see `Forked`; where processes cannot be forked, the script `otherwise`."""
     if CAN_FORK:
-        return Forked("train.py", *words, cwd=folder, before=save_time, **options)
+        return Forked(script, *words, cwd=folder, **options)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
-    return subprocess.Popen([sys.executable, ROOT / "tests" / "tiny.py", *words], cwd=folder, env=environment, **pipes)
+    command = [sys.executable, ROOT / (otherwise or script), *map(str, words)]
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
 
 def save_time():

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, ROOT, SMALL, fill_classes
+from forked import CAN_FORK, start_script, start_training
 from kill import differences
 
 import makedata
@@ -29,8 +31,10 @@ OPTIONS = [word for name, value in TRAIN.items() for word in (to_option(name), s
 
 def run_here(script, *options):
     """`cross_validate.start` with the tests' tiny network."""
-    path = ROOT / ("tests/tiny.py" if script == "train.py" else script)
-    return subprocess.run([sys.executable, path, *map(str, options)], stdout=subprocess.DEVNULL).returncode
+    start = start_training if script == "train.py" else partial(start_script, script)
+    process = start(".", *options)
+    process.communicate(300)
+    return process.returncode
 
 
 @pytest.fixture
@@ -130,39 +134,29 @@ def test_an_interrupted_run_goes_on_to_the_same_end(place, validate, monkeypatch
         assert Path("whole", name).read_bytes() == Path("parts", name).read_bytes()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_a_signal_is_passed_on_to_the_training(place, tmp_path):
-    code = f"""
-import subprocess, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import tiny
-from pathlib import Path
-from tools import cross_validate
-popen = subprocess.Popen
+def start_forked(command, **options):
+    """In place of `subprocess.Popen`."""
+    script = Path(command[1]).relative_to(ROOT).as_posix()
+    if script == "train.py":
+        return start_training(".", *command[2:])
+    return start_script(script, ".", *command[2:])
 
-def start(command, **options):
-    script = Path({str(ROOT)!r}, "tests", "tiny.py") if command[1].name == "train.py" else command[1]
-    return popen([command[0], script, *command[2:]], **options)
 
-subprocess.Popen = start
-for name, value in dict(FOLDS=2, DEVICE="cpu", OPTIONS={[*OPTIONS, "--epochs", "100000"]!r}).items():
-    setattr(cross_validate, name, value)
-sys.exit(cross_validate.main())
-"""
-    log = open(tmp_path / "log", "wb")
-    command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+@pytest.mark.skipif(not CAN_FORK, reason="processes cannot be forked")
+def test_a_signal_is_passed_on_to_the_training(place, monkeypatch):
+    monkeypatch.setattr(cross_validate.subprocess, "Popen", start_forked)  # inherited by the process that is forked
+    words = ["--folds", 2, "--device", "cpu", *OPTIONS, "--epochs", 100000]
+    process = start_script("tools/cross_validate.py", ".", *words, session=True)
     try:
         until = time.monotonic() + 120
         while not list(Path("cross_validation").glob("fold1/*/last.pth")) and time.monotonic() < until:
-            time.sleep(0.2)
+            time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
     finally:
         process.kill()
-        log.close()
-    out = (tmp_path / "log").read_text(encoding="utf-8", errors="replace")
-    assert "SIGTERM received" in out and "and saved; resume" in out and "the same command goes on from there" in out
+    out = process.read(0)
+    assert "fold 1 of 2 is not finished; the same command goes on from there" in out
 
 
 def test_other_settings_begin_anew_and_nothing_is_lost(place, validate, monkeypatch, capsys):
@@ -234,7 +228,7 @@ def test_what_cannot_be_done_gets_a_sentence(constants, message, place, validate
     assert not Path("cross_validation").exists()
 
 
-def test_options_of_train_py_are_passed_on_and_wrong_ones_refused_there(place, run_script, monkeypatch):
+def test_options_of_train_py_are_passed_on_and_wrong_ones_refused_there(place):
     from common.options import set_constants
 
     namespace = vars(cross_validate).copy()
@@ -242,9 +236,10 @@ def test_options_of_train_py_are_passed_on_and_wrong_ones_refused_there(place, r
     assert namespace["FOLDS"] == 3 and namespace["OPTIONS"] == ["--epochs", "2", "--no-use-ema", "--mean=0.1,0.2,0.3"]
     with pytest.raises(ConstantError, match="FOLDS must be a whole number"):
         set_constants(namespace, ["--folds", "1", "--epochs", "2"], unknown="OPTIONS")
-    done = run_script("tools/cross_validate.py", "--device", "cpu", "--epoch", "3")
-    assert done.returncode == 2
-    assert "unrecognized arguments: --epoch" in done.stderr and "did you mean --epochs" in done.stderr
+    process = start_script("tools/cross_validate.py", ".", "--device", "cpu", "--epoch", "3")
+    _, errors = process.communicate(100)
+    assert process.returncode == 2
+    assert "unrecognized arguments: --epoch" in errors and "did you mean --epochs" in errors
 
 
 # --- label errors
