@@ -524,8 +524,13 @@ def distributed(job):
     options = [f"--model={SMALL['model']}", "--img-size=32", "--batch-size=8", "--epochs=1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     command += [str(ROOT / "train.py"), *options, f"--device={job.device.type}", "--output=torchrun"]
-    done = subprocess.run(command, cwd=place, capture_output=True, encoding="utf-8", errors="replace")
-    row("torchrun", f"exit status {done.returncode}: {line_of(done.stdout, 'best')}")
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+    process = subprocess.Popen(command, cwd=place, **options)
+    late = threading.Timer(50 * (SLOWER if job.device.type == "cpu" else 1), process.terminate)  # it ends its processes
+    late.start()
+    text, _ = process.communicate()
+    late.cancel()
+    row("torchrun", f"exit status {process.returncode}: {line_of(text, 'best')}")
 
 
 def sanitizer(job):
