@@ -1,6 +1,7 @@
 """Time training and inference on this CPU: the network as published beside ours, in one run.
 
-    python benchmarks/cpu.py                                        all tables, about 10 minutes on two cores
+    python benchmarks/cpu.py                                        all tables, about 15 minutes on two cores
+    python benchmarks/cpu.py --parts run                            what a run of the recipe takes, before and after
     python benchmarks/cpu.py --parts convolutions,optimizer         some of them
     OMP_NUM_THREADS=1 python benchmarks/cpu.py --clock processor    on a busy machine
 
@@ -11,7 +12,9 @@ a busy moment affects both, and of each the fastest call counts.
 
 Prints a Markdown table for each part: "convolutions", the large and the dilated ones of unireplknet_t at 224 pixels,
 forward and backward; "training", a step without the optimizer; "optimizer", a step of Muon; "recipe", a whole step of
-train.py but for loading, at the first and the last image size; "inference", beside onnxruntime where it is installed.
+train.py but for loading, at the first and the last image size; "inference", beside onnxruntime where it is installed;
+"run", seconds for 1,000 images of each part of a run at the recipe's image sizes: loading (JPEG files, image by image
+with Pillow and torchvision; ours from the cache and in batches), network, optimizer, and validation.
 """
 
 import importlib.util
@@ -23,7 +26,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, ema.py
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/, common/, models/, prepare/, ema.py
 from common.options import answer_early
 
 answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
@@ -32,9 +35,15 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 
 import models
-from common.device import choose_layout, has_bfloat16, keep_freed_memory
+from benchmarks import data
+from common.augment import train_transform
+from common.cache import cache_images
+from common.dataset import SeededImages, open_image_folder
+from common.device import Normalise, choose_layout, has_bfloat16, keep_freed_memory
 from common.extras import require
 from common.optimizer import create_optimizer, orthogonalise_in_float32
 from common.options import ConstantError, ImageSize, Name, NotEmpty, PositiveInt, run
@@ -42,21 +51,27 @@ from common.progress import Progress
 from ema import ModelEma
 from models import depthwise, depthwise_choice
 from models.depthwise_choice import Group, Use, choose_convolutions, measure_group, processor_name
+from prepare.drawn_data import draw_data_set
 
-Part = Literal["convolutions", "training", "optimizer", "recipe", "inference"]
+Part = Literal["convolutions", "training", "optimizer", "recipe", "inference", "run"]
+Parts = Annotated[list[Part], NotEmpty()]
 
-PARTS: Annotated[list[Part], NotEmpty()] = ["convolutions", "training", "optimizer", "recipe", "inference"]  # tables
+PARTS: Parts = ["convolutions", "training", "optimizer", "recipe", "inference", "run"]  # tables
 BATCH_SIZE: PositiveInt = 16  # images per batch
-REPEATS: PositiveInt = 5  # timings of which the fastest counts
+REPEATS: PositiveInt = 5  # timings of which the fastest counts; fewer, but at least two, where they take long
 CLOCK: Literal["wall", "processor"] = "wall"  # "processor": that of all threads together, so meant for one thread
 MODELS: Annotated[list[Name], NotEmpty()] = ["unireplknet_t", "unireplknet_a"]  # UniRepLKNet variants to time
 SIZES: Annotated[list[ImageSize], NotEmpty()] = [224, 128]  # image size in pixels, one for each of MODELS
 RECIPE_SIZES: Annotated[list[ImageSize], NotEmpty()] = [64, 160]  # first and last image size of the last of MODELS
 
+RUN_SIZES: Annotated[list[ImageSize], NotEmpty()] = [64, 96, 128, 160]  # image sizes of "run", for the last of MODELS
+
 # channels and size of the maps of unireplknet_t's large kernels at 224 pixels, and kernels with their dilation
 MAPS = ((160, 28), (320, 14), (640, 7))
 KERNELS = ((13, 1), (7, 2), (3, 5))
 CPU = torch.device("cpu")
+STEP_IMAGES = 32  # images in a step of the optimizer, as in train.py
+ENOUGH = 20.0  # seconds of timings after which no more follow
 LONG = 1.0  # seconds from which on a step needs no warm-up before each timing
 
 
@@ -84,7 +99,10 @@ def main():
     )
     with Servers(["published", "ours", *onnx], CLOCK) as servers:
         for part in PARTS:
-            print_table(servers, *tables[part], REPEATS)
+            if part == "run":
+                print_run(servers, MODELS[-1], RUN_SIZES, BATCH_SIZE, REPEATS)
+            else:
+                print_table(servers, *tables[part], REPEATS)
 
 
 class Servers:
@@ -113,7 +131,10 @@ class Servers:
             self.connections[way].send((make, arguments))
             self.connections[way].recv()
         times = {way: [] for way in ways}
-        for _ in range(repeats):
+        started = time.perf_counter()
+        for repeat in range(repeats):
+            if repeat >= 2 and time.perf_counter() - started > ENOUGH:
+                break
             for way, results in times.items():
                 self.connections[way].send("run")
                 results.append(self.connections[way].recv())
@@ -162,6 +183,29 @@ def print_table(servers, title, make, cases, batch_sizes, others, repeats):
         Progress.write(f"| {describe(make, case)} | {' | '.join(cells)} |")
 
 
+def print_run(servers, name, sizes, batch_size, repeats):
+    """Print a Markdown table of the seconds that 1,000 images take in each part of a run of the recipe."""
+    ways = ["published", "ours"]
+    print("\n| run, seconds for 1,000 images | part | published | ours | ratio |\n|---|---|---|---|---|")
+
+    def measure(images, make, *arguments):
+        times = servers.compare(ways, repeats, make, *arguments)
+        return [1e3 * times[way] / images for way in ways]
+
+    update = measure(STEP_IMAGES, updating, name)  # whatever the image size
+    for size in Progress(sizes, unit="size", leave=False):
+        parts = dict(
+            loading=measure(batch_size, loading, size, batch_size),
+            network=measure(batch_size, training, name, size, batch_size),
+            optimizer=update,
+        )
+        parts["training in all"] = list(map(sum, zip(*parts.values())))
+        parts["validation"] = measure(batch_size, validation, name, size, batch_size)
+        for part, (published, ours) in parts.items():
+            row = f"{published:.2f} | {ours:.2f} | {published / ours:.2f}"
+            Progress.write(f"| {name}, {size} pixels, batch {batch_size} | {part} | {row} |")
+
+
 def describe(make, case):
     """A case in words."""
     if make is convolution:
@@ -202,13 +246,13 @@ def training(way, name, size, batch_size):
     return step
 
 
-def build(way, name, size, batch_size, training):
-    """(network, images, autocast's context) as `way` has them."""
+def build(way, name, size, batch_size, training, merged=True):
+    """(network, images, autocast's context) as `way` has them; `merged`: for inference, but for the published one."""
     ours = way == "ours"
     layout = choose_layout(CPU) if ours else torch.contiguous_format
     model = timm.create_model(name, num_classes=12, layer_scale_init_value=0.1, published_arithmetic=not ours)
     model.train(training)
-    if not training and way != "published":
+    if not training and merged and way != "published":
         model.reparameterize_unireplknet()
     model.to(memory_format=layout)
     amp = torch.autocast("cpu", torch.bfloat16, enabled=ours and has_bfloat16(CPU))
@@ -253,6 +297,62 @@ def whole_step(way, name, size, batch_size):
     return step
 
 
+def loading(way, size, batch_size):
+    """A batch of training images, augmented and normalised, of JPEG files of 150 pixels that are read once before."""
+    folder = tempfile.TemporaryDirectory()
+    root = Path(folder.name, "images", "150-jpg")
+    list(draw_data_set(Path(folder.name, "drawn"), batch_size // 12 + 1, seed=0))
+    data.save_images(Path(folder.name, "drawn"), Path(folder.name, "images"), batch_size, [150])
+    if way == "ours":
+        images = open_image_folder(root, train_transform((size, size), data.MEAN, **data.RECIPE))
+        cache_images(Path(folder.name, "cache"), 1000, (images, (size, size)))
+        images, normalise = SeededImages(images, 0), Normalise(data.MEAN, data.STD, CPU)
+    else:
+        images = data.PlainSeeds(ImageFolder(root, data.plain_transform((size, size), **data.RECIPE)), 0)
+        normalise = nn.Identity()
+    keys = [[(1, index) for index in range(len(images))]]
+
+    def step():
+        for batch, _ in DataLoader(images, batch_sampler=keys):
+            normalise(batch)
+        return folder  # which lives as long as this function
+
+    return step
+
+
+def updating(way, name):
+    """What follows the backward pass: gradient norm, Muon, EMA."""
+    model = timm.create_model(name, num_classes=12).to(
+        memory_format=choose_layout(CPU) if way == "ours" else torch.contiguous_format
+    )
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    muon, ema = create_muon(way, model), ModelEma(model)
+
+    def step():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        muon.step()
+        ema.update(model)
+
+    return step
+
+
+def validation(way, name, size, batch_size):
+    """The logits of one batch by the training structure, as train.py validates it."""
+    return no_gradients(*build(way, name, size, batch_size, False, merged=False))
+
+
+def no_gradients(model, images, amp):
+    """The logits of `images`."""
+
+    @torch.inference_mode()
+    def step():
+        with amp:
+            model(images)
+
+    return step
+
+
 def inference(way, name, size, batch_size):
     """The logits of one batch."""
     model, images, amp = build(way, name, size, batch_size, False)
@@ -266,13 +366,7 @@ def inference(way, name, size, batch_size):
             session = require("onnxruntime")[0].InferenceSession(file.read_bytes(), options)
         inputs = {session.get_inputs()[0].name: images.numpy()}
         return lambda: session.run(None, inputs)
-
-    @torch.inference_mode()
-    def step():
-        with amp:
-            model(images)
-
-    return step
+    return no_gradients(model, images, amp)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from common.options import ConstantError, ImageSize, Name, NotEmpty, Positive, P
 from models import VARIANTS
 from tools.conv_report import DTYPES, forced
 
-MODELS: Annotated[list[Name], NotEmpty()] = list(VARIANTS)  # UniRepLKNet variants
+MODELS: list[Name] | None = None  # UniRepLKNet variants; None: all nine
 IMG_SIZE: ImageSize = 224  # image size in pixels
 AMP: Literal["bf16", "fp16", "off"] = "bf16"  # mixed precision; "off": float32
 GRAD_CHECKPOINTING: bool = False  # as in train.py
@@ -45,13 +45,14 @@ CLASSES = 12
 
 
 def main():
-    unknown = [name for name in MODELS if name not in VARIANTS]
+    names = MODELS or list(VARIANTS)
+    unknown = [name for name in names if name not in VARIANTS]
     if unknown:
         raise ConstantError(f"MODELS must hold names out of {', '.join(VARIANTS)}, got {unknown[0]!r}")
     print(f"{IMG_SIZE} pixels, {AMP}, computed, not measured (torch {torch.__version__})\n")
     memories = "".join(f" batch in {memory:g} GB |" for memory in MEMORIES)
     print(f"| variant | weights and optimizer / GB | MB/image |{memories}\n|---|---|---|{'---|' * len(MEMORIES)}")
-    for name in MODELS:
+    for name in names:
         fixed, saved = measure(name, IMG_SIZE, DTYPES[AMP], GRAD_CHECKPOINTING, OPTIMIZER_STATES)
         usable = [(1 - SPARE) * memory - RESERVED for memory in MEMORIES]
         batches = (min(find_batch(memory, fixed / 1e9, saved / 1e9), MAX_BATCH) for memory in usable)

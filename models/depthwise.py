@@ -22,6 +22,7 @@ argument `attempt_use_lk_impl`.
 
 import functools
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import depthwise_cpu, depthwise_methods
+from models.depthwise_methods import STACKED, convolve_stacked
 
 try:
     from models import depthwise_triton
@@ -245,6 +247,8 @@ def lay_out(x: torch.Tensor, weight: torch.Tensor, dilation: int, training: bool
         return x.contiguous()
     plan = find_plan(x, weight.shape[-1], dilation, training, wish)
     x = x.to(computing_dtype(x))
+    if plan == STACKED:
+        return x
     if plan and plan not in NAMES:
         return depthwise_methods.to_layout(x, plan.split()[0])
     return x if reads_nhwc(x, weight, training) else x.contiguous()
@@ -319,10 +323,28 @@ def convolve_by_plan(x, weight, bias, dilation, training, plan):
     """The convolution as a plan of models/depthwise_methods.py has it; arguments as in `convolve`."""
     weight = crop(weight, x.shape[-2:], dilation)[0].to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
+    if plan == STACKED:
+        out = depthwise_methods.unstack(convolve_stacked(x, [weight], [dilation])[:, 0], x.shape)
+        return out if bias is None else out + bias[:, None, None]
     if training and torch.is_grad_enabled():
         out = depthwise_methods.depthwise_planned(x, weight, dilation, plan)
         return out if bias is None else out + bias[:, None, None]
     return depthwise_methods.compute(x, weight, bias, dilation, plan)
+
+
+def is_stacked(x: torch.Tensor, conv: "DepthwiseConv2d") -> bool:
+    """Whether the plan of the large one of several convolutions of x is to compute all of them together."""
+    if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling():
+        return False
+    return find_plan(x, conv.kernel_size[0], conv.dilation[0], conv.training, conv.wish) == STACKED
+
+
+def convolve_together(x: torch.Tensor, convs: Sequence["DepthwiseConv2d"]) -> torch.Tensor:
+    """`convolve_stacked` of x (N, C, H, W) by several layers without bias."""
+    x = x.to(computing_dtype(x))
+    dilations = [conv.dilation[0] for conv in convs]
+    weights = [crop(conv.weight, x.shape[-2:], dilation)[0] for conv, dilation in zip(convs, dilations)]
+    return convolve_stacked(x, weights, dilations)
 
 
 def crop(weight, size, dilation):

@@ -10,8 +10,8 @@ Convolutions that share an input, those of a `DilatedReparamBlock`, form a group
    the fastest ones form a plan.
 2. A plan is verified: output and gradients of two images against PyTorch in float64, in memory that was filled with
    NaN before, three times with equal bits. A method that fails is left out.
-3. The whole group, forward and backward, is timed by default and as planned, in turns. The default stays unless
-   another is faster by more than 5 %.
+3. The whole group, forward and backward, is timed by default and as planned, in turns; for small maps on a CPU also as
+   one matrix product. The default stays unless another is faster by more than 5 %.
 
 The groups that a run spends most time in come first, and all of it takes at most 30 seconds and 5 % of the run. Results
 are kept in a file in PyTorch's cache folder, for this machine and these versions. A run that is resumed goes on with
@@ -41,7 +41,7 @@ from torch.func import functional_call
 
 from models import depthwise, depthwise_methods
 from models.depthwise import DepthwiseConv2d, Key
-from models.depthwise_methods import LAYOUTS, Plan, layout_of, to_layout
+from models.depthwise_methods import LAYOUTS, STACKED, Plan, layout_of, to_layout
 from models.unireplknet import DilatedReparamBlock
 
 MAX_SECONDS = 30.0  # that measuring may take
@@ -52,6 +52,7 @@ FEW_TURNS = 2  # that are enough where one of them takes less than `OBVIOUS` of 
 OBVIOUS = 0.7
 RANKED_IMAGES = 4  # with which methods are timed on a CPU
 COMPARED_IMAGES = 8  # with which groups are timed first on a CPU
+MAX_STACKED_MAP = 64  # pixels
 PRUNE = 3.0  # a method this many times as slow as the best is not timed again
 VERIFIED_IMAGES = 2
 FLOAT32_ERROR = 1e-5  # largest allowed error relative to the largest value; lower precisions: 2 epsilon
@@ -381,10 +382,18 @@ def measure_group(group, device, dtype, budget=None) -> tuple[list["Ranking"], R
                 return None
         if any(plans):
             ways.append(plans)
+    if may_stack(group, device) and not any(verify(key, STACKED, device, dtype) for key in keys):
+        ways.append([STACKED] * len(keys))
     if ways:
         result = duel(group, ways, device, dtype, budget)
         return None if result is None else (rankings, result)
     return rankings, Result([""] * len(keys), 1.0, 1e3 * min(totals.values()) * group.batch_size / images)
+
+
+def may_stack(group, device):
+    """Whether the convolutions of a group are worth being tried as one matrix product."""
+    small = group.height * group.width <= MAX_STACKED_MAP
+    return group.training and len(group.kernels) > 1 and device.type == "cpu" and small
 
 
 def few_images(group, device, limit):
@@ -580,7 +589,7 @@ def verify(key: Key, plan: str, device: torch.device, dtype: torch.dtype) -> lis
     Returns:
         [(0 for the output, 1 for the input gradient, 2 for the weight gradient; what is wrong in words)], or [].
     """
-    layout = plan.split()[0] if plan and plan not in depthwise.NAMES else "nchw"
+    layout = plan.split()[0] if plan and plan not in (*depthwise.NAMES, STACKED) else "nchw"
     x, weight, grad = draw_inputs(key, device, dtype, layout)
     expected = expect(key, device, dtype)
     allowed = FLOAT32_ERROR if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
@@ -726,7 +735,7 @@ def load_results(file, machine) -> dict[str, Result]:
 def check_plans(plans):
     """ValueError for a plan that names a method which does not exist."""
     for plan in plans:
-        if plan and plan not in depthwise.NAMES:
+        if plan and plan not in (*depthwise.NAMES, STACKED):
             depthwise_methods.parse_plan(plan)
 
 

@@ -13,10 +13,12 @@ as long in NCHW as in NHWC on one CPU, and the other way round on the next. All 
   its own under an undilated kernel;
 - `filled-...`: a dilated kernel as an undilated one with zeros between its taps.
 
-A plan names a memory format and a method for each pass: "nhwc phases-nhwc phases-nhwc phases-kernel-nhwc".
+A plan names a memory format and a method for each pass: "nhwc phases-nhwc phases-nhwc phases-kernel-nhwc". Or it is
+`STACKED`: on small maps all convolutions of a block are one batched matrix product, and its batch norms one batch norm.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,7 @@ from models.depthwise_cpu import same_padding
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 MAX_DENSE_MAP = 64  # pixels of a map whose Toeplitz matrix, with the square of that many elements, is small
 MAX_WINDOWS = 2**26  # elements of what `rows` and `dense` copy
+STACKED = "stacked"  # a plan of its own
 
 
 class Plan(NamedTuple):
@@ -302,6 +305,50 @@ def methods(shape, kernel_size, dilation, dtype):
     forward = [*undilated, *phases, *filled]
     weight += [f"phases-{name}" for name in (*weight, *products) if name != "fft"]
     return forward, [*forward, *INPUT], weight
+
+
+# --- the plan `STACKED`
+
+
+def convolve_stacked(x: torch.Tensor, weights: Sequence[torch.Tensor], dilations: Sequence[int]) -> torch.Tensor:
+    """Convolutions of one input, each channel of which meets the matrix of all its kernels.
+
+    Args:
+        x: (N, C, H, W).
+        weights: (C, 1, kh, kw) each, kh and kw odd, so small that every tap can touch the map.
+        dilations: of each.
+
+    Returns:
+        (C, number of weights, H * W * N), the image being the last index in memory.
+    """
+    n, channels, height, width = x.shape
+    kernels = [
+        weight.flatten(1).to(x.dtype) @ place_taps(weight.shape[-2:], dilation, (height, width)).to(x)
+        for weight, dilation in zip(weights, dilations)
+    ]  # (C, output pixels * input pixels)
+    matrix = torch.cat(kernels, 1).view(channels, -1, height * width)
+    pixels = x.permute(1, 2, 3, 0).reshape(channels, height * width, n).contiguous()
+    return torch.bmm(matrix, pixels).view(channels, len(weights), -1)
+
+
+def unstack(out: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """One convolution (C, H * W * N) of what `convolve_stacked` returns -> `shape` (N, C, H, W) in NHWC."""
+    n, channels, height, width = shape
+    out = out.view(channels, -1, n).permute(2, 1, 0).contiguous()  # (N, H * W, C)
+    return out.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def place_taps(kernel_size: tuple[int, int], dilation: int, size: tuple[int, int]) -> torch.Tensor:
+    """(kh * kw, output pixels * input pixels): 1 where a tap lies between two pixels of a map of `size`, else 0."""
+    sides = []
+    for taps, length in zip(kernel_size, size):
+        places = torch.arange(length)
+        apart = (torch.arange(taps) - taps // 2)[:, None, None] * dilation
+        sides.append((places[None, None, :] - places[None, :, None] == apart).float())  # (taps, output, input)
+    rows, columns = sides
+    return torch.einsum("iyp,jxq->ijyxpq", rows, columns).reshape(len(rows) * len(columns), -1)
 
 
 # --- the three passes of a plan

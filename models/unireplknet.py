@@ -29,7 +29,8 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.depthwise import DepthwiseConv2d, lay_out_stream
+from models.depthwise import DepthwiseConv2d, convolve_together, is_stacked, lay_out_stream
+from models.depthwise_methods import unstack
 from models.grn import GRN, PublishedGRN
 from models.pretrained import checkpoint_filter_fn, default_cfgs  # noqa: F401  timm looks for default_cfgs here
 
@@ -111,6 +112,32 @@ def add_residual(x: torch.Tensor, y: torch.Tensor, keep_bfloat16: bool) -> torch
     return x + y
 
 
+def are_alike(norms: Sequence[nn.Module]) -> bool:
+    """Whether these are batch norms in training mode with the same settings, as `add_normalised` needs them."""
+    kinds = {(type(norm), norm.training, getattr(norm, "momentum", None)) for norm in norms}
+    return len(kinds) == 1 and kinds.pop()[:2] == (nn.BatchNorm2d, True) and norms[0].momentum is not None
+
+
+def add_normalised(x: torch.Tensor, norms: Sequence[nn.BatchNorm2d]) -> torch.Tensor:
+    """Sum of several batch norms in training mode, each of its own tensor, as if it were one batch norm.
+
+    Args:
+        x: (C, number of norms, values of a channel).
+
+    Returns:
+        (C, values of a channel).
+    """
+    parts = ("weight", "bias", "running_mean", "running_var")
+    weight, bias, mean, var = (torch.stack([getattr(norm, part) for norm in norms], 1).flatten() for part in parts)
+    out = F.batch_norm(x.view(1, -1, x.shape[2]), mean, var, weight, bias, True, norms[0].momentum, norms[0].eps)
+    with torch.no_grad():
+        for index, norm in enumerate(norms):
+            norm.running_mean.copy_(mean[index :: len(norms)])
+            norm.running_var.copy_(var[index :: len(norms)])
+            norm.num_batches_tracked.add_(1)
+    return out.view(x.shape).sum(1)
+
+
 # torch.fx stores calls of these instead of tracing their tests of the dtype.
 torch.fx.wrap("scale_layer")
 torch.fx.wrap("add_residual")
@@ -182,6 +209,10 @@ class DilatedReparamBlock(nn.Module):
         return self.get_submodule(f"dil_conv_k{k}_{r}"), self.get_submodule(f"dil_bn_k{k}_{r}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.branches and is_stacked(x, self.lk_origin):
+            convs, norms = zip((self.lk_origin, self.origin_bn), *(self.branch(k, r) for k, r in self.branches))
+            if are_alike(norms):
+                return unstack(add_normalised(convolve_together(x, convs), norms), x.shape)
         x = self.lk_origin.lay_out(x)  # once for all branches
         out = self.origin_bn(self.lk_origin(x))
         for k, r in self.branches:

@@ -1,5 +1,6 @@
 """The measured choice of the depthwise convolution: methods are exact, wrong ones are refused, choices are kept."""
 
+import functools
 import itertools
 import json
 
@@ -26,14 +27,16 @@ from models.depthwise_methods import (
     FORWARD,
     INPUT,
     LAYOUTS,
+    STACKED,
     WEIGHT,
     Plan,
+    convolve_stacked,
     depthwise_planned,
     methods,
     parse_plan,
     planned_operator,
 )
-from models.unireplknet import DilatedReparamBlock
+from models.unireplknet import DILATED_BRANCHES, DilatedReparamBlock
 
 CPU = torch.device("cpu")
 SIZES = [Use((32, 32), 4)]
@@ -128,6 +131,65 @@ def key_of(conv, x, training=True):
     return Key(x.device.type, dtype, training, *x.shape[1:], conv.kernel_size[0], conv.dilation[0])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (4, 3), (8, 8)])
+def test_a_block_whose_convolutions_are_stacked_computes_what_the_default_computes(size):
+    block, other = DilatedReparamBlock(4, 13).double(), DilatedReparamBlock(4, 13).double()
+    for name, parameter in block.named_parameters():
+        if "bn" in name:
+            parameter.data.uniform_(0.5, 2)
+    other.load_state_dict(block.state_dict())
+    x = torch.randn(3, 4, *size, dtype=torch.float64, requires_grad=True)
+    kernels = ((13, 1), *DILATED_BRANCHES[13])
+    group = Group(4, *size, kernels, False, "nchw", True, 3)
+    seed = torch.randn_like(x)
+    results = []
+    for module, plan in ((block, ""), (other, STACKED)):
+        with installed(dict.fromkeys(group.keys(CPU, torch.float64), plan)):
+            out = module(x)
+        results.append([out, *torch.autograd.grad(out, [x, *module.parameters()], seed), *module.buffers()])
+    torch.testing.assert_close(*results)
+    assert [name for name, norm in other.named_modules() if "bn" in name and norm.num_batches_tracked != 1] == []
+
+
+def test_stacked_convolutions_have_second_derivatives_and_keep_bfloat16():
+    weights = [torch.randn(2, 1, k, k, dtype=torch.float64, requires_grad=True) for k in (5, 3)]
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    stacked = lambda x, *weights: convolve_stacked(x, weights, (1, 2))  # noqa: E731
+    assert torch.autograd.gradcheck(stacked, (x, *weights), fast_mode=True)
+    assert torch.autograd.gradgradcheck(stacked, (x, *weights), fast_mode=True)
+    block, x = DilatedReparamBlock(4, 13), torch.randn(2, 4, 4, 4)
+    expected = block(x)
+    group = Group(4, 4, 4, ((13, 1), *DILATED_BRANCHES[13]), False, "nchw", True, 2)
+    with installed(dict.fromkeys(group.keys(CPU, torch.bfloat16), STACKED)), torch.autocast("cpu", torch.bfloat16):
+        out = block(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.1)
+
+
+def test_batch_norms_that_do_not_learn_from_the_batch_are_not_stacked():
+    block, x = DilatedReparamBlock(4, 7), torch.randn(2, 4, 4, 4)
+    block.dil_bn_k3_2.eval()  # as a user may freeze it
+    expected = block(x)
+    group = Group(4, 4, 4, ((7, 1), *DILATED_BRANCHES[7]), False, "nchw", True, 2)
+    with installed(dict.fromkeys(group.keys(CPU, torch.float32), STACKED)):
+        torch.testing.assert_close(block(x), expected)
+    assert block.dil_bn_k3_2.num_batches_tracked == 0 and block.origin_bn.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("fault", ["offset", "nan", "error"])
+def test_small_maps_are_tried_stacked_unless_that_is_wrong(fault, monkeypatch):
+    monkeypatch.setattr(
+        depthwise_choice, "time_in_turns", lambda functions, *_: [[2.0], *([[1.5]] * (len(functions) - 2)), [1.0]]
+    )
+    group = Group(4, 4, 4, ((7, 1), *DILATED_BRANCHES[7]), False, "nhwc", True, 2)
+    measure = functools.partial(depthwise_choice.measure_group, device=CPU, dtype=torch.float32)
+    assert measure(group)[1].plans == [STACKED] * 4
+    assert STACKED not in measure(group._replace(height=64))[1].plans
+    assert STACKED not in measure(group._replace(training=False))[1].plans
+    monkeypatch.setattr(depthwise, "convolve_stacked", make_wrong(fault, convolve_stacked))
+    assert STACKED not in measure(group)[1].plans
+
+
 def test_a_plan_meets_the_rules_of_torch_library():
     x = torch.randn(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 1, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -152,10 +214,11 @@ def test_torch_compile_may_leave_sizes_open_where_nothing_was_measured():
         torch.testing.assert_close(compiled(x), conv(x))
 
 
-def test_a_compiled_block_computes_as_planned():
+@pytest.mark.parametrize("plan", [PLAN, STACKED])
+def test_a_compiled_block_computes_as_planned(plan):
     block, x = DilatedReparamBlock(4, 7), torch.randn(2, 4, 8, 8, requires_grad=True)
     group = Group(4, 8, 8, ((7, 1), (5, 1), (3, 2), (3, 3)), False, "nchw", True, 2)
-    with installed(dict.fromkeys(group.keys(CPU, torch.float32), PLAN)):
+    with installed(dict.fromkeys(group.keys(CPU, torch.float32), plan)):
         expected = torch.autograd.grad(block(x).square().sum(), x)
         compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)
         out = compiled(x)

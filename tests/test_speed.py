@@ -178,7 +178,7 @@ def test_benchmarks_run_on_a_cpu(script, monkeypatch, capsys):
         script.main()
 
 
-@pytest.mark.parametrize("parts", [["convolutions", "optimizer"], ["training", "recipe", "inference"]], ids=len)
+@pytest.mark.parametrize("parts", [["convolutions", "run"], ["training", "optimizer", "recipe", "inference"]], ids=len)
 def test_the_cpu_s_benchmark_runs_in_small(parts, monkeypatch, capfd, tmp_path):
     """In threads instead of processes, which take long to start; what "published" changes is undone afterwards."""
     threads = types.SimpleNamespace(Pipe=multiprocessing.Pipe, Process=threading.Thread)
@@ -188,8 +188,8 @@ def test_the_cpu_s_benchmark_runs_in_small(parts, monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(cpu, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # exporting takes long
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    small = dict(MODELS=[MODEL], SIZES=[32], RECIPE_SIZES=[32, 64], BATCH_SIZE=2, REPEATS=1, PARTS=parts)
-    small |= dict(MAPS=((4, 8),), KERNELS=((5, 1), (3, 2)))
+    small = dict(MODELS=[MODEL], SIZES=[32], RECIPE_SIZES=[32, 64], RUN_SIZES=[32], BATCH_SIZE=2, REPEATS=1)
+    small |= dict(PARTS=parts, MAPS=((4, 8),), KERNELS=((5, 1), (3, 2)))
     for name, value in small.items():
         monkeypatch.setattr(cpu, name, value)
     with depthwise_choice.installed({}):
@@ -197,7 +197,7 @@ def test_the_cpu_s_benchmark_runs_in_small(parts, monkeypatch, capfd, tmp_path):
     rows = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| ")]
     titles = [row for row in rows if "ratio" in row]
     assert len(titles) == len(parts)
-    counts = dict(convolutions=2, optimizer=1, training=1, recipe=2, inference=2)
+    counts = dict(convolutions=2, optimizer=1, training=1, recipe=2, inference=2, run=5)
     assert len(rows) - len(titles) == sum(counts[part] for part in parts)
     assert all(float(row.split("|")[-2]) > 0 for row in rows if row not in titles)
 

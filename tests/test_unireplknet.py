@@ -123,7 +123,7 @@ def test_every_method_is_among_the_forced_ones():
             assert set(names) == set(forced)
 
 
-@pytest.fixture(params=FORCED, ids=lambda plans: plans[0])
+@pytest.fixture(params=[*FORCED, (depthwise.STACKED,) * 2], ids=lambda plans: plans[0])
 def forced(request, monkeypatch):
     undilated, dilated = request.param
     find = lambda x, kernel_size, dilation, training, wish: undilated if dilation == 1 else dilated  # noqa: E731

@@ -145,7 +145,7 @@ def report_choice(model, img_size, batch_size, device, dtype):
         results[depthwise_choice.to_name(group, dtype)] = result
         for key, ranking, plan in zip(group.keys(device, dtype), rankings, result.plans):
             shape = f"{key.channels}, {key.height} x {key.width}, {key.kernel_size}, {key.dilation}"
-            chosen = plan.split()[1:] if plan else ["default"] * 3
+            chosen = plan.split()[1:] or [plan or "default"] * 3
             for which, title in enumerate(("output", "input gradient", "weight gradient")):
                 methods = describe_methods(key, ranking, which, device, dtype)
                 Progress.write(f"| {shape} | {title} | {chosen[which]} | {methods} |")
