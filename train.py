@@ -90,11 +90,11 @@ ROTATION: Annotated[float, Limits(0, 180)] = 0.0  # maximum rotation in degrees;
 COLOR_JITTER: Probability = 0.2  # maximum relative change of brightness, contrast and saturation; 0: off
 
 # --- augmentation of spectrograms, instead of that of images and CutMix
-WARP: Probability = 0.1  # maximum relative change of all frequencies (another voice), and of the duration; 0: off
+WARP: Probability = 0.0  # maximum relative change of all frequencies (another voice), and of the duration; 0: off
 TIME_SHIFT: Probability = 0.1  # maximum shift as a fraction of the duration; 0: off
-GAIN: NonNegative = 6.0  # maximum change of loudness in decibels, of all and of single frequencies; 0: off
+GAIN: NonNegative = 6.0  # maximum change of loudness in decibels; 0: off
 NOISE: Probability = 0.5  # probability of white noise; 0: off
-SPEC_MASK: Probability = 0.2  # maximum masked fraction of duration and of mel bands (SpecAugment); 0: off
+SPEC_MASK: Probability = 0.1  # maximum masked fraction of duration and of mel bands (SpecAugment); 0: off
 
 # --- targets
 MIXUP: NonNegative = 0.8  # alpha of Mixup's Beta distribution; 0: no Mixup

@@ -1,7 +1,7 @@
 """Spoken digits by the four scripts: accuracy of a random split, and on each speaker held out from training.
 
     python benchmarks/sounds.py --source free-spoken-digits
-    python benchmarks/sounds.py --source free-spoken-digits --splits jackson,theo --options="--warp 0" --output warp0
+    python benchmarks/sounds.py --source free-spoken-digits --splits jackson,theo --options="--warp 0.1" --output warp
 
 The recordings of the Free Spoken Digit Dataset (Jakobovski et al., CC BY-SA 4.0, github.com/Jakobovski/
 free-spoken-digit-dataset) in one folder for each digit, <digit>/<digit>_<speaker>_<index>.wav. Each split is made,
@@ -42,7 +42,7 @@ OUTPUT: Name = "results/sounds"  # folder for runs, table and sheet; a split tha
 SPLITS: list[Name] = []  # "random" and names of speakers to hold out; []: all
 EPOCHS: PositiveInt = 16  # epochs on the random split
 HELD_OUT_EPOCHS: PositiveInt = 6  # epochs without one speaker
-OPTIONS: str = ""  # further options of train.py for every split, such as "--warp 0"; "": none
+OPTIONS: str = ""  # further options of train.py for every split, such as "--warp 0.1"; "": none
 SHOWN: PositiveInt = 18  # spectrograms on the sheet
 
 ROOT = Path(__file__).resolve().parent.parent

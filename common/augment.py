@@ -32,7 +32,6 @@ del np.int
 CUTOUT_SCALE = (0.02, 0.4)  # area of the erased rectangle as a fraction of the image
 CUTOUT_RATIO = (0.4, 2.5)  # its aspect ratio
 GREY = np.float32([19595 / 65536, 38470 / 65536, 7471 / 65536, 0.5])  # Pillow's weights of red, green and blue, and 1/2
-GAINS = 4  # mel bands at which a change of loudness by frequency is drawn
 NOISE_LEVELS = (40.0, 80.0)  # decibels below the loudest place at which white noise is added
 
 
@@ -171,7 +170,7 @@ def spectrogram_transform(
         sample_rate: Hz; half of it is the upper end of the highest mel band.
         warp: maximum relative change of all frequencies, and of the duration.
         time_shift: maximum shift as a fraction of the duration.
-        gain: maximum change of loudness in decibels, and of the loudness of each frequency relative to the others.
+        gain: maximum change of loudness in decibels.
         noise: probability of white noise.
         spec_mask: maximum masked fraction of the duration and of the mel bands (SpecAugment), or a list of the two.
     """
@@ -233,17 +232,8 @@ def shift_time(image, fraction):
 
 
 def change_gain(image, largest):
-    """Make all that is not silent louder or quieter by up to `largest`, and each frequency by up to as much again.
-
-    The second change is drawn at a few mel bands and linear between them, as other microphones and rooms differ (Nam et
-    al., "FilterAugment: an acoustic environmental data augmentation method", ICASSP 2022).
-
-    Args:
-        largest: decibels / those from black to white.
-    """
-    drawn = torch.tensor([[[random.uniform(-largest, largest) for _ in range(GAINS)]]])
-    gains = F.interpolate(drawn, image.shape[1], mode="linear", align_corners=True)[0, :, :, None]  # (1, mel bands, 1)
-    return torch.where(image > 0, image + random.uniform(-largest, largest) + gains, image).clamp(0, 1)
+    """Make all that is not silent louder or quieter, by up to `largest`: decibels / those from black to white."""
+    return torch.where(image > 0, image + random.uniform(-largest, largest), image).clamp(0, 1)
 
 
 def add_noise(image, probability, levels, decibels):

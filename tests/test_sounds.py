@@ -594,16 +594,10 @@ def test_each_augmentation_changes_what_it_should(image):
     shifted = augment.shift_time(image, 0.1)
     assert torch.equal(shifted.flatten().sort().values, image.flatten().sort().values)
 
-    middle = 0.4 * torch.ones_like(image)
-    middle[:, :, 7] = 0
-    changes = torch.stack([augment.change_gain(middle, 6 / 80) - middle for _ in range(50)])
-    assert (changes[..., 7] == 0).all()
-    assert torch.equal(changes[..., :7], changes[:, :1, :, :1].expand(50, 3, 32, 7))  # the same in all frames
-    changes = changes[:, 0, :, 0]  # (50, mel bands)
-    assert 6 / 80 < changes.abs().max() <= 12 / 80 and changes.mean(0).abs().max() < 4 / 80
-    bends = changes.diff(dim=1).diff(dim=1).abs() > 1e-5  # of a line between four bands
-    assert bends.sum(1).max() <= 4 and bends.any(1).all()
     changed = augment.change_gain(image, 6 / 80)
+    inside = (image > 0.1) & (image < 0.9)
+    difference = (changed - image)[inside]
+    assert difference.std() < 1e-6 and 0 < abs(difference.mean()) <= 6 / 80
     assert (changed[image == 0] == 0).all() and 0 <= changed.min() and changed.max() <= 1
 
     assert augment.add_noise(image, 0.0, (30, 30), 80) is image
