@@ -10,8 +10,8 @@ Every image is opened and checked; unusable files are listed and skipped. The si
 image's content and the seed, so that the split is the same on every system, and hardly changes when images are added.
 Identical files land on the same side. data/manifest.csv records which file went where, and data/manifest.json how.
 
-WAV, FLAC, OGG and MP3 files become log-mel spectrograms, as the constants below say: data/train/<class>/x.wav.png is
-the image that a network sees of data1/<class>/x.wav.
+WAV, FLAC, OGG, Opus, MP3 and AIFF files become log-mel spectrograms, as the constants below say:
+data/train/<class>/x.wav.png is the image that a network sees of data1/<class>/x.wav.
 
 docs/images.md lists which images are read. The values of images with more than 8 bits are scaled as each file states;
 of 12 bits in 16, which files do not state, by a constant:

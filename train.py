@@ -90,6 +90,7 @@ ROTATION: Annotated[float, Limits(0, 180)] = 0.0  # maximum rotation in degrees;
 COLOR_JITTER: Probability = 0.2  # maximum relative change of brightness, contrast and saturation; 0: off
 
 # --- augmentation of spectrograms, instead of that of images and CutMix
+WARP: Probability = 0.0  # maximum relative change of all frequencies (another voice), and of the duration; 0: off
 TIME_SHIFT: Probability = 0.1  # maximum shift as a fraction of the duration; 0: off
 GAIN: NonNegative = 6.0  # maximum change of loudness in decibels; 0: off
 NOISE: Probability = 0.5  # probability of white noise; 0: off
@@ -169,8 +170,8 @@ def main():
         else:
             sizes = ImageSizes(epochs, spectrogram_size(sound))
             transform = spectrogram_transform(
-                mean, std, decibels=sound["decibels"], time_shift=TIME_SHIFT, gain=GAIN, noise=NOISE,
-                spec_mask=SPEC_MASK,
+                mean, std, decibels=sound["decibels"], sample_rate=sound["sample_rate"], warp=WARP,
+                time_shift=TIME_SHIFT, gain=GAIN, noise=NOISE, spec_mask=SPEC_MASK,
             )  # fmt: skip
         train_set, val_set = open_data(DATA, transform, PixelTransform(sizes.last, fit=FIT))
         classes = train_set.classes

@@ -1,14 +1,17 @@
 """Spoken digits by the four scripts: accuracy of a random split, and on each speaker held out from training.
 
     python benchmarks/sounds.py --source free-spoken-digits
+    python benchmarks/sounds.py --source free-spoken-digits --splits jackson,theo --options="--warp 0.1" --output warp
 
 The recordings of the Free Spoken Digit Dataset (Jakobovski et al., CC BY-SA 4.0, github.com/Jakobovski/
 free-spoken-digit-dataset) in one folder for each digit, <digit>/<digit>_<speaker>_<index>.wav. Each split is made,
-trained and measured by makedata.py, mean_std.py and train.py as by a user, in a folder that is kept.
+trained and measured by makedata.py, mean_std.py and train.py as by a user, in a folder that is kept; after an
+interruption, the same command goes on where it was.
 
 Prints a Markdown table, and writes to OUTPUT: table.md, a folder for each split with the run and its log, and
 sheet.png, spectrograms with their predictions. The accuracy is that of the last epoch's weights, since the best
-validation accuracy is biased upwards; the best epoch's is reported beside it.
+validation accuracy is biased upwards; the best epoch's is reported beside it. The constants of train.py were chosen on
+two of the speakers (CHOSEN_ON), so that the mean of the others is the one that counts.
 """
 
 import csv
@@ -16,7 +19,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/
@@ -40,10 +42,12 @@ OUTPUT: Name = "results/sounds"  # folder for runs, table and sheet; a split tha
 SPLITS: list[Name] = []  # "random" and names of speakers to hold out; []: all
 EPOCHS: PositiveInt = 16  # epochs on the random split
 HELD_OUT_EPOCHS: PositiveInt = 6  # epochs without one speaker
+OPTIONS: str = ""  # further options of train.py for every split, such as "--warp 0.1"; "": none
 SHOWN: PositiveInt = 18  # spectrograms on the sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEAKER = r"_([a-z]+)_"  # in a file name
+CHOSEN_ON = ("jackson", "theo")  # speakers on whose recordings the augmentation was chosen
 SOUND = ["--sample-rate", "8000", "--seconds", "0.7", "--hop", "16", "--mels", "40"]  # 40 bands x 44 frames
 TRAINING = ["--model", "unireplknet_a", "--warmup-epochs", "1", "--drop-path", "0"]
 
@@ -63,44 +67,60 @@ def main():
     print(*lines, sep="\n")
     held_out = []
     for name, options in splits.items():
-        row = run_split(name, SOURCE, Path(OUTPUT, name), options, EPOCHS if name == "random" else HELD_OUT_EPOCHS)
+        epochs = EPOCHS if name == "random" else HELD_OUT_EPOCHS
+        row = run_split(name, SOURCE, Path(OUTPUT, name), options, epochs, OPTIONS.split())
         what = "30 % at random" if name == "random" else f"all of {name}"
         cells = [what, *(row[key] for key in ("train", "val", "epochs"))]
         cells += [f"{row['last']:.2f}", f"{row['best']:.2f}", f"{row['minutes']:.1f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
         print(lines[-1])
         held_out += [row] if name != "random" else []
-    if held_out:
-        mean = {key: np.mean([row[key] for row in held_out]) for key in ("last", "best")}
-        lines.append(f"| mean of the {len(held_out)} | | | | {mean['last']:.2f} | {mean['best']:.2f} | |")
-        print(lines[-1])
+    others = [row for row in held_out if row["split"] not in CHOSEN_ON]
+    means = [(f"mean of the {len(held_out)}", held_out), (f"mean without {' and '.join(CHOSEN_ON)}", others)]
+    for what, rows in means if 0 < len(others) < len(held_out) else means[:1]:
+        if rows:
+            last, best = (np.mean([row[key] for row in rows]) for key in ("last", "best"))
+            lines.append(f"| {what} | | | | {last:.2f} | {best:.2f} | |")
+            print(lines[-1])
     write_text(Path(OUTPUT, "table.md"), "\n".join(lines) + "\n")
     draw_sheet([Path(OUTPUT, name) for name in splits], Path(OUTPUT, "sheet.png"), SHOWN)
     print(f"\nruns, table.md and sheet.png in {OUTPUT}")
 
 
-def run_split(name, source, folder, options, epochs):
-    """Split, train and validate in `folder`, unless that was done before; returns a dict of metrics."""
+def run_split(name, source, folder, options, epochs, training):
+    """Split, train and validate in `folder`, or go on with that; returns a dict of metrics.
+
+    Args:
+        name: of the split.
+        source: folder of the recordings.
+        folder: of the split, its run and its log.
+        options: of makedata.py, which make the split.
+        epochs: length of the training.
+        training: further options of train.py.
+    """
     result = folder / "figures.json"
     if not result.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        data, started = folder / "data", time.perf_counter()
-        with open(folder / "log.txt", "w", encoding="utf-8") as log:
+        data = folder / "data"
+        with open(folder / "log.txt", "a", encoding="utf-8") as log:
             call("makedata.py", "--source", source, "--target", data, *SOUND, *options, log=log)
             # Of the training recordings only: the held-out speaker must not influence the statistics, either.
             call("mean_std.py", "--source", data / "train", "--output", data / "mean_std.json", log=log)
-            training = ["--data", data, "--output", folder / "checkpoints", "--epochs", str(epochs), *TRAINING]
-            call("train.py", *training, log=log)
-        minutes = (time.perf_counter() - started) / 60
+            where = ["--data", data, "--output", folder / "checkpoints", "--resume", "auto"]
+            call("train.py", *where, "--epochs", str(epochs), *TRAINING, *training, log=log)
         with open(folder / "checkpoints" / "unireplknet_a" / "log.csv", encoding="utf-8") as file:
-            accuracies = [float(row["ema_acc1"]) for row in csv.DictReader(file)]
+            rows = list(csv.DictReader(file))
+        accuracies, minutes = [float(row["ema_acc1"]) for row in rows], sum(float(row["seconds"]) for row in rows) / 60
         counts = {part: len(list((data / part).glob("*/*"))) for part in ("train", "val")}
         metrics = dict(split=name, **counts, last=accuracies[-1], best=max(accuracies))
-        metrics |= dict(epochs=len(accuracies), minutes=minutes)
+        metrics |= dict(epochs=len(accuracies), minutes=minutes, options=training)
         write_json(result, metrics)
     metrics = json.loads(result.read_text(encoding="utf-8"))
-    if metrics["epochs"] != epochs:
-        raise UserError(f"{result} is of {metrics['epochs']} epochs, not {epochs}; set OUTPUT to another folder")
+    if (metrics["epochs"], metrics.get("options", [])) != (epochs, training):
+        raise UserError(
+            f"{result} is of {metrics['epochs']} epochs with the options {metrics.get('options', [])}, not of {epochs} "
+            f"with {training}; set OUTPUT to another folder"
+        )
     return metrics
 
 

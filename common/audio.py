@@ -25,7 +25,35 @@ from common.images import ImageError, is_hidden, is_image, load_image
 from common.options import ConstantError
 
 PACKAGES = ("soundfile", "soxr", "librosa")  # what recordings need
-EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3")
+# Of libsndfile's formats, without those that it also takes for a file of noise, such as .au and .raw.
+EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".caf", ".w64")
+# Files that hold sound all the same; ffmpeg makes recordings of them that are read.
+NOT_READ = {
+    "a recording in a format that is not read": ".aac .ac3 .amr .ape .au .m4a .m4b .mka .mpc .ra .snd .tta .wma .wv",
+    "a video": ".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv",
+}
+# What files begin with that bear a wrong extension: offset and bytes.
+SIGNATURES = {
+    "a PNG image": [(0, b"\x89PNG")],
+    "a JPEG image": [(0, b"\xff\xd8\xff")],
+    "a GIF image": [(0, b"GIF8")],
+    "a BMP image": [(0, b"BM"), (14, b"\x28\0\0\0")],
+    "a TIFF image": [(0, b"II*\0")],
+    "a WebP image": [(0, b"RIFF"), (8, b"WEBP")],
+    "a PDF document": [(0, b"%PDF")],
+    "a ZIP archive": [(0, b"PK\x03\x04")],
+    "an M4A recording": [(4, b"ftypM4A")],
+    "an MP4 or QuickTime video": [(4, b"ftyp")],
+    "a Matroska or WebM video": [(0, b"\x1a\x45\xdf\xa3")],
+    "a WMA recording or WMV video": [(0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11")],
+    "an AVI video": [(0, b"RIFF"), (8, b"AVI ")],
+    "an AMR recording": [(0, b"#!AMR")],
+    "an AAC recording": [(0, b"\xff\xf1")],
+    "an MPEG-2 AAC recording": [(0, b"\xff\xf9")],
+}
+# What libsndfile says of any content that it does not know; the second one of that in a file called .mp3.
+UNTRUE = ("Format not recognised", "File does not exist or is not a regular file (possibly a pipe?)")
+TEXT = set(range(32, 127)) | {9, 10, 12, 13} | set(range(128, 256))  # bytes of text, also UTF-8
 PAD_MODES = {"silence": "constant", "repeat": "wrap"}  # as NumPy calls them
 SAMPLE_RATES = (1_000, 1_000_000)  # Hz; only damaged files claim others
 BLOCK = 1 << 20  # samples that are read at once
@@ -42,16 +70,21 @@ class Kind:
         extensions: lower case, with the dot.
         fits: whether a file is of this kind, judged by its name.
         load: reads a file as a PIL RGB image; `ImageError` if it cannot be read.
+        table: where it says what is read.
     """
 
     name: str
     extensions: tuple[str, ...]
     fits: Callable
     load: Callable
+    table: str
 
     def why_not(self, path):
         """Why a file does not fit, and what to do: a sentence that begins with its path."""
-        return images.why_not(path, self.name, self.extensions)
+        for what, ends in NOT_READ.items():
+            if str(path).lower().endswith(tuple(ends.split())) and (self.name == "recording" or what != "a video"):
+                return f"{path} is {what}; {converted(path)}"
+        return images.why_not(path, self.name, self.extensions, self.table)
 
 
 def input_kind(sound, value_range=None):
@@ -64,8 +97,9 @@ def input_kind(sound, value_range=None):
     """
     if sound is None:
         load = load_image if value_range is None else partial(load_image, value_range=value_range)
-        return Kind("image", images.EXTENSIONS, is_image, load)
-    return Kind("recording", EXTENSIONS, is_sound_or_png, partial(load_sound_or_png, spectrogram=Spectrogram(**sound)))
+        return Kind("image", images.EXTENSIONS, is_image, load, images.TABLE)
+    load = partial(load_sound_or_png, spectrogram=Spectrogram(**sound))
+    return Kind("recording", EXTENSIONS, is_sound_or_png, load, "docs/sounds-and-series.md")
 
 
 def kind_of(checkpoint):
@@ -235,12 +269,44 @@ def read_mono(path, seconds):
         if not np.isfinite(samples).all():
             raise ValueError("it contains samples that are NaN or infinite")
     except Exception as error:  # libsndfile's errors, and a broken file may have others
-        if Path(path).is_file() and not Path(path).stat().st_size:
-            reason = "it is empty"
-        else:
-            reason = str(getattr(error, "error_string", error)).strip().rstrip(".") or type(error).__name__
-        raise ImageError(f"{path} cannot be read as a recording ({reason}); replace or remove it") from error
+        reason = str(getattr(error, "error_string", error)).strip().rstrip(".") or type(error).__name__
+        reason, remedy = explain(path, reason)
+        raise ImageError(f"{path} cannot be read as a recording ({reason}); {remedy}") from error
     return samples, rate
+
+
+def explain(path, reason):
+    """Why a file is no recording, and what to do: (reason, remedy), for a sentence.
+
+    Args:
+        path: the file.
+        reason: libsndfile's, or that of `read_mono`.
+    """
+    remedy = "replace or remove it"
+    if not os.path.isfile(path):  # a pipe must not be opened
+        return reason if os.path.exists(path) else "there is no such file", remedy
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        return error.strerror or reason, remedy
+    if not head:
+        return "it is empty", remedy
+    for what, places in SIGNATURES.items():
+        if all(head[offset:].startswith(mark) for offset, mark in places):
+            has_sound = what.endswith(("recording", "video"))
+            return f"it is {what}", f"{converted(path)}, or remove it" if has_sound else remedy
+    if reason in UNTRUE:
+        if not head.strip(b"\0"):
+            return "it begins with zeros, as after an interrupted copy", remedy
+        return "it is text" if set(head) <= TEXT else "it is damaged, or no recording", remedy
+    return reason.removeprefix("Error : "), remedy
+
+
+def converted(path):
+    """The remedy for a recording or video in another format."""
+    target = Path(path).with_suffix(".flac" if str(path).lower().endswith(".wav") else ".wav")
+    return f'convert it, as in: ffmpeg -i "{path}" "{target}"'
 
 
 @cache

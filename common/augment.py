@@ -4,6 +4,7 @@ torchtoolbox's Cutout is used where it can be imported, torchvision's RandomEras
 why). Both fill the erased rectangle with the mean colour.
 """
 
+import math
 import random
 from functools import partial
 
@@ -158,18 +159,24 @@ class ColorCutout(Cutout):
         return pixels
 
 
-def spectrogram_transform(mean, std, *, decibels, time_shift=0.0, gain=0.0, noise=0.0, spec_mask=0.0):
+def spectrogram_transform(
+    mean, std, *, decibels, sample_rate=16000, warp=0.0, time_shift=0.0, gain=0.0, noise=0.0, spec_mask=0.0
+):
     """Augmentation of spectrograms: PIL RGB -> float tensor (3, mel bands, frames).
 
     Args:
         mean, std: three values each, for pixels from 0 to 1.
         decibels: range of the spectrogram, from black to white.
+        sample_rate: Hz; half of it is the upper end of the highest mel band.
+        warp: maximum relative change of all frequencies, and of the duration.
         time_shift: maximum shift as a fraction of the duration.
         gain: maximum change of loudness in decibels.
         noise: probability of white noise.
         spec_mask: maximum masked fraction of the duration and of the mel bands (SpecAugment), or a list of the two.
     """
     steps = [transforms.ToTensor()]
+    if warp:
+        steps.append(partial(warp_spectrogram, largest=warp, sample_rate=sample_rate))
     if time_shift:
         steps.append(partial(shift_time, fraction=time_shift))
     if gain:
@@ -184,6 +191,38 @@ def spectrogram_transform(mean, std, *, decibels, time_shift=0.0, gain=0.0, nois
 
 
 # The following functions take tensors (3, mel bands, frames) from 0, black, to 1, the loudest place.
+
+
+def warp_spectrogram(image, largest, sample_rate):
+    """Scale all frequencies and the duration by factors of their own, each from 1 / (1 + largest) to 1 + largest.
+
+    Frequencies change as with a speaker whose vocal tract is shorter or longer (Jaitly and Hinton, "Vocal tract length
+    perturbation (VTLP) improves speech recognition", ICML workshop 2013), the duration as with one who speaks faster
+    or slower. What comes in beside a shortened recording is silent.
+
+    Args:
+        largest: maximum relative change.
+        sample_rate: Hz.
+    """
+    stretch, slow = ((1 + largest) ** random.uniform(-1, 1) for _ in range(2))
+    bands, frames = image.shape[1:]
+    top = to_mel(torch.tensor(sample_rate / 2))
+    centres = top * torch.arange(bands, 0, -1) / (bands + 1)  # of the rows, the highest first
+    rows = bands - (bands + 1) * to_mel(to_hertz(centres) / stretch) / top  # where each row comes from
+    y = rows.clamp(0, bands - 1) / (bands - 1) * 2 - 1
+    x = torch.linspace(-1, 1, frames) / slow
+    grid = torch.stack(torch.broadcast_tensors(x[None], y[:, None]), 2)[None]  # (1, bands, frames, 2)
+    return F.grid_sample(image[None], grid, align_corners=True)[0]
+
+
+def to_mel(hertz):
+    """Slaney's mel scale, as in the spectrograms: linear up to 1000 Hz, then logarithmic."""
+    return torch.where(hertz < 1000, 3 * hertz / 200, 15 + 27 * (hertz / 1000).log() / math.log(6.4))
+
+
+def to_hertz(mel):
+    """The inverse of `to_mel`."""
+    return torch.where(mel < 15, 200 * mel / 3, 1000 * ((mel - 15) * math.log(6.4) / 27).exp())
 
 
 def shift_time(image, fraction):
@@ -285,6 +324,8 @@ def augmentation_from_config(config, num_classes, size, mean, std, sound=None):
             mean,
             std,
             decibels=sound["decibels"],
+            sample_rate=sound["sample_rate"],
+            warp=value("WARP"),
             time_shift=value("TIME_SHIFT"),
             gain=value("GAIN"),
             noise=value("NOISE"),

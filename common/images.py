@@ -19,6 +19,7 @@ from common.options import UserError, raise_all
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 EXTENSIONS += (".apng", ".jpe", ".jfif", ".dib", ".avif", ".heic", ".heif", ".hif")
 EXTENSIONS += (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga")
+TABLE = "docs/images.md"
 # Files that hold images all the same, and what to do with them.
 NOT_READ = {
     "a camera's raw file; export it as JPEG or TIFF": ".arw .cr2 .cr3 .crw .dng .nef .nrw .orf .pef .raf .rw2 .srw",
@@ -64,18 +65,19 @@ def is_another_kind(path):
     return next((what for what, ends in NOT_READ.items() if str(path).lower().endswith(tuple(ends.split()))), "")
 
 
-def why_not(path, name="image", extensions=EXTENSIONS):
+def why_not(path, name="image", extensions=EXTENSIONS, table=TABLE):
     """Why a file whose name does not fit is not used, and what to do: a sentence that begins with its path.
 
     Args:
         path: the file.
         name: what is wanted, "image" or "recording".
         extensions: those that are wanted.
+        table: where it says what is read.
     """
     known = is_another_kind(path)
     if known:
         return f"{path} is {known}"
-    some = ", ".join(extensions if len(extensions) < 6 else [*extensions[:3], "...: see docs/images.md"])
+    some = ", ".join(extensions if len(extensions) < 6 else [*extensions[:3], f"...: see {table}"])
     return f"{path} has no {name} extension ({some})"
 
 

@@ -571,7 +571,7 @@ def describe_augmentation(config, sound):
     """The constants of the augmentation that is on, in one line."""
     names = ["CUTOUT", "HFLIP", "VFLIP", "QUARTER_TURNS", "ROTATION", "COLOR_JITTER"]
     if sound is not None:
-        names = ["TIME_SHIFT", "GAIN", "NOISE", "SPEC_MASK"]
+        names = ["WARP", "TIME_SHIFT", "GAIN", "NOISE", "SPEC_MASK"]
     elif config["CROP"] < 1:
         names.insert(0, "CROP")
     if config["MIX_PROB"]:
@@ -664,6 +664,8 @@ def describe_changes(checkpoint, about):
         Whether the validation images are others, so that accuracies cannot be compared.
     """
     old, new = checkpoint["config"], about["config"]
+    if about.get("sound"):
+        old = dict(WARP=0.0) | old  # which earlier versions did not have
     exact = True
     for name in (name for name in new if name in old and old[name] != new[name] and name not in NO_EFFECT):
         if name in ONLY_AT_THE_START:

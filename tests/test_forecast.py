@@ -146,6 +146,19 @@ def test_scores_of_a_band_equal_those_of_a_plain_loop():
     assert plain == {key: errors[key] for key in ("mse", "mae")}
 
 
+@pytest.mark.parametrize("count", [5, 12, 25, 60])
+def test_a_band_from_few_windows_is_wide_enough_for_further_ones(count):
+    """Windows that do not overlap: 400 bands, each from `count` of them; plain quantiles would hold 0.6 to 0.78."""
+    torch.manual_seed(0)
+    model, inside = forecast.Repeat(4, 1, 1), []
+    for _ in range(400):
+        windows = torch.randn(count + 200, 1, 5)
+        band = forecast.measure_band(model, windows[:count], 4, [0], enough=1)
+        inside.append(forecast.evaluate(model, windows[count:], 4, [0], band=band.double())["coverage"])
+    expected = 0.8 if count > 8 else (count - 1) / (count + 1)  # of the range of few windows
+    assert np.mean(inside) == pytest.approx(expected, abs=0.03)
+
+
 def test_few_windows_borrow_errors_from_other_steps_and_many_are_sampled():
     torch.manual_seed(0)
     windows = torch.randn(500, 1).unfold(0, 44, 1)

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import io
+import math
 import os
 import shutil
 import sys
@@ -171,7 +172,14 @@ FORMATS = {
     "a.ogg": {},
     "a.mp3": {},
     "LOUD.WAV": {},
+    "a.oga": dict(format="OGG"),
+    "a.opus": dict(format="OGG", subtype="OPUS"),
+    "a.aif": dict(format="AIFF"),
+    "a.AIFC": dict(format="AIFF"),
+    "a.caf": {},
+    "a.w64": {},
 }
+OPUS_RATES = (8000, 16000, 48000)
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -180,8 +188,9 @@ def test_every_format_gives_the_same_spectrogram(rate, channels, tmp_path):
     expected = np.asarray(SPECTROGRAM.load(write(tmp_path / "plain.wav", tone(700, rate=48000), 48000)), float)
     loud = expected > 255 * (1 - 30 / 80)  # compression may change what is much fainter
     for name, options in FORMATS.items():
-        if rate == 96000 and name.endswith("mp3"):  # which has no such rate
+        if rate == 96000 and name.endswith("mp3") or rate not in OPUS_RATES and name.endswith("opus"):  # have no such
             continue
+        assert audio.is_sound(name)
         samples = np.stack([tone(700, rate=rate)] * channels, 1)
         found = np.asarray(SPECTROGRAM.load(write(tmp_path / name, samples, rate, **options)), float)
         assert np.abs(found - expected)[loud].max() < 12, name
@@ -211,17 +220,31 @@ def hour(path):
     os.truncate(path, size)
 
 
+NOISE = np.random.default_rng(0).bytes(4000)
+ASF = bytes.fromhex("3026b2758e66cf11")  # which Windows Media files begin with
 BAD = {
     "empty.wav": (lambda path: path.write_bytes(b""), "it is empty"),
-    "text.wav": (lambda path: path.write_bytes(b"these are words"), "cannot be read as a recording"),
-    "image.wav": (lambda path: Image.new("RGB", (48, 48)).save(path, "png"), "cannot be read as a recording"),
+    "empty.mp3": (lambda path: path.write_bytes(b""), "it is empty"),
+    "text.wav": (lambda path: path.write_bytes(b"these are words"), "it is text"),
+    "page.mp3": (lambda path: path.write_text("<html>没有</html>", encoding="utf-8"), "it is text"),
+    "image.wav": (lambda path: Image.new("RGB", (48, 48)).save(path, "png"), "it is a PNG image"),
+    "image.mp3": (lambda path: Image.new("RGB", (48, 48)).save(path, "jpeg"), "it is a JPEG image"),
+    "noise.mp3": (lambda path: path.write_bytes(NOISE), "it is damaged, or no recording"),
+    "noise.wav": (lambda path: path.write_bytes(NOISE), "it is damaged, or no recording"),
+    "zeros.wav": (lambda path: path.write_bytes(bytes(999)), "it begins with zeros"),
+    "cut off.mp3": (lambda path: cut_off(write(path, tone(500)), 60), "it is damaged, or no recording"),
+    "cut off.ogg": (lambda path: cut_off(write(path, tone(500)), 900), "file is malformed"),
+    "video.wav": (lambda path: path.write_bytes(b"\0\0\0\x18ftypmp42" + NOISE), "it is an MP4 or QuickTime video"),
+    "phone.mp3": (lambda path: path.write_bytes(b"\0\0\0\x18ftypM4A " + NOISE), "it is an M4A recording"),
+    "video.ogg": (lambda path: path.write_bytes(b"\x1a\x45\xdf\xa3" + NOISE), "it is a Matroska or WebM video"),
+    "windows.wav": (lambda path: path.write_bytes(ASF + NOISE), "it is a WMA recording or WMV video"),
     "header only.wav": (lambda path: cut_off(write(path, tone(500)), 44), "it contains no samples"),
     "no samples.wav": (lambda path: write(path, np.zeros(0)), "it contains no samples"),
     "nan.wav": (lambda path: write(path, np.full(800, np.nan), subtype="FLOAT"), "samples that are NaN"),
     "infinite.wav": (lambda path: write(path, np.full(800, np.inf), subtype="FLOAT"), "NaN or infinite"),
     "cut off.flac": (lambda path: cut_off(write(path, tone(500)), 60), "cannot be read as a recording"),
     "10 Hz.wav": (lambda path: write(path, np.ones(10), 10), "its sample rate is 10 Hz"),
-    "link to nothing.wav": (lambda path: path.symlink_to("nothing"), "cannot be read as a recording"),
+    "link to nothing.wav": (lambda path: path.symlink_to("nothing"), "there is no such file"),
     "cut off.wav": (lambda path: cut_off(write(path, tone(500)), 3000), ""),  # what is left is heard
     "one sample.wav": (lambda path: write(path, np.ones(1), 96_000), ""),
     "silence.wav": (lambda path: write(path, np.zeros(800)), ""),
@@ -243,13 +266,28 @@ def test_bad_recordings_are_read_or_named_with_the_reason(name, tmp_path):
     why = file.reason
     if reason:
         assert file.record is None and why.startswith(f"{path} cannot be read as a recording (") and reason in why, why
-        assert why.count("\n") == 0 and why.endswith("; replace or remove it")
+        assert why.count("\n") == 0 and "does not exist" not in why
+        if reason.endswith(("video", "M4A recording")):
+            target = path.with_suffix(".flac" if path.suffix == ".wav" else ".wav")
+            assert why.endswith(f'; convert it, as in: ffmpeg -i "{path}" "{target}", or remove it')
+        else:
+            assert why.endswith("; replace or remove it")
         with pytest.raises(ImageError):
             SPECTROGRAM.load(path)
     else:
         assert why == "" and file.png
         for padding in audio.PAD_MODES:
             assert replace(SPECTROGRAM, padding=padding).load(path).size[::-1] == SPECTROGRAM.size
+
+
+@pytest.mark.parametrize("name", ["a.m4a", "B.AAC", "c.wma", "d.mp4"])
+def test_recordings_that_are_not_read_are_named_with_the_command_that_converts_them(name):
+    for sound in (SOUND, None):
+        kind = input_kind(sound)
+        assert not kind.fits(name)
+        if sound or name != "d.mp4":  # of videos, images are frames
+            assert kind.why_not(name).endswith(f'; convert it, as in: ffmpeg -i "{name}" "{name[0]}.wav"')
+    assert "save frames" in input_kind(None).why_not("d.mp4")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems would write the hour")
@@ -447,7 +485,7 @@ def test_bad_recordings_are_skipped_and_lengths_reported(place, capsys):
     assert makedata.main() == 3
     out = capsys.readouterr().out
     assert "empty.wav cannot be read as a recording (it is empty)" in out
-    assert "notes.txt has no recording extension (.wav, .flac, .ogg, .mp3)" in out
+    assert "notes.txt has no recording extension (.wav, .flac, .ogg, ...: see docs/sounds-and-series.md)" in out
     assert "the recordings last 0.30 to 0.70 s, median 0.35; of 1 only the first 0.5 s are used" in out
     assert "37 recordings in data, split with seed 42" in out
     assert read_json(Path("data", MANIFEST))["sound"] == SOUND
@@ -576,13 +614,43 @@ def test_each_augmentation_changes_what_it_should(image):
         assert all(masked.sum() == width * image.numel() // image.shape[dim] for masked, width in zip(masks, widths))
 
 
+def test_warping_scales_frequencies_and_the_duration(monkeypatch):
+    """A tone that is warped, against one of the other frequency and length."""
+    for stretch, slow in ((1.2, 1.0), (0.8, 1.0), (1.0, 0.8), (1.0, 1.2), (1.1, 0.85)):
+        for pitch in (400, 900, 2000):
+            recordings = (SPECTROGRAM.fit(tone(*what), 8000) for what in ((pitch, 0.3), (pitch * stretch, 0.3 * slow)))
+            plain, expected = (torch.tensor(1 + SPECTROGRAM.log_mel(one) / 80).flip(0).float() for one in recordings)
+            drawn = iter([math.log(stretch) / math.log(1.5), math.log(slow) / math.log(1.5)])
+            monkeypatch.setattr(augment.random, "uniform", lambda low, high: next(drawn))
+            warped = augment.warp_spectrogram(plain.expand(3, -1, -1), 0.5, 8000)
+            assert warped.shape == (3, 32, 51) and torch.equal(warped[0], warped[2])
+            for dim in (0, 1):  # where the sound is, in frequency and in time
+                places = [(10 ** (8 * (level - 1))).sum(1 - dim) for level in (warped[0], expected)]
+                means = [float((power * torch.arange(len(power))).sum() / power.sum()) for power in places]
+                assert abs(means[0] - means[1]) < 0.6, (stretch, slow, pitch, dim, means)
+            loud = [(level > 0.7).any(0).sum() for level in (warped[0], expected)]
+            assert abs(loud[0] - loud[1]) <= 3, (stretch, slow, pitch, loud)
+
+
+def test_mel_scales_are_the_same():
+    frequencies = torch.tensor([0.0, 200.0, 999.0, 1000.0, 3000.0, 8000.0])
+    np.testing.assert_allclose(augment.to_mel(frequencies), mel(frequencies.numpy()), rtol=1e-5)
+    torch.testing.assert_close(augment.to_hertz(augment.to_mel(frequencies)), frequencies)
+
+
+def test_what_a_shorter_recording_leaves_is_silent():
+    seed_everything(0)
+    silent = [int((augment.warp_spectrogram(torch.ones(3, 32, 51), 0.2, 8000) == 0)[0].all(0).sum()) for _ in range(60)]
+    assert min(silent) == 0 and 4 < max(silent) <= 51 - 51 / 1.2 + 1
+
+
 def test_each_step_of_the_augmentation_can_be_switched_off(image):
     mean, std = [0.5] * 3, [0.2] * 3
     spectrogram = Image.fromarray((255 * image).round().byte().permute(1, 2, 0).numpy())
     transform = partial(augment.spectrogram_transform, mean, std, decibels=80.0)
     plain = eval_transform((32, 51), mean, std)(spectrogram)
     assert torch.equal(transform()(spectrogram), plain) and plain.shape == (3, 32, 51)
-    for step in (dict(time_shift=0.1), dict(gain=6.0), dict(noise=1.0), dict(spec_mask=0.2)):
+    for step in (dict(warp=0.1), dict(time_shift=0.1), dict(gain=6.0), dict(noise=1.0), dict(spec_mask=0.2)):
         assert any(not torch.equal(transform(**step)(spectrogram), plain) for _ in range(9)), step
 
 

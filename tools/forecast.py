@@ -864,6 +864,10 @@ def train(method, settings, parts, metadata, folder, device, interrupt, side_fil
 def measure_band(model, windows, lookback, targets, interrupt=None, most=2000, enough=200):
     """`QUANTILES` of the errors on `windows`, for each column and step, in units of `window_scale`.
 
+    Of n windows, the level q of the upper quantile is q (n + 1) / n, and that of the lower one likewise from above, so
+    that a further window of the same kind is inside as often as it should be (Angelopoulos and Bates, "A gentle
+    introduction to conformal prediction", arXiv:2107.07511, Section 1). With fewer than 9 windows it is their range.
+
     Args:
         model, windows, lookback, targets, interrupt: see `evaluate`.
         most: number of windows to use, spread over all.
@@ -883,10 +887,13 @@ def measure_band(model, windows, lookback, targets, interrupt=None, most=2000, e
     errors = torch.cat(errors).double().numpy()  # (windows, targets, horizon)
     count, _, horizon = errors.shape
     reach = min(horizon, math.ceil((enough / count - 1) / 2) if count < enough else 0)
+    # Errors of steps before and after are no further windows: they resemble each other.
+    low, high = QUANTILES
+    levels = max(0.0, 1 - (1 - low) * (count + 1) / count), min(1.0, high * (count + 1) / count)
     band = []
     for step in range(horizon):
         near = errors[:, :, max(0, step - reach) : step + reach + 1].transpose(1, 0, 2).reshape(len(targets), -1)
-        band.append(np.quantile(near, QUANTILES, axis=1))
+        band.append(np.quantile(near, levels, axis=1))
     return torch.from_numpy(np.stack(band, 2)).float()
 
 
