@@ -27,7 +27,6 @@ import timm
 import torch
 import torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import FeatureGetterNet
 from torch import nn
 
 from common.checkpoint import REMEDY, load_checkpoint, load_newest
@@ -98,16 +97,20 @@ def create_backbone(arch, model_args, drop_path=0.0, weights=None):
     Raises:
         UserError: if the weights are of another network, or it has no stochastic depth.
     """
+    with torch.device("meta"):
+        strides = [stage["reduction"] for stage in timm.create_model(arch).feature_info]
+    # Of several maps with one stride the last one, which is the deepest.
+    places = [len(strides) - 1 - strides[::-1].index(stride) for stride in STRIDES]
+    arguments = model_args | (dict(drop_path_rate=drop_path) if drop_path else {})
     try:
-        network = timm.create_model(arch, **(dict(drop_path_rate=drop_path) if drop_path else {}), **model_args)
+        backbone = timm.create_model(arch, features_only=True, feature_cls="getter", out_indices=places, **arguments)
     except TypeError as error:
         raise UserError(f"{arch} has no stochastic depth; set DROP_PATH to 0 ({error})") from error
     if weights is not None:
+        network = timm.create_model(arch, **model_args)
         print(f"pretrained  {load_pretrained(network, weights, None)}")
-    strides = [stage["reduction"] for stage in network.feature_info]
-    # Of several maps with one stride the last one, which is the deepest.
-    places = [len(strides) - 1 - strides[::-1].index(stride) for stride in STRIDES]
-    return FeatureGetterNet(network, out_indices=places)
+        backbone.model.load_state_dict({name: network.state_dict()[name] for name in backbone.model.state_dict()})
+    return backbone
 
 
 def choose_normalisation(weights):
