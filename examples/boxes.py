@@ -1,4 +1,4 @@
-"""Boxes around objects, as annotation programs save them: Pascal VOC's XML files and COCO's JSON file, read and checked.
+"""Boxes around objects as annotation programs save them, read and checked: Pascal VOC's XML files, COCO's JSON file.
 
 Real annotations have flaws. Each one that is found is a line that names its file, and what was done about it: a box or
 an image is left out, or the whole file is refused.
@@ -12,28 +12,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from common.file_checks import brief
-from common.files import write_json, write_text
 from common.images import EXTENSIONS, ImageError, load_image
 from common.options import UserError
 from common.progress import Progress
 from common.text import read_text
-from examples.scene import CLASSES, draw_scene
 
 LAYOUT = (
     "expected Pascal VOC (Annotations/*.xml, JPEGImages/ and ImageSets/Main/train.txt and val.txt) or COCO "
     "(annotations/train.json and val.json, or instances_train2017.json and so on, and the images in images/, train/ "
     "and val/)"
 )
-IMAGE_FOLDERS = ("", "images", "JPEGImages", "{split}", "images/{split}", "{split}2017", "{split}2014")  # of COCO
+IMAGE_FOLDERS = ("", "images", "images/{split}", "JPEGImages", "{split}", "{split}2017", "{split}2014")  # of COCO
 MOST_CORNER = 1e7  # pixels; a larger number is a slip
 
 
 @dataclass
-class Annotated:
+class BoxedImage:
     """An image and its boxes.
 
     Attributes:
@@ -92,7 +87,7 @@ def read_boxes(data, split, flaws, classes=None):
         classes: names of the classes; boxes of others are left out. None: all that occur.
 
     Returns:
-        (list of `Annotated`, {class name: COCO's category id, or None where the data have none}).
+        (list of `BoxedImage`, {class name: COCO's category id, or None where the data have none}).
 
     Raises:
         UserError: if there is no such data set or part; if a list or COCO file cannot be read; if no image is left.
@@ -121,7 +116,7 @@ def find_split(data, split):
     if listed.is_file():
         return listed, False
     coco = [data / "annotations" / f"{name}.json" for name in (split, f"instances_{split}")]
-    coco += [data / f"{split}.json", data / split / "_annotations.coco.json"]
+    coco += [data / "boxes" / f"{split}.json", data / f"{split}.json", data / split / "_annotations.coco.json"]
     coco += sorted((data / "annotations").glob(f"instances_{split}*.json"))
     found = [path for path in coco if path.is_file()]
     if found:
@@ -156,7 +151,7 @@ def read_voc(data, path, flaws):
         if file is None:
             flaws.add(data / "JPEGImages" / line, "missing images", "does not exist as an image; left out", image=True)
             continue
-        image = Annotated(file, len(images) + 1, (number(root, "size/width"), number(root, "size/height")))
+        image = BoxedImage(file, len(images) + 1, (number(root, "size/width"), number(root, "size/height")))
         for place, thing in enumerate(root.iter("object"), start=1):
             name = (thing.findtext("name") or "").strip()
             box = [number(thing, f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
@@ -229,12 +224,13 @@ def read_coco(data, path, split, flaws):
         else:
             files.add(file)
             size = tuple(as_number(row.get(side)) for side in ("width", "height"))
-            images[key] = Annotated(file, key, size)
+            images[key] = BoxedImage(file, key, size)
     seen = set()
     for place, row in enumerate(annotations, start=1):
         key, what = row.get("image_id"), f"annotation {brief(row.get('id', place))}"
         if not isinstance(key, int) or key not in images:
-            flaws.add(path, "boxes of unknown images", f"{what} is of image {brief(key)}, which is not listed; left out")
+            what += f" is of image {brief(key)}, which is not listed; left out"
+            flaws.add(path, "boxes of unknown images", what)
             continue
         if isinstance(row.get("id"), int):
             if row["id"] in seen:
@@ -296,8 +292,8 @@ def check_images(images, flaws, description):
                 continue
             stated = [side for side in image.size if side > 0]  # 0 and NaN: unknown, as some programs save it
             if len(stated) == 2 and tuple(stated) != size:
-                flaws.add(image.path, "images of another size", f"has {size[0]} x {size[1]} pixels, its annotation says "
-                          f"{stated[0]:g} x {stated[1]:g}; left out", image=True)  # fmt: skip
+                what = f"{size[0]} x {size[1]} pixels, its annotation says {stated[0]:g} x {stated[1]:g}; left out"
+                flaws.add(image.path, "images of another size", f"has {what}", image=True)
                 continue
             image.size = size
             clip_boxes(image, flaws)
@@ -316,10 +312,13 @@ def clip_boxes(image, flaws):
         if inside[-1]:
             image.boxes[place] = clipped
             if beyond > 1:  # VOC counts pixels from 1, many programs from 0
-                flaws.add(image.path, "boxes beyond the edge", f"a box ({image.names[place]}) reaches {beyond:g} pixels "
-                          "out of the image; clipped")  # fmt: skip
-    drop(image, inside, "boxes outside their image", flaws,
-         lambda name, box: f"a box ({name}) lies outside the image ({', '.join(f'{v:g}' for v in box)}); left out")  # fmt: skip
+                what = f"a box ({image.names[place]}) reaches {beyond:g} pixels out of the image; clipped"
+                flaws.add(image.path, "boxes beyond the edge", what)
+
+    def explain(name, box):
+        return f"a box ({name}) lies outside the image ({', '.join(f'{value:g}' for value in box)}); left out"
+
+    drop(image, inside, "boxes outside their image", flaws, explain)
 
 
 def drop(image, keep, kind, flaws, explain):
@@ -335,7 +334,7 @@ def to_coco(images, classes):
     """COCO's dictionary of images, boxes and categories.
 
     Args:
-        images: list of `Annotated`.
+        images: list of `BoxedImage`.
         classes: {name: category id}.
     """
     annotations = []
@@ -356,56 +355,3 @@ def to_coco(images, classes):
         annotations=annotations,
         categories=[dict(id=key, name=name) for name, key in classes.items()],
     )
-
-
-# --- drawn scenes
-
-
-def draw_data_set(folder, counts, size, kind="voc"):
-    """Write drawn scenes as a data set: real files, for a first try and for tests.
-
-    Args:
-        folder: made if need be.
-        counts: {name of a part: number of images}.
-        size: (width, height) in pixels.
-        kind: "voc" or "coco".
-    """
-    folder, ids = Path(folder), {name: number for number, name in enumerate(CLASSES) if number}
-    images_folder = folder / ("JPEGImages" if kind == "voc" else "images")
-    images_folder.mkdir(parents=True, exist_ok=True)
-    for split, count in counts.items():
-        images = []
-        for place in range(count):
-            pixels, _, boxes, labels = draw_scene(f"{split}/{place}", *size)
-            path = images_folder / f"{split}{place:04d}.png"
-            Image.fromarray(np.uint8(pixels.permute(1, 2, 0).numpy() * 255 + 0.5)).save(path)
-            names = [CLASSES[label] for label in labels]
-            images.append(Annotated(path, place + 1, size, boxes.tolist(), names, [False] * len(names)))
-        if kind == "coco":
-            (folder / "annotations").mkdir(exist_ok=True)
-            write_json(folder / "annotations" / f"{split}.json", to_coco(images, ids))
-            continue
-        for part in ("Annotations", "ImageSets/Main"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        for image in images:
-            write_text(folder / "Annotations" / f"{image.path.stem}.xml", to_voc(image))
-        names = "".join(f"{image.path.stem}\n" for image in images)
-        write_text(folder / "ImageSets" / "Main" / f"{split}.txt", names)
-
-
-def to_voc(image):
-    """Text of the XML file of an `Annotated`."""
-    root = ElementTree.Element("annotation")
-    ElementTree.SubElement(root, "filename").text = image.path.name
-    size = ElementTree.SubElement(root, "size")
-    for side, value in zip(("width", "height", "depth"), (*image.size, 3)):
-        ElementTree.SubElement(size, side).text = str(value)
-    for box, name, ignored in zip(image.boxes, image.names, image.ignored):
-        thing = ElementTree.SubElement(root, "object")
-        ElementTree.SubElement(thing, "name").text = name
-        ElementTree.SubElement(thing, "difficult").text = str(int(ignored))
-        corners = ElementTree.SubElement(thing, "bndbox")
-        for corner, value in zip(("xmin", "ymin", "xmax", "ymax"), box):
-            ElementTree.SubElement(corners, corner).text = f"{value:g}"
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode") + "\n"
