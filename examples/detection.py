@@ -46,6 +46,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
 
+from common.convolutions import choose_convolutions
 from common.dense import DenseFolder, DenseState, backbone_args, build_dense, check_backbone, choose_normalisation
 from common.dense import create_backbone, create_train_loader, describe_dense_run, find_dense, load_dense
 from common.dense import train_one_epoch
@@ -62,7 +63,7 @@ from common.options import ConstantError, Fraction, ImageSize, Limits, MultipleO
 from common.options import Positive, PositiveInt, Probability, Rate, UserError, Workers, current_values, run
 from common.plots import add_legend, new_figure, save_figure
 from common.progress import Progress
-from common.schedule import warmup_cosine
+from common.schedule import ImageSizes, warmup_cosine
 from common.text import label
 from ema import ModelEma
 from examples.boxes import Flaws, read_boxes, to_coco
@@ -164,6 +165,7 @@ def main():
         train_set = TrainingImages(train_images, classes, augment)
         train_loader = create_train_loader(train_set, seed=SEED, collate=list, **reading)
         val_paths = [image.path for image in val_images]
+        val_loader = create_loader(val_paths, IMG_SIZE, **reading)
         steps = len(train_loader)
 
         # --- network and optimizer
@@ -180,6 +182,10 @@ def main():
         state = DenseState(
             model, ema, optimizer, torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
         )
+        sizes = ImageSizes(EPOCHS, (CROP_SIZE, CROP_SIZE), scaled_size(val_images[0].size, IMG_SIZE)[::-1])
+        convolutions = choose_convolutions(
+            model.backbone.body, sizes, train_loader, val_loader, amp_dtype, False, checkpoint
+        )
         # The learning rate grows with the root of the batch size, as in train.py.
         learning_rate = partial(
             warmup_cosine, steps=EPOCHS * steps, warmup_steps=round(WARMUP_EPOCHS * steps),
@@ -191,7 +197,7 @@ def main():
             task="detection", arch=arch, model_args=model_args, classes=classes, mean=mean, std=std,
             config=current_values(globals()), train_names=[image.path.name for image in train_images],
             val_names=[path.name for path in val_paths], device=device, amp_dtype=amp_dtype,
-            detector=settings, category_ids=number_classes(classes, ids),
+            detector=settings, category_ids=number_classes(classes, ids), convolutions=convolutions,
         )  # fmt: skip
         folder.begin(about, checkpoint, state, (CROP_SIZE, CROP_SIZE), EPOCHS)
         write_text(folder.path / "flaws.txt", "".join(f"{line}\n" for line in flaws.lines))
@@ -206,7 +212,7 @@ def main():
                     )  # fmt: skip
                     started, results = time.perf_counter(), {}
                     if (state.epoch + 1) % VAL_EPOCHS == 0 or state.epoch + 1 == EPOCHS:
-                        found = find_boxes(state.network(), val_paths, IMG_SIZE, reading, amp, interrupt)
+                        found = find_boxes(state.network(), val_loader, amp, interrupt)
                         results, _ = average_precision(val_images, found, about["category_ids"])
                     folder.finish_epoch(state, metrics, results, time.perf_counter() - started)
             except Stopped:
@@ -214,7 +220,7 @@ def main():
                 print(f"stopped in epoch {state.epoch + 1} of {EPOCHS} and saved; resume with --resume auto")
                 return interrupt.exit_status
         checkpoint, model = load_detector(folder.path / "best.pth", device)
-        found = find_boxes(model, val_paths, IMG_SIZE, reading, amp)
+        found = find_boxes(model, val_loader, amp)
         report(val_images, found, checkpoint, folder.path / "boxes.png", SCORE)
         what = f"on {len(val_images)} validation images, in epoch {state.best_epoch}"
         print(f"best AP {state.best_metric:.2f} % {what}; see {folder.path}")
@@ -247,7 +253,7 @@ def predict(checkpoint, model, source, results, score, reading):
     if not paths:
         raise UserError(f"{source} holds no images; set PREDICT to an image or a folder of images")
     root = source.parent if source.is_file() else source
-    found = find_boxes(model, paths, checkpoint["detector"]["img_size"], reading)
+    found = find_boxes(model, create_loader(paths, checkpoint["detector"]["img_size"], **reading))
     skipped, rows, drawn = 0, [], 0
     for number, (path, boxes) in enumerate(zip(paths, found), start=1):
         if isinstance(boxes, ImageError):
@@ -281,7 +287,8 @@ def evaluate(checkpoint, model, data, split, results, score, reading):
     flaws.report()
     if not any(not ignored for image in images for ignored in image.ignored):
         raise UserError(f"{split} has no boxes of the classes {', '.join(checkpoint['classes'])}")
-    found = find_boxes(model, [image.path for image in images], checkpoint["detector"]["img_size"], reading)
+    paths = [image.path for image in images]
+    found = find_boxes(model, create_loader(paths, checkpoint["detector"]["img_size"], **reading))
     results.mkdir(parents=True, exist_ok=True)
     metrics = report(images, found, checkpoint, results / "boxes.png", score)
     rows = [row for image, boxes in zip(images, found)
@@ -301,7 +308,7 @@ def report(images, found, checkpoint, path, score):
                                                                *metrics.values()))]:  # fmt: skip
         cells = "  ".join("     -" if math.isnan(value) else f"{value:6.2f}" for value in values)
         print(f"{label(name):{width}}  {count:5d}  {cells}")
-    chosen = [images.index(images[round(place)]) for place in np.linspace(0, len(images) - 1, min(8, len(images)))]
+    chosen = [round(place) for place in np.linspace(0, len(images) - 1, min(8, len(images)))]
     plot_boxes([(images[n].path, images[n], found[n]) for n in chosen], checkpoint["classes"], score, path)
     return dict(images=len(images)) | metrics | dict(classes={
         name: dict(boxes=count, ap=ap, ap50=ap50, ap75=ap75) for name, (count, ap, ap50, ap75) in by_class.items()
@@ -517,6 +524,16 @@ def compute_loss(model, batch):
     return sum(model(images, targets).values())
 
 
+def create_loader(paths, img_size, batch_size, workers):
+    """A loader of `ScaledImages` in their order, in lists of `batch_size`."""
+    return Loader(ScaledImages(paths, img_size), batch_size, num_workers=workers, collate_fn=list, what="images")
+
+
+def scaled_size(size, img_size):
+    """(width, height) in pixels of an image of `size` (width, height) whose longer side becomes `img_size`."""
+    return tuple(max(1, round(length * img_size / max(size))) for length in size)
+
+
 class ScaledImages(Dataset):
     """Images for validation and prediction: (uint8 tensor (3, H, W), (width, height) of the file), or an `ImageError`.
 
@@ -536,19 +553,17 @@ class ScaledImages(Dataset):
             image = load_image(self.paths[index])
         except ImageError as error:
             return error
-        size = [max(1, round(length * self.img_size / max(image.size))) for length in image.size]
+        size = scaled_size(image.size, self.img_size)
         return v2.functional.pil_to_tensor(image.resize(size, Image.Resampling.BILINEAR)), image.size
 
 
 @torch.inference_mode()
-def find_boxes(model, paths, img_size, reading, amp=contextlib.nullcontext, interrupt=None):
+def find_boxes(model, loader, amp=contextlib.nullcontext, interrupt=None):
     """Boxes in images.
 
     Args:
         model: from `create_detector`, in eval mode afterwards.
-        paths: of the images.
-        img_size: longer side in pixels to which they are scaled.
-        reading: dict of batch_size and workers.
+        loader: from `create_loader`.
         amp: function that returns the autocast context.
         interrupt: see `Stopped`; None: none.
 
@@ -561,8 +576,7 @@ def find_boxes(model, paths, img_size, reading, amp=contextlib.nullcontext, inte
     """
     model.eval()
     device = next(model.parameters()).device
-    loading = dict(num_workers=reading["workers"], collate_fn=list, what="images")
-    loader, found = Loader(ScaledImages(paths, img_size), reading["batch_size"], **loading), []
+    found = []
     for batch in Progress(loader, desc="finding boxes", unit="batch", leave=False):
         if interrupt is not None and interrupt.signal is not None:
             raise Stopped
