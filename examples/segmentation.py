@@ -20,9 +20,11 @@ Exit status: 0; 1 an error; 2 a wrong option or constant; 3 done, but some files
 --predict); 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP, saved and ready to be resumed.
 """
 
+import json
 import math
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -44,9 +46,9 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
-from common.dense import DenseFolder, DenseState, backbone_args, build_dense, check_backbone, choose_normalisation
-from common.dense import create_backbone, create_train_loader, describe_dense_run, find_dense, load_dense
-from common.dense import train_one_epoch
+from common.dense import DenseFolder, DenseState, backbone_args, build_dense, check_backbone, choose_kernels
+from common.dense import choose_normalisation, create_backbone, create_train_loader, describe_dense_run, find_dense
+from common.dense import load_dense, train_one_epoch
 from common.dataset import ImageFiles, seed_everything
 from common.device import Normalise, choose_amp, choose_device, choose_layout, choose_workers, prepare_device
 from common.extras import require
@@ -91,11 +93,12 @@ DEMO: bool = False  # draw fields with crops and weeds into DATA, if it is not t
 EVALUATE: str = ""  # folder with images/ and masks/ to evaluate CHECKPOINT on; "": off
 PREDICT: str = ""  # image, or folder of images, whose masks CHECKPOINT predicts; "": off
 EXPORT: str = ""  # ONNX file to write of CHECKPOINT; "": off
+EXPORT_SIZE: Annotated[list[ImageSize], Length(2)] | None = None  # height and width of EXPORT; None: shorter side x 4:3
 CHECKPOINT: str = ""  # that these use; "": the newest best.pth in OUTPUT
 RESULTS: Name = "results/segmentation"  # folder to which they write
 
 # --- augmentation
-SCALE: Annotated[list[Positive], Length(2), Ascending()] = [0.5, 1.5]  # range of random resizing; 1,1: off
+SCALE: Annotated[list[Positive], Length(2), Ascending()] = [0.75, 1.5]  # range of random resizing; 1,1: off
 HFLIP: Probability = 0.5  # probability of a horizontal flip; 0: off
 COLOR_JITTER: Probability = 0.3  # maximum relative change of brightness, contrast and saturation; 0: off
 
@@ -120,6 +123,7 @@ SAVE_MINUTES: NonNegative = 10.0  # minutes between checkpoints inside an epoch;
 NOT_TRAINED = ("LIST", "DEMO", "EVALUATE", "PREDICT", "EXPORT", "CHECKPOINT", "RESULTS", "VALIDATE_EVERY")
 MAX_SHORT_SIDE = 512  # pixels, where SHORT_SIDE is None
 SHOWN = 4  # images of sheet.png
+TOLERANCE = 1e-4  # accepted difference of a logit in an ONNX file, relative to the largest one
 # What a checkpoint holds besides REQUIRED of common/dense.py.
 Fields = dict(head_width=Annotated[int, Limits(8, 1024, multiple=8)], short_side=ImageSize, window=ImageSize | None)
 Fields |= dict(values=Annotated[list[Annotated[int, Limits(0, 255)]], Length(256)], colours=list)
@@ -133,7 +137,8 @@ def main():
         device = choose_device(DEVICE)
         checkpoint = load_dense(find_dense(CHECKPOINT, OUTPUT), "segmentation", build, check_fields_of)
         if EXPORT:
-            return export(checkpoint, Path(EXPORT))
+            side = checkpoint["short_side"]
+            return export(checkpoint, Path(EXPORT), EXPORT_SIZE or [side, round(side * 4 / 3)])
         predictor = Predictor(checkpoint, device, choose_amp(AMP, device))
         return use(predictor, PREDICT, EVALUATE, choose_workers(WORKERS, device), Path(RESULTS))
     check_choices(arch, tag, OPTIMIZER, PRETRAINED, RESUME)
@@ -178,6 +183,8 @@ def main():
         )  # fmt: skip
         class_weights = balance_classes(train_part.pixels, BALANCE)
         compute_loss = SegmentationLoss(Normalise(mean, std, device), class_weights, device)
+        batch_size = loader.batch_sampler.batch_size
+        kernels = choose_kernels(model, IMG_SIZE, batch_size, EPOCHS * steps, amp_dtype, checkpoint)
 
         # --- the run
         config = current_values(globals()) | dict(MODEL=arch, PRETRAINED=pretrained, SHORT_SIDE=short_side)
@@ -186,7 +193,8 @@ def main():
             config={name: value for name, value in config.items() if name not in NOT_TRAINED},
             train_names=[pair.name for pair in train_part.pairs], val_names=[pair.name for pair in val_part.pairs],
             device=device, amp_dtype=amp_dtype, head_width=head_width, short_side=short_side, window=WINDOW,
-            values=table.by_value.tolist(), colours=[[*colour, own] for colour, own in table.by_colour.items()],
+            convolutions=kernels, values=table.by_value.tolist(),
+            colours=[[*colour, own] for colour, own in table.by_colour.items()],
         )  # fmt: skip
         folder.begin(about, checkpoint, state, tuple(IMG_SIZE), EPOCHS)
         write_flaws(flaws, folder.path / "skipped.csv")
@@ -620,13 +628,47 @@ def predict(predictor, source, workers, folder):
     return 3 if skipped else 0
 
 
-def export(checkpoint, path):
-    """Write the network, in the inference structure, as an ONNX file of images (1, 3, H, W), normalised, -> logits, for
-    any size, and compare it with PyTorch on noise; UserError if a logit differs by more than 1e-3."""
+def export(checkpoint, path, size):
+    """Write the network, in the inference structure, as an ONNX file: images (N, 3, H, W), normalised -> logits (N,
+    classes, H, W). Metadata: classes, mean, std and size, as JSON.
+
+    Args:
+        checkpoint: from `load_dense`.
+        path: ONNX file.
+        size: [height, width] in pixels; kernels that are larger than a map are cut to it, so the size is fixed.
+
+    Raises:
+        UserError: if a logit of the file differs from the trained network's by more than `TOLERANCE` times the largest.
+    """
     onnx, onnxruntime, _ = require("onnx", "onnxruntime", "onnxscript")
-    network = build_dense(checkpoint, build, torch.device("cpu"))
-    height = width = checkpoint["short_side"]
-    raise NotImplementedError((onnx, onnxruntime, network, height, width, path))
+    device = torch.device("cpu")
+    trained, merged = (build_dense(checkpoint, build, device, merge) for merge in (False, True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as partial_path:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's about itself
+            torch.onnx.export(
+                merged, (torch.zeros(2, 3, *size),), partial_path, dynamo=True, opset_version=18, verbose=False,
+                input_names=["images"], output_names=["logits"], external_data=False,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )  # fmt: skip
+        model = onnx.load(partial_path)
+        about = {name: checkpoint[name] for name in ("classes", "mean", "std")} | dict(size=size)
+        onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in about.items()})
+        onnx.save(model, partial_path)
+        session = onnxruntime.InferenceSession(partial_path, providers=["CPUExecutionProvider"])
+        images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            logits = trained(images)
+        written = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        difference = (written - logits).abs().max().item() / logits.abs().max().item()
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"{path} is not written, since a logit differs by {difference:.1e} of the largest one; export with "
+                "another version of PyTorch"
+            )
+    print(f"{path}: {size[0]} x {size[1]} pixels, largest difference {difference:.1e} of the largest logit of PyTorch")
+    print(f"            mean {checkpoint['mean']}, std {checkpoint['std']}, classes {', '.join(checkpoint['classes'])}")
 
 
 if __name__ == "__main__":
