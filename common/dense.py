@@ -45,7 +45,7 @@ from common.plots import plot_curve
 from common.progress import Progress
 from common.run_folder import RESUMED, RunFolder, Totals, TrainingState, describe_changes, set_aside
 from common.schedule import ImageSizes
-from models import UniRepLKNet  # noqa: F401  which registers the variants with timm
+from models import UniRepLKNet, depthwise_choice  # noqa: F401  which registers the variants with timm
 
 STRIDES = [4, 8, 16, 32]
 REQUIRED = ("task", "arch", "model_args", "state_dict", "classes", "mean", "std", "config")  # keys of a checkpoint
@@ -148,6 +148,30 @@ class DenseState(TrainingState):
         content = super().to_checkpoint()
         del content["img_size"]  # such networks take any
         return content
+
+
+def choose_kernels(model, img_size, batch_size, steps, amp_dtype, checkpoint):
+    """Measure how the large-kernel convolutions of the training images are computed fastest here, and print it.
+
+    Args:
+        model: the network, on its device; one without large kernels is left alone.
+        img_size: (height, width) of the training images.
+        batch_size, steps: of the whole run.
+        amp_dtype: of autocast, or None.
+        checkpoint: of the run that is resumed, which goes on as it began, or None.
+
+    Returns:
+        What the checkpoints hold of it, as "convolutions".
+    """
+    choice = depthwise_choice.choose_convolutions(
+        model,
+        [depthwise_choice.Use(tuple(img_size), batch_size, steps, training=True)],
+        dtype=amp_dtype or torch.float32,
+        stored=None if checkpoint is None else checkpoint.get("convolutions", {}),
+    )
+    if choice.line:
+        print(f"kernels     {choice.line}")
+    return choice.record
 
 
 def describe_dense_run(*, task, arch, model_args, classes, mean, std, config, train_names, val_names, device, amp_dtype,

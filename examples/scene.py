@@ -1,6 +1,5 @@
 """What the examples share: drawn fields, crops and weeds on soil with their masks and boxes, and the check of MODEL."""
 
-import json
 import random
 import sys
 from pathlib import Path
