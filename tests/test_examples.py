@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from common.options import ConstantError
-from examples import detection, scene, segmentation
+from examples import scene, segmentation
 
 TINY = dict(depths=(1, 1, 1, 1), dims=(16, 32, 64, 128), kernel_sizes=((3,), (13,), (13,), (13,)))
 
@@ -43,24 +43,6 @@ def test_segmentation_learns(small, tmp_path, capsys):
     start, end = losses(capsys.readouterr().out)
     assert end < 0.9 * start
     assert Image.open(tmp_path / "results" / "segmentation.png").width > 500
-
-
-def test_detection_learns(small, tmp_path, capsys):
-    small(detection, STEPS=20, LEARNING_RATE=2e-3)
-    start, end = losses(capsys.readouterr().out)
-    assert end < 0.9 * start
-    assert Image.open(tmp_path / "results" / "detection.png").width > 500
-
-
-@pytest.mark.parametrize("size", [(384, 384), (640, 640), (333, 250), (97, 61)])
-def test_maps_of_any_image_size(size, tiny):
-    backbone = detection.Backbone("unireplknet_a").eval()
-    with torch.no_grad():
-        maps = backbone.body(torch.zeros(1, 3, *size))
-        pyramid = backbone(torch.zeros(1, 3, *size))
-    for stride, features in zip((4, 8, 16, 32), maps):
-        assert features.shape[-2:] == tuple(-(-side // stride) for side in size)
-    assert [tuple(level.shape[-2:]) for level in pyramid.values()][:4] == [tuple(m.shape[-2:]) for m in maps]
 
 
 def test_a_backbone_that_does_not_fit_is_refused():
