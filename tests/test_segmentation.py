@@ -21,7 +21,8 @@ from examples.scene import CLASSES, write_scenes
 
 DEFAULTS = current_values(vars(segmentation))
 SMALL = dict(MODEL="unireplknet_test", IMG_SIZE=[48, 64], BATCH_SIZE=4, EPOCHS=4, WORKERS=0, WARMUP_EPOCHS=0.0)
-SMALL |= dict(DEVICE="cpu", AMP="off", OPTIMIZER="adamw", LEARNING_RATE=1e-2, HEAD_WIDTH=8, DATA="fields", EMA_DECAY=0.5)
+SMALL |= dict(DEVICE="cpu", AMP="off", OPTIMIZER="adamw", LEARNING_RATE=1e-2, HEAD_WIDTH=8, DATA="fields")
+SMALL |= dict(EMA_DECAY=0.5)
 RUN = Path("checkpoints/segmentation/unireplknet_test")
 
 
