@@ -1,48 +1,20 @@
-"""What the examples share: drawn fields, crops and weeds on soil with their masks and boxes, and the check of MODEL."""
+"""What the examples share: drawn fields, crops and weeds on soil, with their masks and boxes."""
 
 import random
 import sys
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, prepare/
 from common.files import write_json, write_text
-from common.hub import published_network
-from common.options import ConstantError
 from prepare.drawn_data import MIN_SIZE, SPECIES, draw_seedling
 
 CLASSES = ("soil", "crop", "weed")
 CROPS = ("Common wheat", "Maize", "Sugar beet")
-STRIDES = [4, 8, 16, 32]
-
-
-def check_backbone(name, pretrained):
-    """Raise ConstantError unless timm has a model `name` with maps of `STRIDES`, and its weights if asked for."""
-    try:
-        with torch.device("meta"):
-            strides = timm.create_model(name, features_only=True).feature_info.reduction()
-    except Exception:  # unknown, or no backbone: timm refuses in many ways
-        strides = []
-    if strides != STRIDES:
-        raise ConstantError(
-            f"MODEL must be a timm model with feature maps of strides 4, 8, 16 and 32, such as 'unireplknet_a', "
-            f"got {name!r}"
-        )
-    if pretrained and not timm.models.is_model_pretrained(name):
-        raise ConstantError(f"PRETRAINED must be False for MODEL {name!r}, of which timm has no weights, got True")
-
-
-def create_backbone(name, pretrained):
-    """timm's network `name` as a function of images that returns four feature maps; UserError if it cannot be
-    downloaded."""
-    if pretrained:
-        return published_network(name, "leave out --pretrained", features_only=True)
-    return timm.create_model(name, features_only=True)
 
 
 def write_scenes(folder, counts, width, height, seed=0):

@@ -409,8 +409,9 @@ def print_summary(about, state, train_part, val_part, class_weights, steps):
 
 
 class Predictor:
-    """Function of an image, a uint8 tensor (3, H, W) -> logits (classes, H, W), float32, on the CPU's side of nothing:
-    they stay on `device`.
+    """Function of an image, a uint8 tensor (3, H, W) -> logits (classes, H, W), float32 on `device`.
+
+    The image is resized to the shorter side of the training images, and the logits back to the image's size.
 
     Args:
         about: a checkpoint, or what it holds besides the state.
