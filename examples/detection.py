@@ -200,7 +200,8 @@ def main():
         about = describe_dense_run(
             task="detection", arch=arch, model_args=model_args, classes=classes, mean=mean, std=std,
             config=config, train_names=[image.path.name for image in train_images],
-            val_names=[path.name for path in val_paths], device=device, amp_dtype=amp_dtype, detector=settings, category_ids=number_classes(classes, ids), convolutions=kernels,
+            val_names=[path.name for path in val_paths], device=device, amp_dtype=amp_dtype,
+            detector=settings, category_ids=number_classes(classes, ids), convolutions=kernels,
         )  # fmt: skip
         folder.begin(about, checkpoint, state, crop, EPOCHS)
         write_text(folder.path / "flaws.txt", "".join(f"{line}\n" for line in flaws.lines))
