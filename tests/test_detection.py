@@ -26,11 +26,19 @@ SMALL |= dict(LEARNING_RATE=1e-2)
 
 
 @pytest.fixture
-def detect(tmp_path, monkeypatch):
+def drawn_boxes():
+    """A test that asks for this gets runs that draw images with boxes, which takes longer than a short run."""
+
+
+@pytest.fixture
+def detect(tmp_path, monkeypatch, request):
     """Call detection.main() in `tmp_path` with some constants changed; returns the run's folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(detection, "DRAWN", dict(train=8, val=2))
     monkeypatch.setattr(depthwise_choice, "find_groups", find_no_groups)
+    monkeypatch.setattr(detection, "write_scenes", lambda folder, counts, *size: write_scenes(folder, counts, 96, 64))
+    if "drawn_boxes" not in request.fixturenames:
+        monkeypatch.setattr(detection, "plot_boxes", lambda cells, classes, score, path: path.touch())
     # The curves would take longer than the epochs they show.
     monkeypatch.setattr(dense, "plot_curve", lambda history, name, quantity, path: path.touch())
 
@@ -71,7 +79,8 @@ def write_voc(folder, parts):
 # --- training
 
 
-def test_a_run_learns_is_evaluated_and_predicts(detect, tmp_path, capsys):
+def test_a_run_learns_is_evaluated_and_predicts(detect, tmp_path, capsys, monkeypatch, drawn_boxes):
+    monkeypatch.setattr(detection, "LOWEST_SCORE", 0.0)  # after so few steps the network is sure of nothing
     folder = detect(DEMO=True, EPOCHS=4, VALIDATE_EVERY=2)
     log = (folder / "log.csv").read_text("utf-8").splitlines()
     rows = [dict(zip(log[0].split(","), line.split(","))) for line in log[1:]]
@@ -98,7 +107,7 @@ def test_a_run_learns_is_evaluated_and_predicts(detect, tmp_path, capsys):
     Image.open("drawn/images/val/000.jpg").resize((70, 90)).save(photos / "a.png")
     (photos / "b.png").write_bytes(b"no image")
     capsys.readouterr()
-    detect(3, PREDICT="photos", SCORE=0.0)
+    detect(3, PREDICT="photos")
     out = capsys.readouterr().out
     assert "b.png cannot be read as an image" in out and "1 images skipped" in out
     rows = json.loads(Path("results/detection/predictions.json").read_text("utf-8"))
