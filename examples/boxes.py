@@ -134,6 +134,9 @@ def read_voc(data, path, flaws):
     images, seen = [], set()
     stems = stems_of(data / "JPEGImages")
     for line in read_list(path):
+        name, _, column = line.rpartition(" ")
+        if column in ("1", "0", "-1") and not Path(data, "Annotations", f"{line}.xml").is_file():
+            line = name.strip()  # a list of one class, whose second column says whether it is there
         if line in seen:
             flaws.add(path, "duplicates", f"{line} is listed twice; used once")
             continue
@@ -161,13 +164,12 @@ def read_voc(data, path, flaws):
 
 
 def read_list(path):
-    """The names in a list of ImageSets; in lists of one class, a second column says whether it is there."""
+    """The lines of a list of ImageSets that are not empty."""
     try:
         lines = read_text(path).split("\n")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}); use another list") from error
-    return [line.rpartition(" ")[0].strip() if line.strip().endswith((" 1", " -1", " 0")) else line.strip()
-            for line in lines if line.strip()]  # fmt: skip
+    return [line.strip() for line in lines if line.strip()]
 
 
 def stems_of(folder):

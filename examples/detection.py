@@ -1,16 +1,18 @@
 """Object detection on your own images and boxes: torchvision's Faster R-CNN on UniRepLKNet, or another timm network.
 
-    python examples/detection.py --draw 40                                draws a small data set first, for a first try
+    python examples/detection.py --demo --epochs 10                       draw fields with plants and train on them
     python examples/detection.py --data photos --model unireplknet_t --pretrained in1k
     python examples/detection.py --data photos --resume auto              resume the last run of this network
     python examples/detection.py --data photos --evaluate test            average precision on another part
     python examples/detection.py --predict new/                           boxes on new images
 
-Reads Pascal VOC (Annotations/*.xml, JPEGImages/, ImageSets/Main/train.txt and val.txt) or COCO (annotations/train.json
-and val.json, and the images). Needs pycocotools. Writes to detection/<model>/: last.pth, best.pth, log.csv,
-result.json, loss.png, ap.png, flaws.txt (what was wrong with the annotations) and boxes.png (validation images with
-truth and prediction); --evaluate and --predict write predictions.json (COCO's format of results) and images with boxes
-to results/.
+The last two take the newest best.pth, or that of --checkpoint. Reads Pascal VOC (Annotations/*.xml, JPEGImages/,
+ImageSets/Main/train.txt and val.txt) or COCO (annotations/train.json and val.json, and the images); docs/dense.md says
+more. Needs the package pycocotools.
+
+Writes to checkpoints/detection/<model>/: last.pth, best.pth, log.csv, result.json, loss.png, ap.png, boxes.png
+(validation images with truth and prediction) and flaws.txt (annotations that cannot be used). With --evaluate and
+--predict to results/detection/: predictions.json (COCO's format of results) and boxes.png, or boxes/<image>.png.
 
 Exit status: 0; 1 an error; 2 a wrong option or constant; 3 done, but some images were left out of an evaluation or a
 prediction; 130, 143 or 129 stopped by a signal, saved and ready to be resumed.
@@ -36,6 +38,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.models import split_model_name_tag
+from timm.optim import list_optimizers
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.models.detection import FasterRCNN
@@ -46,11 +49,10 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
 
-from common.convolutions import choose_convolutions
-from common.dense import DenseFolder, DenseState, backbone_args, build_dense, check_backbone, choose_normalisation
-from common.dense import create_backbone, create_train_loader, describe_dense_run, find_dense, load_dense
-from common.dense import train_one_epoch
-from common.device import choose_amp, choose_device, choose_layout, choose_workers
+from common.dense import DenseFolder, DenseState, backbone_args, build_dense, check_backbone, choose_kernels
+from common.dense import choose_normalisation, create_backbone, create_train_loader, describe_dense_run, find_dense
+from common.dense import load_dense, train_one_epoch
+from common.device import choose_amp, choose_device, choose_layout, choose_workers, prepare_device
 from common.extras import require
 from common.faults import Interrupt, Stopped
 from common.file_checks import check_fields, check_keys
@@ -59,19 +61,18 @@ from common.images import ImageError, is_image, load_image
 from common.loading import Loader
 from common.network import check_environment, check_pretrained, read_weights
 from common.optimizer import create_optimizer
-from common.options import ConstantError, Fraction, ImageSize, Limits, MultipleOf32, Name, NonNegative, NonNegativeInt
+from common.options import ConstantError, Fraction, ImageSize, Limits, MultipleOf32, Name, NonNegative
 from common.options import Positive, PositiveInt, Probability, Rate, UserError, Workers, current_values, run
 from common.plots import add_legend, new_figure, save_figure
 from common.progress import Progress
-from common.schedule import ImageSizes, warmup_cosine
+from common.schedule import warmup_cosine
 from common.text import label
 from ema import ModelEma
 from examples.boxes import Flaws, read_boxes, to_coco
 from examples.scene import write_scenes
 
 # --- what is changed most
-DATA: Name = "boxes"  # folder of images and boxes, in Pascal VOC's or COCO's layout
-DRAW: NonNegativeInt = 0  # scenes that are drawn into DATA first, for a first try, if there is no such folder; 0: none
+DATA: Name = "detection"  # folder of images and boxes, in Pascal VOC's or COCO's layout
 TRAIN: Name = "train"  # part that is trained on: ImageSets/Main/<name>.txt, annotations/<name>.json, or a path of these
 VAL: Name = "val"  # part that is validated on, likewise
 CLASSES: list[Name] = []  # names of the classes, boxes of others are left out; []: all that TRAIN has
@@ -85,15 +86,16 @@ LEARNING_RATE: Positive = 2e-3  # peak learning rate at batch size 32; scaled by
 OPTIMIZER: Name = "muon"  # "muon", "adamw" or another of timm's
 WORKERS: Workers | None = None  # processes that load images; None: one for each core, up to 8, beside a GPU, else 0
 DEVICE: Name = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
-OUTPUT: Name = "detection"  # folder that holds <model>/, to which the run writes its files
+OUTPUT: Name = "checkpoints/detection"  # folder that holds <model>/, to which the run writes its files
 RESUME: str = ""  # "": a new run; "auto": resume <model>/last.pth if there is one; a path: resume that checkpoint
 SEED: Annotated[int, Limits(0, 2**32 - 1)] = 42  # of initial weights, order of the images and augmentation
+DEMO: bool = False  # draw fields with crops and weeds into DATA, if it is not there, and use them
 
 # --- instead of training
 EVALUATE: str = ""  # part of DATA, or path of its list or COCO file, on which CHECKPOINT is evaluated; "": none
 PREDICT: str = ""  # image, or folder of images, in which CHECKPOINT finds boxes; "": none
 CHECKPOINT: str = ""  # for these two; "": the newest OUTPUT/*/best.pth
-RESULTS: Name = "results"  # folder to which these two write
+RESULTS: Name = "results/detection"  # folder to which these two write
 SCORE: Probability = 0.5  # lowest score of a box that is drawn; predictions.json has all from 0.02 on
 
 # --- augmentation
@@ -114,13 +116,14 @@ LAYER_SCALE: NonNegative = 0.1  # initial layer scale of each block, 1e-6 in the
 WARMUP_EPOCHS: NonNegative = 2.0  # linear learning-rate warm-up; 0: off
 WEIGHT_DECAY: NonNegative = 0.05  # decoupled weight decay; 0: off
 CLIP_GRAD: NonNegative = 5.0  # maximum gradient norm; 0: off
-USE_EMA: bool = True  # keep an exponential moving average of the weights, which is what is validated and used
-EMA_DECAY: Rate = 0.998  # 1 / (1 - EMA_DECAY) is about the number of steps averaged; reached by a warm-up
-VAL_EPOCHS: PositiveInt = 5  # epochs from one validation to the next; the last epoch always is
+EMA_DECAY: Rate = 0.998  # of the moving average of the weights, which is validated and used; 0: off
+VALIDATE_EVERY: PositiveInt = 5  # epochs between two validations; the last epoch is always validated
 AMP: Literal["auto", "bf16", "fp16", "off"] = "auto"  # mixed precision; "auto": bf16 where supported, else fp16 on cuda
 SAVE_MINUTES: NonNegative = 10.0  # minutes between checkpoints inside an epoch; 0: at the end of each epoch only
 
+NOT_TRAINED = ("DEMO", "EVALUATE", "PREDICT", "CHECKPOINT", "RESULTS", "SCORE", "VALIDATE_EVERY")
 STRIDES = (4, 8, 16, 32, 64)  # of the feature pyramid
+DRAWN = dict(train=40, val=10)  # images of DEMO in each part
 LOWEST_SCORE = 0.02  # of a predicted box
 NOTHING = dict(boxes=torch.tensor([[-9.0, -9.0, -8.0, -8.0]]), labels=torch.tensor([1]), scores=torch.tensor([0.0]))
 MIN_VISIBLE = 0.3  # fraction of a box's area that must be inside a crop
@@ -133,9 +136,9 @@ def main():
     if EVALUATE and PREDICT:
         raise ConstantError("EVALUATE and PREDICT are two tasks: set one of them")
     require("pycocotools.coco", "pycocotools.cocoeval")
-    if DRAW and not Path(DATA).exists():
-        write_scenes(DATA, dict(train=DRAW, val=max(DRAW // 4, 2)), 320, 240, SEED)
-        print(f"drawn       {DRAW} training images and {max(DRAW // 4, 2)} validation images in {DATA}")
+    if DEMO and not Path(DATA).exists():
+        write_scenes(DATA, DRAWN, 320, 240, SEED)
+        print(f"drawn       {DRAWN['train']} training images and {DRAWN['val']} validation images in {DATA}")
     if EVALUATE or PREDICT:
         device = choose_device(DEVICE)
         reading = dict(batch_size=BATCH_SIZE, workers=choose_workers(WORKERS, device))
@@ -144,8 +147,9 @@ def main():
             return predict(checkpoint, model, Path(PREDICT), Path(RESULTS), SCORE, reading)
         return evaluate(checkpoint, model, DATA, EVALUATE, Path(RESULTS), SCORE, reading)
 
-    check_choices(arch, tag, PRETRAINED, RESUME)
+    check_choices(arch, tag, OPTIMIZER, PRETRAINED, RESUME)
     device = choose_device(DEVICE)
+    prepare_device(device)
     flaws = Flaws()
     with DenseFolder(OUTPUT, arch, RESUME, SAVE_MINUTES, "detection", "ap", "average precision / %") as folder:
         checkpoint = folder.load(arch, OPTIMIZER, build_detector, check_detector)
@@ -175,31 +179,31 @@ def main():
         backbone = create_backbone(arch, model_args, DROP_PATH, weights)
         model = create_detector(backbone, len(classes), mean, std, **settings)
         model.to(device, memory_format=choose_layout(device))
-        ema = ModelEma(model, EMA_DECAY) if USE_EMA else None
+        ema = ModelEma(model, EMA_DECAY) if EMA_DECAY else None
         optimizer = create_optimizer(model, OPTIMIZER, LEARNING_RATE, WEIGHT_DECAY, 1.0, device)
         amp_dtype = choose_amp(AMP, device)
         amp = partial(torch.autocast, device.type, amp_dtype, enabled=amp_dtype is not None)
         state = DenseState(
             model, ema, optimizer, torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
         )
-        sizes = ImageSizes(EPOCHS, (CROP_SIZE, CROP_SIZE), scaled_size(val_images[0].size, IMG_SIZE)[::-1])
-        convolutions = choose_convolutions(
-            model.backbone.body, sizes, train_loader, val_loader, amp_dtype, False, checkpoint
-        )
+        batch_size = train_loader.batch_sampler.batch_size
+        crop = (CROP_SIZE, CROP_SIZE)
+        kernels = choose_kernels(model.backbone.body, crop, batch_size, EPOCHS * steps, amp_dtype, checkpoint)
         # The learning rate grows with the root of the batch size, as in train.py.
         learning_rate = partial(
             warmup_cosine, steps=EPOCHS * steps, warmup_steps=round(WARMUP_EPOCHS * steps),
-            highest=LEARNING_RATE * math.sqrt(train_loader.batch_sampler.batch_size / 32), lowest=1e-6,
+            highest=LEARNING_RATE * math.sqrt(batch_size / 32), lowest=1e-6,
         )  # fmt: skip
 
         # --- the run
+        config = {name: value for name, value in current_values(globals()).items() if name not in NOT_TRAINED}
         about = describe_dense_run(
             task="detection", arch=arch, model_args=model_args, classes=classes, mean=mean, std=std,
-            config=current_values(globals()), train_names=[image.path.name for image in train_images],
+            config=config, train_names=[image.path.name for image in train_images],
             val_names=[path.name for path in val_paths], device=device, amp_dtype=amp_dtype,
-            detector=settings, category_ids=number_classes(classes, ids), convolutions=convolutions,
+            detector=settings, category_ids=number_classes(classes, ids), convolutions=kernels,
         )  # fmt: skip
-        folder.begin(about, checkpoint, state, (CROP_SIZE, CROP_SIZE), EPOCHS)
+        folder.begin(about, checkpoint, state, crop, EPOCHS)
         write_text(folder.path / "flaws.txt", "".join(f"{line}\n" for line in flaws.lines))
         print_summary(about, train_images, val_images, steps, EPOCHS)
         folder.print_history(state)
@@ -211,7 +215,7 @@ def main():
                         description=f"epoch {state.epoch + 1}/{EPOCHS}", interrupt=interrupt, folder=folder,
                     )  # fmt: skip
                     started, results = time.perf_counter(), {}
-                    if (state.epoch + 1) % VAL_EPOCHS == 0 or state.epoch + 1 == EPOCHS:
+                    if (state.epoch + 1) % VALIDATE_EVERY == 0 or state.epoch + 1 == EPOCHS:
                         found = find_boxes(state.network(), val_loader, amp, interrupt)
                         results, _ = average_precision(val_images, found, about["category_ids"])
                     folder.finish_epoch(state, metrics, results, time.perf_counter() - started)
@@ -315,9 +319,11 @@ def report(images, found, checkpoint, path, score):
     })  # fmt: skip
 
 
-def check_choices(arch, tag, pretrained, resume):
+def check_choices(arch, tag, optimizer, pretrained, resume):
     """Refuse names that nobody knows before anything is read or written."""
     check_backbone(arch)
+    if optimizer not in list_optimizers():
+        raise ConstantError(f'OPTIMIZER must be "muon", "adamw" or another that timm lists, got {optimizer!r}')
     check_environment()
     if resume not in ("", "auto") and not Path(resume).is_file():
         raise ConstantError(f'RESUME must be "", "auto" or the path of a checkpoint, got {resume!r}')

@@ -12,19 +12,27 @@ import tiny  # noqa: F401  registers unireplknet_test
 import torch
 from PIL import Image
 
+from forked import find_no_groups
+from common import dense
 from common.options import ConstantError, UserError, current_values
 from examples import boxes, detection
 from examples.scene import write_scenes
+from models import depthwise_choice
 
 DEFAULTS = current_values(vars(detection))
 SMALL = dict(DATA="drawn", MODEL="unireplknet_test", IMG_SIZE=64, CROP_SIZE=64, BATCH_SIZE=4, CHANNELS=16, DEVICE="cpu")
-SMALL |= dict(OPTIMIZER="adamw", AMP="off", WORKERS=0, EPOCHS=2, VAL_EPOCHS=2, WARMUP_EPOCHS=0.0, LEARNING_RATE=1e-2)
+SMALL |= dict(OPTIMIZER="adamw", AMP="off", WORKERS=0, EPOCHS=2, VALIDATE_EVERY=2, WARMUP_EPOCHS=0.0)
+SMALL |= dict(LEARNING_RATE=1e-2)
 
 
 @pytest.fixture
 def detect(tmp_path, monkeypatch):
     """Call detection.main() in `tmp_path` with some constants changed; returns the run's folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(detection, "DRAWN", dict(train=8, val=2))
+    monkeypatch.setattr(depthwise_choice, "find_groups", find_no_groups)
+    # The curves would take longer than the epochs they show.
+    monkeypatch.setattr(dense, "plot_curve", lambda history, name, quantity, path: path.touch())
 
     def run(status=0, **constants):
         for name, value in (DEFAULTS | SMALL | constants).items():
@@ -64,12 +72,12 @@ def write_voc(folder, parts):
 
 
 def test_a_run_learns_is_evaluated_and_predicts(detect, tmp_path, capsys):
-    folder = detect(DRAW=8, EPOCHS=6, VAL_EPOCHS=3)
+    folder = detect(DEMO=True, EPOCHS=4, VALIDATE_EVERY=2)
     log = (folder / "log.csv").read_text("utf-8").splitlines()
     rows = [dict(zip(log[0].split(","), line.split(","))) for line in log[1:]]
     losses = [float(row["train_loss"]) for row in rows]
-    assert len(rows) == 6 and losses[-1] < 0.8 * losses[0]
-    assert [bool(row["val_ap"]) for row in rows] == [False, False, True] * 2
+    assert len(rows) == 4 and losses[-1] < 0.8 * losses[0]
+    assert [bool(row["val_ap"]) for row in rows] == [False, True] * 2
     assert {"last.pth", "best.pth", "result.json", "loss.png", "ap.png", "boxes.png", "flaws.txt"} <= {
         path.name for path in folder.iterdir()
     }
@@ -77,10 +85,10 @@ def test_a_run_learns_is_evaluated_and_predicts(detect, tmp_path, capsys):
     capsys.readouterr()
 
     detect(EVALUATE="val")  # the checkpoint, in its inference structure, gives what the run measured
-    metrics = json.loads(Path("results/metrics.json").read_text("utf-8"))
+    metrics = json.loads(Path("results/detection/metrics.json").read_text("utf-8"))
     assert metrics["ap50"] == pytest.approx(best["val_ap50"], abs=0.5) and metrics["images"] == 2
     assert set(metrics["classes"]) == {"crop", "weed"}
-    rows = json.loads(Path("results/predictions.json").read_text("utf-8"))
+    rows = json.loads(Path("results/detection/predictions.json").read_text("utf-8"))
     truth = json.loads(Path("drawn/boxes/val.json").read_text("utf-8"))
     assert {row["image_id"] for row in rows} <= {image["id"] for image in truth["images"]}
     assert {row["category_id"] for row in rows} <= {category["id"] for category in truth["categories"]}
@@ -93,22 +101,22 @@ def test_a_run_learns_is_evaluated_and_predicts(detect, tmp_path, capsys):
     detect(3, PREDICT="photos", SCORE=0.0)
     out = capsys.readouterr().out
     assert "b.png cannot be read as an image" in out and "1 images skipped" in out
-    rows = json.loads(Path("results/predictions.json").read_text("utf-8"))
+    rows = json.loads(Path("results/detection/predictions.json").read_text("utf-8"))
     assert rows and {row["file_name"] for row in rows} == {"deeper/a.png"} and {row["image_id"] for row in rows} == {1}
     for row in rows:
         x, y, width, height = row["bbox"]
         assert 0 <= x and 0 <= y and x + width <= 70.01 and y + height <= 90.01 and 0 < row["score"] <= 1
-    assert Image.open(tmp_path / "results" / "boxes" / "deeper" / "a.png.png").width > 300
+    assert Image.open(tmp_path / "results" / "detection" / "boxes" / "deeper" / "a.png.png").width > 300
 
 
 def test_a_resumed_run_ends_with_the_same_bits(detect, monkeypatch):
-    changes = dict(DRAW=10, EPOCHS=2, MODEL="unireplknet_test", DROP_PATH=0.2)
+    changes = dict(DEMO=True, EPOCHS=2, DROP_PATH=0.2)
     straight = torch.load(detect(OUTPUT="straight", **changes) / "last.pth", weights_only=True)
     compute, calls = detection.compute_loss, []
 
     def fail(model, batch):
         calls.append(None)
-        if len(calls) == 4:
+        if len(calls) == 4:  # of 2 steps in each epoch
             raise UserError("the power fails")
         return compute(model, batch)
 
@@ -140,14 +148,14 @@ def test_pretrained_weights_are_loaded_and_the_names_of_classes_kept(detect, tmp
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     voc = {f"bild {number}": [("Zelle", 5, 5, 25, 20), ("细胞", 10, 2, 30, 28)] for number in range(2)}
     write_voc(tmp_path / "voc", dict(train=voc, val={"andere": [("细胞", 1, 1, 20, 20)]}))
-    folder = detect(DATA="voc", PRETRAINED="weights.pth", EPOCHS=1, BATCH_SIZE=2, LEARNING_RATE=1e-8, USE_EMA=False)
+    folder = detect(DATA="voc", PRETRAINED="weights.pth", EPOCHS=1, BATCH_SIZE=2, LEARNING_RATE=1e-8, EMA_DECAY=0.0)
     checkpoint = torch.load(folder / "last.pth", weights_only=True)
     name = "stages.2.0.dwconv.lk_origin.weight"
     [key] = [key for key in checkpoint["state_dict"] if key.endswith(name)]
     torch.testing.assert_close(checkpoint["state_dict"][key], network.state_dict()[name], rtol=0, atol=1e-6)
     assert checkpoint["category_ids"] == {"Zelle": 1, "细胞": 2} and "pretrained  " in capsys.readouterr().out
     with pytest.raises(UserError, match="the classes there is"):
-        detect(DATA="voc", CLASSES=["细胞"], RESUME="auto", BATCH_SIZE=2, USE_EMA=False)
+        detect(DATA="voc", CLASSES=["细胞"], RESUME="auto", BATCH_SIZE=2, EMA_DECAY=0.0)
 
 
 # --- annotations with flaws
@@ -295,12 +303,12 @@ def test_data_that_are_not_there_are_described(detect, tmp_path):
         detect(DATA="voc")
     with pytest.raises(UserError, match="1 images are in train and in train, such as .*a.jpg, so validation"):
         detect(DATA="voc", VAL="train")
-    with pytest.raises(UserError, match="there is no detection/.*best.pth; train first"):
+    with pytest.raises(UserError, match="there is no checkpoints/detection/.*best.pth; train first"):
         detect(DATA="voc", PREDICT="x")
     for constants in (dict(MODEL="vit_tiny_patch16_224"), dict(EVALUATE="val", PREDICT="x"), dict(RESUME="x.pth")):
         with pytest.raises(ConstantError):
             detect(DATA="voc", **constants)
-    assert not Path("detection").exists() or not list(Path("detection").glob("*/*"))
+    assert not list(Path("checkpoints").glob("detection/*/*"))
 
 
 def test_a_list_may_lie_anywhere(tmp_path):
@@ -378,7 +386,7 @@ CHECKPOINT_FLAWS = {
 
 
 def test_checkpoints_are_checked(detect, tmp_path):
-    folder = detect(DRAW=4, EPOCHS=1, VAL_EPOCHS=1)
+    folder = detect(DEMO=True, EPOCHS=1, VALIDATE_EVERY=1)
     whole = torch.load(folder / "best.pth", weights_only=True)
     for changes, message in CHECKPOINT_FLAWS.values():
         torch.save(whole | changes, tmp_path / "bad.pth")
