@@ -198,7 +198,7 @@ def describe_dense_run(*, task, arch, model_args, classes, mean, std, config, tr
         config=config,
         pictures_train=len(train_names),
         pictures_fingerprint=fingerprint_sorted(train_names),
-        pictures_val=len(val_names),
+        images_val=len(val_names),
         val_fingerprint=fingerprint_sorted(val_names),
         versions=dict(
             python=platform.python_version(),
@@ -300,7 +300,8 @@ class DenseFolder(RunFolder):
         row = dict(epoch=state.epoch + 1) | metrics | {f"val_{name}": value for name, value in results.items()}
         row["seconds"] = state.seconds + seconds
         metric = results.get(self.metric)
-        is_best = metric is not None and math.isfinite(metric) and metric > state.best_metric
+        is_best = metric is not None and math.isfinite(metric)
+        is_best = is_best and (metric > state.best_metric or not (self.path / "best.pth").is_file())
         if is_best:
             state.best_metric, state.best_epoch = metric, state.epoch + 1
         state.history.append(row)
@@ -314,6 +315,11 @@ class DenseFolder(RunFolder):
         self.clock.finish_epoch(state, row)
         self.write_side_files(state)
         return row
+
+    def best_path(self):
+        """Path of the checkpoint to evaluate in the end: best.pth, or last.pth if a run was continued elsewhere and has
+        not been validated since."""
+        return next(path for path in (self.path / "best.pth", self.path / "last.pth") if path.is_file())
 
     def write_side_files(self, state):
         """Write all files but the checkpoints."""

@@ -25,6 +25,7 @@ import math
 import sys
 import time
 import warnings
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -66,8 +67,8 @@ from common.progress import Progress
 from common.schedule import warmup_cosine
 from common.text import label
 from ema import ModelEma
-from examples.masks import IGNORED, LAYOUT, ClassTable, MaskedImages, check_pairs, find_pairs, read_classes, read_list
-from examples.masks import print_flaws, write_flaws
+from examples.masks import IGNORED, LAYOUT, UNKNOWN, ClassTable, MaskedImages, check_pairs, find_pairs, print_flaws
+from examples.masks import read_classes, read_list, write_flaws
 from examples.scene import write_scenes
 
 # --- what is changed most
@@ -161,6 +162,9 @@ def main():
         train_set, val_set = MaskedImages(train_part.pairs, table, transform), MaskedImages(val_part.pairs, table)
         workers = choose_workers(WORKERS, device)
         loader = create_train_loader(train_set, BATCH_SIZE, SEED, workers)
+        batch_size = loader.batch_sampler.batch_size
+        if batch_size == 1 and max(IMG_SIZE) <= 32:
+            raise UserError("batch norm cannot learn from single crops of 32 pixels; raise BATCH_SIZE or IMG_SIZE")
 
         # --- network and optimizer
         seed_everything(SEED)
@@ -183,7 +187,6 @@ def main():
         )  # fmt: skip
         class_weights = balance_classes(train_part.pixels, BALANCE)
         compute_loss = SegmentationLoss(Normalise(mean, std, device), class_weights, device)
-        batch_size = loader.batch_sampler.batch_size
         kernels = choose_kernels(model, IMG_SIZE, batch_size, EPOCHS * steps, amp_dtype, checkpoint)
 
         # --- the run
@@ -212,12 +215,15 @@ def main():
                         predictor = Predictor(about, device, amp_dtype, state.network().eval())
                         results, _ = evaluate(predictor, val_set, workers, "validation", interrupt)
                     folder.finish_epoch(state, metrics, results, time.perf_counter() - started)
-                best = load_dense(folder.path / "best.pth", "segmentation", build, check_fields_of)
+                if state.history and not (folder.path / "last.pth").is_file():  # a finished run, continued elsewhere
+                    folder.save_last(state)
+                best = load_dense(folder.best_path(), "segmentation", build, check_fields_of)
                 predictor = Predictor(best, device, amp_dtype)
                 results, ious = evaluate(predictor, val_set, workers, "best epoch", interrupt)
             except Stopped:
                 folder.save_last(state)
-                print(f"stopped in epoch {state.epoch + 1} of {EPOCHS} and saved; resume with --resume auto")
+                epoch = min(state.epoch + 1, EPOCHS)
+                print(f"stopped in epoch {epoch} of {EPOCHS} and saved; resume with --resume auto")
                 return interrupt.exit_status
         write_results(predictor, val_set, ious, folder.path)
         print_ious(table.names, ious)
@@ -346,11 +352,12 @@ def build(checkpoint):
 def check_fields_of(checkpoint):
     """ValueError unless what only this script's checkpoints hold can be used."""
     check_fields(checkpoint, Fields)
-    known = {*range(len(checkpoint["classes"])), IGNORED, 254}
+    known = {*range(len(checkpoint["classes"])), IGNORED, UNKNOWN}
     if not set(checkpoint["values"]) <= known:
         raise ValueError("its values name classes that it does not have")
     for row in checkpoint["colours"]:
-        if not isinstance(row, list) or len(row) != 4 or any(type(x) is not int or not 0 <= x <= 255 for x in row):
+        plain = isinstance(row, list) and len(row) == 4 and all(type(x) is int and 0 <= x <= 255 for x in row)
+        if not plain or row[3] not in known:
             raise ValueError(f"its colours must be lists of red, green, blue and class, got {row!r:.60}")
 
 
@@ -609,6 +616,7 @@ def predict(predictor, source, workers, folder):
     by_value = np.zeros((256, 3), np.uint8)
     by_value[values[: len(table.names)]] = colours[: len(table.names)]
     loader = Loader(ImageFiles(files, pil_to_tensor), None, num_workers=workers, what="images")
+    same = Counter(path.with_suffix("") for path in files)  # of a.jpg and a.png, the masks are a.jpg.png and a.png.png
     done, skipped = 0, 0
     for path, (image, reason) in zip(files, Progress(loader, desc="predicting", unit="image", leave=False)):
         if image is None:
@@ -616,12 +624,13 @@ def predict(predictor, source, workers, folder):
             skipped += 1
             continue
         classes = predictor(image).argmax(0).cpu().numpy().astype(np.uint8)
-        target = folder / path.relative_to(base).parent / f"{path.stem}.png"
+        name = path.stem if same[path.with_suffix("")] == 1 else path.name
+        target = folder / path.relative_to(base).parent / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         mask = Image.fromarray(values[classes])
         mask.putpalette(by_value.tobytes())
         overlay = Image.blend(Image.fromarray(image.permute(1, 2, 0).numpy()), Image.fromarray(colours[classes]), 0.5)
-        for one, place in ((mask, target), (overlay, target.with_name(f"{path.stem}_overlay.jpg"))):
+        for one, place in ((mask, target), (overlay, target.with_name(f"{name}_overlay.jpg"))):
             with written_whole(place) as partial_path:
                 one.save(partial_path, format="PNG" if place.suffix == ".png" else "JPEG", quality=92)
         done += 1
