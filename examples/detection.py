@@ -267,9 +267,9 @@ def predict(checkpoint, model, source, results, score, reading):
         name = path.relative_to(root)
         rows += [row | dict(file_name=name.as_posix()) for row in to_results(number, boxes, checkpoint["category_ids"])]
         drawn += int((boxes["scores"] >= score).sum())
-        picture = results / "boxes" / name.with_name(f"{name.name}.png")
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        plot_boxes([(path, None, boxes)], checkpoint["classes"], score, picture)
+        drawing = results / "boxes" / name.with_name(f"{name.name}.png")
+        drawing.parent.mkdir(parents=True, exist_ok=True)
+        plot_boxes([(path, None, boxes)], checkpoint["classes"], score, drawing)
     write_json(results / "predictions.json", rows, None)
     print(f"{drawn} boxes of score {score} or more in {len(paths) - skipped} images, drawn in {results / 'boxes'}; all "
           f"{len(rows)} in {results / 'predictions.json'}" + f"; {skipped} images skipped" * (skipped > 0))  # fmt: skip
