@@ -106,22 +106,22 @@ def test_a_run_learns_and_leaves_its_files(trained):
 
 
 def test_a_resumed_run_has_the_bits_of_a_straight_one(fields, run, monkeypatch, capsys):
-    """It is stopped in the second step of the second epoch."""
+    """It is stopped in the first of two steps of the second epoch."""
     calls, compute, short = [], segmentation.SegmentationLoss.__call__, dict(EPOCHS=3, BATCH_SIZE=3, VALIDATE_EVERY=3)
 
     def stop(self, model, batch):
         calls.append(0)
-        if len(calls) == 4:
+        if len(calls) == 3:
             Interrupt.active.note(signal.SIGTERM)
         return compute(self, model, batch)
 
     monkeypatch.setattr(segmentation.SegmentationLoss, "__call__", stop)
     run(143, **short)
     stopped = torch.load(RUN / "last.pth", weights_only=True)
-    assert (stopped["epoch"], stopped["pictures"]) == (1, 6) and len(calls) == 4
+    assert (stopped["epoch"], stopped["pictures"]) == (1, 3) and len(calls) == 3
     run(**short, RESUME="auto")
     resumed = torch.load(RUN / "last.pth", weights_only=True)
-    assert "1 epochs finished, 6 images of the next" in capsys.readouterr().out
+    assert "1 epochs finished, 3 images of the next" in capsys.readouterr().out
     monkeypatch.setattr(segmentation.SegmentationLoss, "__call__", compute)
     run(**short)  # a new run, which renames the folder of the other one
     assert "the earlier run" in capsys.readouterr().out
