@@ -1,47 +1,51 @@
-"""What the examples share: drawn fields, crops and weeds on soil with their masks and boxes, and the check of MODEL."""
+"""What the examples share: drawn fields, crops and weeds on soil, with their masks and boxes."""
 
 import random
 import sys
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
-from torchvision.transforms.functional import to_tensor
+from torchvision.transforms.functional import to_pil_image, to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common/, models/, prepare/
-from common.hub import published_network
-from common.options import ConstantError
+from common.files import write_json, write_text
 from prepare.drawn_data import MIN_SIZE, SPECIES, draw_seedling
 
 CLASSES = ("soil", "crop", "weed")
 CROPS = ("Common wheat", "Maize", "Sugar beet")
-STRIDES = [4, 8, 16, 32]
 
 
-def check_backbone(name, pretrained):
-    """Raise ConstantError unless timm has a model `name` with maps of `STRIDES`, and its weights if asked for."""
-    try:
-        with torch.device("meta"):
-            strides = timm.create_model(name, features_only=True).feature_info.reduction()
-    except Exception:  # unknown, or no backbone: timm refuses in many ways
-        strides = []
-    if strides != STRIDES:
-        raise ConstantError(
-            f"MODEL must be a timm model with feature maps of strides 4, 8, 16 and 32, such as 'unireplknet_a', "
-            f"got {name!r}"
-        )
-    if pretrained and not timm.models.is_model_pretrained(name):
-        raise ConstantError(f"PRETRAINED must be False for MODEL {name!r}, of which timm has no weights, got True")
+def write_scenes(folder, counts, width, height, seed=0):
+    """Write drawn fields as the files that people have, so that an example reads them as it reads real data.
 
+        images/train/000.jpg, masks/train/000.png (the value is the class), boxes/train.json (COCO), classes.txt
 
-def create_backbone(name, pretrained):
-    """timm's network `name` as a function of images that returns four feature maps; UserError if it cannot be
-    downloaded."""
-    if pretrained:
-        return published_network(name, "leave out --pretrained", features_only=True)
-    return timm.create_model(name, features_only=True)
+    Args:
+        folder: in which these are made.
+        counts: {part: number of images}, such as dict(train=24, val=8).
+        width, height: of the images in pixels.
+        seed: another one gives other images.
+    """
+    folder, categories = Path(folder), [dict(id=i, name=name) for i, name in enumerate(CLASSES) if i]
+    for part, count in counts.items():
+        for kind in ("images", "masks"):
+            Path(folder, kind, part).mkdir(parents=True, exist_ok=True)
+        boxes, images = [], []
+        for number in range(count):
+            image, mask, corners, labels = draw_scene(f"{seed}/{part}/{number}", width, height)
+            name = f"{number:03d}"
+            to_pil_image(image).save(folder / "images" / part / f"{name}.jpg", quality=95)
+            Image.fromarray(mask.numpy().astype(np.uint8)).save(folder / "masks" / part / f"{name}.png")
+            images.append(dict(id=number, file_name=f"{name}.jpg", width=width, height=height))
+            for (x1, y1, x2, y2), label in zip(corners.tolist(), labels.tolist()):
+                box = [x1, y1, x2 - x1, y2 - y1]
+                about = dict(id=len(boxes) + 1, image_id=number, category_id=label, bbox=box, area=box[2] * box[3])
+                boxes.append(about | dict(iscrowd=0))
+        Path(folder, "boxes").mkdir(exist_ok=True)
+        write_json(folder / "boxes" / f"{part}.json", dict(images=images, annotations=boxes, categories=categories))
+    write_text(folder / "classes.txt", "\n".join(CLASSES) + "\n")
 
 
 def draw_scene(key, width, height):
