@@ -88,6 +88,7 @@ VFLIP: Probability = 0.5  # probability of a vertical flip, suitable for overhea
 QUARTER_TURNS: bool = True  # rotate by a random multiple of 90 degrees, suitable for overhead images
 ROTATION: Annotated[float, Limits(0, 180)] = 0.0  # maximum rotation in degrees; 0: off
 COLOR_JITTER: Probability = 0.2  # maximum relative change of brightness, contrast and saturation; 0: off
+SHARPNESS: Probability = 0.0  # probability of a random blur, sharpening or resampling filter; 0: off
 
 # --- augmentation of spectrograms, instead of that of images and CutMix
 TIME_SHIFT: Probability = 0.1  # maximum shift as a fraction of the duration; 0: off
@@ -109,6 +110,7 @@ FREEZE_EPOCHS: NonNegativeInt = 0  # first epochs in which only the head is trai
 GRAD_CHECKPOINTING: bool = False  # recompute activations in the backward pass: less memory, more time
 
 # --- optimisation
+PATIENCE: NonNegativeInt = 0  # early stopping: epochs without a new best accuracy after which the run ends; 0: off
 WARMUP_EPOCHS: NonNegative | None = None  # linear learning-rate warm-up; 0: off; None: 5, or 1 for fine-tuning
 WEIGHT_DECAY: NonNegative = 0.05  # decoupled weight decay; 0: off
 LAYER_DECAY: Fraction | None = None  # layer-wise learning-rate decay; 1: off; None: off, or 0.9 for fine-tuning
@@ -165,6 +167,7 @@ def main():
             transform = train_transform(
                 sizes.full, mean, fit=FIT, crop=CROP, cutout=CUTOUT, hflip=HFLIP, vflip=VFLIP,
                 quarter_turns=QUARTER_TURNS, rotation=ROTATION, color_jitter=COLOR_JITTER,
+                sharpness=SHARPNESS,
             )  # fmt: skip
         else:
             sizes = ImageSizes(epochs, spectrogram_size(sound))
@@ -239,7 +242,7 @@ def main():
         folder.print_history(state)
         with Interrupt() as interrupt, folder.saved_on_error(state):
             try:
-                while state.epoch < epochs:
+                while state.epoch < epochs and not distributed.from_first(state.out_of_patience, PATIENCE):
                     size, val_size = sizes.training(state.epoch), sizes.validation(state.epoch)
                     state.img_size, frozen = to_img_size(val_size), state.epoch < FREEZE_EPOCHS
                     network = model if frozen else compiled_for(size)

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageFilter
 from timm.data import Mixup
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -31,6 +32,10 @@ del np.int
 CUTOUT_SCALE = (0.02, 0.4)  # area of the erased rectangle as a fraction of the image
 CUTOUT_RATIO = (0.4, 2.5)  # its aspect ratio
 GREY = np.float32([19595 / 65536, 38470 / 65536, 7471 / 65536, 0.5])  # Pillow's weights of red, green and blue, and 1/2
+BLUR = (0.3, 1.2)  # radius in pixels of a random Gaussian blur
+SHARPEN = (50, 200)  # strength of a random sharpening in percent
+RESAMPLE = (0.6, 1.0)  # size at which an image is resampled on the way, as a fraction of its own
+FILTERS = ("NEAREST", "BOX", "BILINEAR", "HAMMING", "BICUBIC", "LANCZOS")  # Pillow's, one of which resamples
 NOISE_LEVELS = (40.0, 80.0)  # decibels below the loudest place at which white noise is added
 
 
@@ -46,6 +51,7 @@ def train_transform(
     quarter_turns=False,
     rotation=0.0,
     color_jitter=0.0,
+    sharpness=0.0,
 ):
     """Augmentation of images: PIL RGB -> uint8 tensor (3, height, width), not normalised.
 
@@ -59,6 +65,7 @@ def train_transform(
         quarter_turns: whether to rotate by a random multiple of 90 degrees.
         rotation: maximum rotation in degrees.
         color_jitter: maximum relative change of brightness, contrast and saturation.
+        sharpness: probability of a random blur, sharpening or resampling, see `change_sharpness`.
     """
     steps = []
     if crop < 1:
@@ -74,6 +81,8 @@ def train_transform(
         steps += [to_pil_image, transforms.RandomRotation(rotation, bilinear), pil_to_tensor]
     if color_jitter:
         steps.append(ColorJitter(color_jitter))
+    if sharpness:
+        steps.append(partial(change_sharpness, probability=sharpness))
     # Cutout comes after whatever changes colours, so that the rectangle keeps the mean colour.
     if cutout:
         color = [round(255 * value) for value in mean]
@@ -90,6 +99,25 @@ def quarter_turn(pixels):
     if pixels.shape[1] != pixels.shape[2]:
         return pil_to_tensor(to_pil_image(pixels).rotate(90 * turns))
     return pixels.rot90(turns, (1, 2))
+
+
+def change_sharpness(pixels, probability):
+    """With a probability, blur, sharpen or resample a uint8 tensor (3, H, W): what cameras and programs that resize
+    images do in different ways, so that a network must not rely on it (blur and resampling are among the corruptions of
+    Hendrycks and Dietterich, arXiv:1903.12261)."""
+    if random.random() >= probability:
+        return pixels
+    image = to_pil_image(pixels)
+    kind = random.randrange(3)
+    if kind == 0:
+        image = image.filter(ImageFilter.GaussianBlur(random.uniform(*BLUR)))
+    elif kind == 1:
+        image = image.filter(ImageFilter.UnsharpMask(1, round(random.uniform(*SHARPEN)), 0))
+    else:
+        scale, method = random.uniform(*RESAMPLE), Image.Resampling[random.choice(FILTERS)]
+        small = [max(1, round(scale * side)) for side in image.size]
+        image = image.resize(small, method).resize(image.size, Image.Resampling.BILINEAR)
+    return pil_to_tensor(image)
 
 
 class ColorJitter(transforms.ColorJitter):
@@ -302,5 +330,6 @@ def augmentation_from_config(config, num_classes, size, mean, std, sound=None):
             quarter_turns=value("QUARTER_TURNS", False),
             rotation=value("ROTATION"),
             color_jitter=value("COLOR_JITTER"),
+            sharpness=value("SHARPNESS"),
         )
     return transform, mixup

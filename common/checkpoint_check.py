@@ -58,6 +58,7 @@ MAX_IMAGES = 10**8
 CONFIG = dict(CROP=Fraction, CUTOUT=Probability, HFLIP=Probability, VFLIP=Probability, COLOR_JITTER=Probability)
 CONFIG |= dict(FIT=Literal[FITS], QUARTER_TURNS=bool, ROTATION=Annotated[float, Limits(0, 180)], IMG_SIZE=ImageSize)
 CONFIG |= dict(TIME_SHIFT=Probability, GAIN=NonNegative, NOISE=Probability, MIXUP=NonNegative, CUTMIX=NonNegative)
+CONFIG |= dict(SHARPNESS=Probability)
 CONFIG |= dict(MIX_PROB=Probability, SMOOTHING=Rate, MIX_SWITCH=Probability)
 CONFIG |= dict(SPEC_MASK=Probability | Annotated[list[Probability], Length(2)])
 # And with which a resumed run normalises. MODEL is the plain name, like arch, and PRETRAINED is compared only.
