@@ -38,6 +38,7 @@ from common.audio import spectrogram_size
 from common.augment import BatchMixup, spectrogram_transform, train_transform
 from common.board import Board
 from common.cache import cache_images
+from common.calibration import calibrate
 from common.clock import Clock
 from common.convolutions import choose_convolutions
 from common.dataset import EpochBatches, PixelTransform, SeededImages, open_image_folder, seed_everything
@@ -268,6 +269,8 @@ def main():
                 folder.save_last(state)
                 print(f"stopped in epoch {state.epoch + 1} of {epochs} and saved; resume with --resume auto")
                 return distributed.leave(device, interrupt.exit_status)
+        # The temperature for calibrated probabilities, and statistics by which test.py calls an image unknown.
+        distributed.from_first(calibrate, folder, train_set, val_set, val_loader, normalise)
         folder.finish(state, len(val_set))
         return distributed.leave(device, 0)
 

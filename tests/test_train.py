@@ -39,6 +39,8 @@ FILES = {
     "acc.png",
     "class_indices.json",
     "classification_report.txt",
+    "calibration.json",
+    "calibration.png",
 }
 
 
@@ -57,7 +59,7 @@ def test_a_run_learns_and_leaves_its_files(run_train, place, capsys, learning_cu
     assert list(indices.values()) == list(CLASSES) and list(indices) == ["0", "1", "2"]
     report = (folder / "classification_report.txt").read_text(encoding="utf-8")
     assert all(name in report for name in CLASSES) and "玉米 苗" in capsys.readouterr().out
-    for name in ("loss.png", "acc.png"):
+    for name in ("loss.png", "acc.png", "calibration.png"):
         with Image.open(folder / name) as image:
             assert image.width > 500 and np.asarray(image).std() > 5
 
