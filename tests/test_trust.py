@@ -1,4 +1,4 @@
-"""Calibrated probabilities, what is called unknown, and the accuracy on disturbed images: test.py, the page and ONNX."""
+"""Calibrated probabilities, unknown images, and the accuracy on disturbed images, in test.py, the page and ONNX."""
 
 import csv
 import importlib.util
@@ -278,7 +278,7 @@ def test_stress_measures_the_accuracy_under_each_disturbance(place, run_test, ca
     assert not Path("results/stress.csv").exists()  # one of an earlier run would be about other images
 
 
-def test_the_pictures_are_drawn_for_any_probabilities(tmp_path):
+def test_the_reliability_diagram_is_drawn_for_any_probabilities(tmp_path):
     from common.plots import plot_calibration
 
     for count, classes in ((1, 2), (400, 5)):

@@ -14,9 +14,9 @@ Outputs in exports/<model>/:
 The first three hold the reparameterized network. All take images (N, 3, height, width), resized and normalised as by
 test.py, and return logits, whose softmax is calibrated if the checkpoint is (but for timm/, which has the weights as
 they were trained); model.onnx then returns as a second output how far each image is known, from 0 to 1: call those
-below 0.05 unknown, as test.py does. Class names, mean, std and size are stored inside. Each is run on images of data/val and
-compared with the trained network: one that differs by more than TOLERANCE is not written. Quantisation to 8 bits does
-change the logits, so for that file the accuracy before and after is reported instead.
+below 0.05 unknown, as test.py does. Class names, mean, std and size are stored inside. Each is run on images of
+data/val and compared with the trained network: one that differs by more than TOLERANCE is not written. Quantisation to
+8 bits does change the logits, so for that file the accuracy before and after is reported instead.
 """
 
 import contextlib
