@@ -50,6 +50,7 @@ def run_test(monkeypatch):
 
     def run(*images, **constants):
         settings = dict(IMAGES=list(images), DEVICE="cpu", WORKERS=0, AMP="off", TOP_K=3, CHECKPOINT=str(BEST))
+        settings |= dict(UNKNOWN=0.05, STRESS=False)
         for name, value in (settings | constants).items():
             monkeypatch.setattr(script, name, value)
         assert script.main() == 0
@@ -255,10 +256,10 @@ def test_each_disturbance_changes_an_image_in_its_own_way():
     assert all(value.shape == clean.shape and (value != clean).any() for value in same_size.values())
     inner = same_size["padded, not resampled"][:, 10:54, 2:62]
     assert torch.equal(inner, torch.from_numpy(np.array(image)).permute(2, 0, 1).double())
-    assert same_size["light x 0.67"].mean() == pytest.approx(0.67 * clean.mean(), rel=0.01)
+    assert same_size["light x 0.67"].mean().item() == pytest.approx(0.67 * clean.mean().item(), rel=0.01)
     deviations = [same_size[name].std() / clean.std() for name in ("blur 0.6", "blur 1.0")]
     assert 1 > deviations[0] > deviations[1] > 0.2
-    assert (same_size["noise 5/255"] - clean)[(clean > 20) & (clean < 235)].std() == pytest.approx(5, rel=0.05)
+    assert (same_size["noise 5/255"] - clean)[(clean > 20) & (clean < 235)].std().item() == pytest.approx(5, rel=0.05)
     again = disturbances(64, "squeeze")["noise 5/255"](image).double()
     assert torch.equal(again, same_size["noise 5/255"])
 
