@@ -5,11 +5,13 @@
     python test.py --checkpoint checkpoints/unireplknet_t/best.pth some_photo.jpg
     python test.py --checkpoint exports/unireplknet_t/model.onnx      by onnxruntime, from tools/export.py
     python test.py --checkpoint "cross_validation/fold*/*/last.pth"   the average of several networks
+    python test.py --stress                              also the accuracy on blurred, noisy, brighter, ... images
 
-Prints the top-k classes of each image and writes them to results/predictions.csv. Where the folders have the names of
-the classes, it also measures the accuracy, with its 95 % confidence interval, and writes report.txt,
-confusion_matrix.csv, confusion_matrix.png and mistakes.png. Class names, normalisation, size and how a recording
-becomes an image come from the checkpoint.
+Prints the top-k classes of each image and writes them to results/predictions.csv, with calibrated probabilities and
+what is unlike the training images as "unknown", if the checkpoint was calibrated (train.py does it at the end). Where
+the folders have the names of the classes, it also measures the accuracy, with its 95 % confidence interval, and writes
+report.txt, confusion_matrix.csv, confusion_matrix.png and mistakes.png; with STRESS stress.csv and stress.png. Class
+names, normalisation, size and how a recording becomes an image come from the checkpoint.
 
 Exit status: 0; 1 an error; 2 a wrong option or constant; 3 done, but some files could not be read; 141 done, but nobody
 read the output (`| head`).
@@ -33,6 +35,7 @@ import numpy as np
 import torch
 
 from common.audio import kind_of
+from common.calibration import CalibratedNetwork, calibration_error, log_likelihood_loss
 from common.checkpoint import build_network, find_checkpoints, load_checkpoint
 from common.dataset import ImageFiles, PixelTransform
 from common.device import Normalise, choose_device, choose_layout, has_bfloat16, keep_freed_memory
@@ -41,14 +44,16 @@ from common.files import SideFiles, identity, is_circle, list_files, write_csv, 
 from common.images import is_hidden
 from common.loading import Loader
 from common.onnx_network import OnnxNetwork
-from common.options import ConstantError, Name, NonNegativeInt, PositiveInt, UserError, Workers, raise_all, run
-from common.plots import plot_confusion_matrix, plot_sheet
+from common.options import ConstantError, Name, NonNegativeInt, PositiveInt, Rate, UserError, Workers, raise_all, run
+from common.plots import plot_confusion_matrix, plot_sheet, plot_stress
 from common.progress import Progress
+from common.stress import disturbances, other_sizes
 from common.text import label
 
 IMAGES: list[Name] = []  # files, folders or patterns; []: test/ if it exists, else data/test, else data/val
 CHECKPOINT: str = ""  # .pth or .onnx; several, or a pattern: averaged; "": the newest checkpoints/*/best.pth
 TOP_K: PositiveInt = 3  # number of most likely classes to show for each image
+UNKNOWN: Rate = 0.05  # fraction of known images that are called unknown, as less usual than the others; 0: off
 TTA: bool = False  # average over the 8 rotated and mirrored copies of each image, in 8 times the time
 MERGE: bool = True  # merge the network into its inference structure: the same predictions, faster
 AMP: Literal["auto", "bf16", "off"] = "auto"  # autocast; "auto": bf16 if supported and it predicts as float32 does
@@ -56,9 +61,11 @@ BATCH_SIZE: PositiveInt = 32  # images per forward pass
 WORKERS: Workers | None = None  # processes that read images; 0: none; None: one per core, up to 8, if worth it
 DEVICE: Name = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or such as "cuda:1"
 MISTAKES: NonNegativeInt = 24  # misclassified images in mistakes.png, the most confident first; 0: no such file
+STRESS: bool = False  # also measure the accuracy on disturbed images: blur, noise, JPEG, light, zoom, size
 OUTPUT: Name = "results"  # output folder; files of an earlier run are replaced
 
 MAX_DIFFERENCE = 0.02  # between probabilities in bf16 and float32, up to which AMP "auto" takes bf16
+MAX_KNOWN_DIFFERENCE = 0.1  # likewise, between what is known, on average
 MAX_LISTED = 20  # files of other kinds that are named one by one
 WHERE = ("test", "data/test", "data/val")  # folders that are looked for where IMAGES is empty
 SECONDS_TO_START = 3.0  # s, roughly what starting processes costs; for less reading it does not pay off
@@ -71,6 +78,8 @@ def main():
     classes, kind = checkpoint["classes"], kind_of(checkpoint)
     if TTA and kind.name == "recording":
         raise ConstantError("TTA must be False for recordings, since a mirrored spectrogram is another sound, got True")
+    if STRESS and kind.name == "recording":
+        raise ConstantError("STRESS must be False for recordings, since its disturbances are those of images, got True")
     weights = next((name for name in IMAGES if name.lower().endswith((".pth", ".onnx"))), None)
     if weights is not None:
         raise ConstantError(
@@ -92,30 +101,27 @@ def main():
     folder = Path(OUTPUT)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    predicted = []
-    for member in members:
-        about = member.about
-        files = ImageFiles(paths, PixelTransform(about["img_size"], fit=about.get("fit", "squeeze")), kind.load)
-        workers = choose_readers(files, BATCH_SIZE, member.device) if WORKERS is None else WORKERS
-        loader = Loader(files, BATCH_SIZE, num_workers=workers, collate_fn=list)
-        normalise = Normalise(about["mean"], about["std"], member.device)
-        predicted.append(predict(member.network, loader, normalise, member.device, AMP, TTA))
+    predict_files = partial(predict_by, load=kind.load, batch_size=BATCH_SIZE, workers=WORKERS, amp=AMP, tta=TTA)
+    every, every_known, every_reason, (dtype, *_) = zip(*(predict_files(member, paths) for member in members))
     seconds = time.perf_counter() - started
-    every, every_reason, (dtype, *_) = zip(*predicted)
     reasons = every_reason[0]
     broken = [reason for reason in reasons if reason]
     if len(broken) == len(paths):
         raise UserError(f"none of the {len(paths)} {kind.name}s can be read; the first: {broken[0]}")
     if any(list(map(bool, others)) != list(map(bool, reasons)) for others in every_reason):
         raise UserError(f"{kind.name}s were changed while they were read; give the same command again")
-    probabilities = every[0] if len(every) == 1 else np.mean(every, 0)
+    probabilities, known = average(every, every_known, UNKNOWN)
     paths = [path for path, reason in zip(paths, reasons) if not reason]
 
     # All files before anything is printed, whoever reads it: `| head` reads ten lines only.
     results = SideFiles(remark=None)
-    lines = write_predictions(paths, probabilities, classes, TOP_K, folder, results)
+    lines = write_predictions(paths, probabilities, known, classes, TOP_K, UNKNOWN, folder, results)
     lines += evaluate(paths, probabilities, classes, kind, MISTAKES, folder, results)
+    if STRESS:
+        lines += measure_stress(members, paths, classes, predict_files, UNKNOWN, folder, results)
     print(*lines, sep="\n")
+    if UNKNOWN and known is None and any(member.about.get("calibration") for member in members):
+        print("unknown is off, since not all of these checkpoints have a score for it")
     others = [kind.why_not(path) for path in others]
     if passed:
         print(f"passed over {len(passed)} hidden or system folders ({', '.join(map(str, passed[:3]))})")
@@ -137,7 +143,7 @@ class Member:
     """A network whose predictions count, and what its file says about it."""
 
     path: Path
-    network: Callable  # images (N, 3, height, width) -> logits (N, classes)
+    network: Callable  # images (N, 3, height, width) -> logits and known, as of `CalibratedNetwork`
     about: dict  # arch, classes, mean, std, img_size, and what else matters
     device: torch.device
     structure: str  # in words
@@ -154,13 +160,16 @@ def open_network(path, device, amp, merge):
         network = OnnxNetwork(path)
         if device not in ("auto", "cpu") or amp == "bf16" or not merge:
             print(f"onnxruntime runs on the CPU in float32: DEVICE {device}, AMP {amp}, MERGE {merge} have no effect")
-        return Member(path, network, network.about, torch.device("cpu"), "onnxruntime")
+        structure = "onnxruntime" + ", calibrated" * network.about.get("calibrated", False)
+        return Member(path, network.predict, network.about, torch.device("cpu"), structure)
     checkpoint, device = load_checkpoint(path), choose_device(device)
     if device.type == "cpu":
         keep_freed_memory()
-    network = build_network(checkpoint, merge).to(device, memory_format=choose_layout(device))
+    network, calibration = build_network(checkpoint, merge), checkpoint.get("calibration")
+    network = CalibratedNetwork(network, calibration).to(device, memory_format=choose_layout(device))
     structure = "EMA weights" if checkpoint.get("state_dict_ema") else "weights"
-    return Member(path, network, checkpoint, device, structure + (", merged" if merge else ", training structure"))
+    structure += (", merged" if merge else ", training structure") + (", calibrated" if calibration else "")
+    return Member(path, network, checkpoint, device, structure)
 
 
 def check_members(members):
@@ -209,6 +218,24 @@ def find_files(names, kind):
     return list(paths.values()), list(others.values()), sorted(set(passed))
 
 
+def predict_by(member, paths, transform=None, *, load, batch_size, workers, amp, tta):
+    """What `predict` returns for files, by one `Member`.
+
+    Args:
+        paths: the files.
+        transform: function PIL RGB -> uint8 tensor (3, H, W); None: resizes as the checkpoint says.
+        load: function of a path -> PIL RGB image.
+        batch_size, workers, amp, tta: the constants.
+    """
+    about = member.about
+    transform = transform or PixelTransform(about["img_size"], fit=about.get("fit", "squeeze"))
+    files = ImageFiles(paths, transform, load)
+    workers = choose_readers(files, batch_size, member.device) if workers is None else workers
+    loader = Loader(files, batch_size, num_workers=workers, collate_fn=list)
+    normalise = Normalise(about["mean"], about["std"], member.device)
+    return predict(member.network, loader, normalise, member.device, amp, tta)
+
+
 def choose_readers(files, batch_size, device):
     """How many processes to read `ImageFiles` with: none if that costs more than it saves."""
     most = min(os.cpu_count() or 1, 8)
@@ -225,15 +252,16 @@ def predict(network, loader, normalise, device, amp, tta):
     """Predict every file.
 
     Args:
-        network: images (N, 3, height, width) -> logits (N, classes).
+        network: of a `Member`.
         loader: yields lists of the items of an `ImageFiles`.
         normalise: a `common.device.Normalise`.
         amp, tta: the constants AMP and TTA.
 
     Returns:
-        (float array (readable files, classes) of probabilities or None, a reason or "" for each file, dtype used).
+        (float array (readable files, classes) of probabilities or None, likewise (readable files,) of what `network`
+        gives as known or None, a reason or "" for each file, dtype used).
     """
-    reasons, probabilities, dtype = [], [], None
+    reasons, probabilities, known, dtype = [], [], [], None
     # Finding out whether bf16 predicts the same takes as long as two batches.
     if amp == "auto" and len(loader.dataset) <= 2 * loader.batch_size:
         dtype = torch.float32
@@ -245,22 +273,28 @@ def predict(network, loader, normalise, device, amp, tta):
                 images = normalise(torch.stack(images).to(device)).contiguous(memory_format=choose_layout(device))
                 dtype = dtype or choose_dtype(network, images, amp)
                 views = symmetries(images) if tta else [images]
-                views = torch.stack([compute(network, view, dtype) for view in views])  # (views, N, classes)
-                probabilities.append(views.mean(0).cpu().numpy())
+                views, views_known = zip(*(compute(network, view, dtype) for view in views))
+                probabilities.append(torch.stack(views).mean(0).cpu().numpy())  # (views, N, classes) -> (N, classes)
+                known += [torch.stack(views_known).mean(0).cpu().numpy()] if views_known[0] is not None else []
             bar.update(len(batch))
-    return np.concatenate(probabilities) if probabilities else None, reasons, dtype
+    probabilities, known = (np.concatenate(parts) if parts else None for parts in (probabilities, known))
+    return probabilities, known, reasons, dtype
 
 
 def choose_dtype(network, images, amp):
-    """The dtype to compute in; for "auto" bf16 if its probabilities of these images are close to those of float32."""
-    if isinstance(network, OnnxNetwork) or amp == "off":
+    """The dtype to compute in; for "auto" bf16 if its probabilities of these images are close to those of float32, and
+    what is known, too, on average."""
+    if not isinstance(network, CalibratedNetwork) or amp == "off":
         return torch.float32
     if amp == "bf16":
         return torch.bfloat16
     if not has_bfloat16(images.device):
         return torch.float32
-    exact, fast = (compute(network, images, dtype) for dtype in (torch.float32, torch.bfloat16))
-    return torch.bfloat16 if (exact - fast).abs().max() <= MAX_DIFFERENCE else torch.float32
+    (exact, known), (fast, fast_known) = (compute(network, images, dtype) for dtype in (torch.float32, torch.bfloat16))
+    same = (exact - fast).abs().max() <= MAX_DIFFERENCE
+    if known is not None:
+        same = same and (known - fast_known).abs().mean() <= MAX_KNOWN_DIFFERENCE
+    return torch.bfloat16 if same else torch.float32
 
 
 def symmetries(images):
@@ -269,28 +303,36 @@ def symmetries(images):
 
 
 def compute(network, images, dtype):
-    """Probabilities (N, classes) of images (N, 3, H, W), by autocast in `dtype` except for the head."""
-    if isinstance(network, OnnxNetwork):
-        return network(images).softmax(1)
-    if dtype == torch.float32:
-        return network(images).softmax(1)
-    with torch.autocast(images.device.type, dtype):
-        features = network.forward_features(images)
-        if not torch.is_tensor(features):  # of networks with several branches, whose head takes all of them
-            return network.forward_head(features).float().softmax(1)
-    return network.forward_head(features.float()).softmax(1)
+    """(probabilities (N, classes), known (N,) or None) of images (N, 3, H, W), by autocast in `dtype` except for the
+    head."""
+    logits, known = network(images) if dtype == torch.float32 else network(images, dtype)
+    return logits.softmax(1), known
 
 
-def write_predictions(paths, probabilities, classes, top_k, folder, results):
-    """Write the top-k classes of each file to predictions.csv; returns them as lines of text."""
+def average(every, every_known, unknown):
+    """(probabilities, known) of all networks; known is None if UNKNOWN is 0, or one of them does not give it."""
+    missing = not unknown or any(known is None for known in every_known)
+    if len(every) == 1:
+        return every[0], None if missing else every_known[0]
+    return np.mean(every, 0), None if missing else np.mean(every_known, 0)
+
+
+def write_predictions(paths, probabilities, known, classes, top_k, unknown, folder, results):
+    """Write the top-k classes of each file, and how far it is known, to predictions.csv; returns them as lines."""
     top = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
     ranks = range(1, top.shape[1] + 1)
     lines, rows = [], [["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))]]
-    for path, indices, row in zip(paths, top, probabilities):
+    rows[0] += [] if known is None else ["known"]
+    for number, (path, indices, row) in enumerate(zip(paths, top, probabilities)):
         lines.append(f"{path}: {', '.join(f'{classes[i]} {row[i]:.4f}' for i in indices)}")
         rows.append([path, *(cell for i in indices for cell in (classes[i], f"{row[i]:.6f}"))])
+        if known is not None:
+            rows[-1].append(f"{known[number]:.4f}")
+            lines[-1] += f"; unknown ({known[number]:.3f})" if known[number] < unknown else ""
     path = folder / "predictions.csv"
     results.write(path, write_csv, path, rows)
+    if known is not None and (known < unknown).any():
+        lines.append(f"{(known < unknown).sum()} of {len(known)} are called unknown: below UNKNOWN {unknown:g}")
     return lines
 
 
@@ -311,6 +353,7 @@ def evaluate(paths, probabilities, classes, kind, mistakes, folder, results):
         others += ", ..." if len(unknown) > 12 else ""
         lines.append(f"not evaluated: {unknown.total()} {kind.name}s in folders that no class is called: {others}")
     files = [folder / name for name in ("report.txt", "confusion_matrix.csv", "confusion_matrix.png", "mistakes.png")]
+    files += [folder / name for name in ("stress.csv", "stress.png")]
     for path in files:  # one of an earlier run would be about other images
         results.write(path, partial(path.unlink, missing_ok=True))
     if not known:
@@ -322,11 +365,12 @@ def evaluate(paths, probabilities, classes, kind, mistakes, folder, results):
     acc1 = 100 * (predictions == labels).mean()
     acc5 = 100 * (top5 == labels[:, None]).any(1).mean()
 
-    report_path, table_path, matrix_path, mistakes_path = files
+    report_path, table_path, matrix_path, mistakes_path, *_ = files
     report = report_classes(labels, predictions, classes)
     low, high = accuracy_interval((predictions == labels).sum(), len(labels))
     interval = f"95 % confidence interval of acc1: {low:.2f} to {high:.2f} % (Wilson)"
-    report += f"{interval}\n"
+    ece, nll = calibration_error(probabilities, labels), log_likelihood_loss(probabilities, labels)
+    report += f"{interval}\nexpected calibration error: {ece:.4f}; negative log-likelihood: {nll:.4f}\n"
     results.write(report_path, write_text, report_path, report)
     results.write(table_path, write_csv, table_path, tabulate_confusions(labels, predictions, classes))
     results.write(matrix_path, plot_confusion_matrix, labels, predictions, classes, matrix_path)
@@ -346,6 +390,53 @@ def evaluate(paths, probabilities, classes, kind, mistakes, folder, results):
     if wrong:
         results.write(mistakes_path, draw_mistakes)
     return [f"\n{report}", *lines, f"acc1 {acc1:.2f} %, acc5 {acc5:.2f} % on {len(known)} {kind.name}s"]
+
+
+def measure_stress(members, paths, classes, predict_files, unknown, folder, results):
+    """Measure the accuracy under each of `common.stress.disturbances`: stress.csv and stress.png.
+
+    Args:
+        paths: files that can be read; those in folders named like classes count.
+        predict_files: function of a `Member`, files and a transform; see `predict_by`.
+
+    Returns:
+        Lines of text to print: a table.
+    """
+    index = match_classes(set(map(folder_name, paths)), classes)
+    paths = [path for path in paths if folder_name(path) in index]
+    if not paths:
+        return ["STRESS needs images in folders that are named like the classes, so nothing is measured"]
+    labels = np.array([index[folder_name(path)] for path in paths])
+    steps = [disturbances(member.about["img_size"], member.about.get("fit", "squeeze")) for member in members]
+    rows = {}
+    for name in steps[0]:
+        try:
+            outputs = [predict_files(member, paths, step[name]) for member, step in zip(members, steps)]
+        except (RuntimeError, AssertionError, ValueError):
+            if name not in other_sizes(64):
+                raise
+            rows[name] = None  # a network, or an exported file, for images of one size only
+            continue
+        every, every_known, *_ = zip(*outputs)
+        probabilities, known = average(every, every_known, unknown)
+        acc1 = 100 * (probabilities.argmax(1) == labels).mean()
+        rows[name] = acc1, None if known is None else 100 * (known < unknown).mean()
+    sizes = other_sizes(members[0].about["img_size"])
+    titles = {name: f"{name}, {'x'.join(map(str, sizes[name]))}" if name in sizes else name for name in rows}
+    clean = rows["clean"][0]
+    table = [["disturbance", "acc1", "change", "unknown"]]
+    for name, row in rows.items():
+        cells = ["-"] * 3
+        if row is not None:
+            cells = [f"{row[0]:.2f}", f"{row[0] - clean:+.2f}", "-" if row[1] is None else f"{row[1]:.1f}"]
+        table.append([titles[name], *cells])
+    path = folder / "stress.csv"
+    results.write(path, write_csv, path, table)
+    path = folder / "stress.png"
+    accuracies = {titles[name]: None if row is None else row[0] for name, row in rows.items()}
+    results.write(path, plot_stress, accuracies, len(paths), path)
+    wide = max(len(row[0]) for row in table)
+    return ["", *(f"{first:<{wide}}  " + "  ".join(f"{cell:>7}" for cell in cells) for first, *cells in table)]
 
 
 def folder_name(path):

@@ -38,6 +38,7 @@ from common.audio import spectrogram_size
 from common.augment import BatchMixup, spectrogram_transform, train_transform
 from common.board import Board
 from common.cache import cache_images
+from common.calibration import calibrate
 from common.clock import Clock
 from common.convolutions import choose_convolutions
 from common.dataset import EpochBatches, PixelTransform, SeededImages, open_image_folder, seed_everything
@@ -88,9 +89,9 @@ VFLIP: Probability = 0.5  # probability of a vertical flip, suitable for overhea
 QUARTER_TURNS: bool = True  # rotate by a random multiple of 90 degrees, suitable for overhead images
 ROTATION: Annotated[float, Limits(0, 180)] = 0.0  # maximum rotation in degrees; 0: off
 COLOR_JITTER: Probability = 0.2  # maximum relative change of brightness, contrast and saturation; 0: off
+SHARPNESS: Probability = 0.0  # probability of a random blur, sharpening or resampling filter; 0: off
 
 # --- augmentation of spectrograms, instead of that of images and CutMix
-WARP: Probability = 0.0  # maximum relative change of all frequencies (another voice), and of the duration; 0: off
 TIME_SHIFT: Probability = 0.1  # maximum shift as a fraction of the duration; 0: off
 GAIN: NonNegative = 6.0  # maximum change of loudness in decibels; 0: off
 NOISE: Probability = 0.5  # probability of white noise; 0: off
@@ -110,6 +111,7 @@ FREEZE_EPOCHS: NonNegativeInt = 0  # first epochs in which only the head is trai
 GRAD_CHECKPOINTING: bool = False  # recompute activations in the backward pass: less memory, more time
 
 # --- optimisation
+PATIENCE: NonNegativeInt = 0  # early stopping: epochs without a new best accuracy after which the run ends; 0: off
 WARMUP_EPOCHS: NonNegative | None = None  # linear learning-rate warm-up; 0: off; None: 5, or 1 for fine-tuning
 WEIGHT_DECAY: NonNegative = 0.05  # decoupled weight decay; 0: off
 LAYER_DECAY: Fraction | None = None  # layer-wise learning-rate decay; 1: off; None: off, or 0.9 for fine-tuning
@@ -165,13 +167,13 @@ def main():
             sizes = ImageSizes(epochs, full, (TEST_SIZE,) * 2 if TEST_SIZE else None, START_SIZE)
             transform = train_transform(
                 sizes.full, mean, fit=FIT, crop=CROP, cutout=CUTOUT, hflip=HFLIP, vflip=VFLIP,
-                quarter_turns=QUARTER_TURNS, rotation=ROTATION, color_jitter=COLOR_JITTER,
+                quarter_turns=QUARTER_TURNS, rotation=ROTATION, color_jitter=COLOR_JITTER, sharpness=SHARPNESS,
             )  # fmt: skip
         else:
             sizes = ImageSizes(epochs, spectrogram_size(sound))
             transform = spectrogram_transform(
-                mean, std, decibels=sound["decibels"], sample_rate=sound["sample_rate"], warp=WARP,
-                time_shift=TIME_SHIFT, gain=GAIN, noise=NOISE, spec_mask=SPEC_MASK,
+                mean, std, decibels=sound["decibels"], time_shift=TIME_SHIFT, gain=GAIN, noise=NOISE,
+                spec_mask=SPEC_MASK,
             )  # fmt: skip
         train_set, val_set = open_data(DATA, transform, PixelTransform(sizes.last, fit=FIT))
         classes = train_set.classes
@@ -240,7 +242,7 @@ def main():
         folder.print_history(state)
         with Interrupt() as interrupt, folder.saved_on_error(state):
             try:
-                while state.epoch < epochs:
+                while state.epoch < epochs and not distributed.from_first(state.out_of_patience, PATIENCE):
                     size, val_size = sizes.training(state.epoch), sizes.validation(state.epoch)
                     state.img_size, frozen = to_img_size(val_size), state.epoch < FREEZE_EPOCHS
                     network = model if frozen else compiled_for(size)
@@ -266,6 +268,8 @@ def main():
                 folder.save_last(state)
                 print(f"stopped in epoch {state.epoch + 1} of {epochs} and saved; resume with --resume auto")
                 return distributed.leave(device, interrupt.exit_status)
+        # The temperature for calibrated probabilities, and statistics by which test.py calls an image unknown.
+        distributed.from_first(calibrate, folder, train_set, val_set, val_loader, normalise)
         folder.finish(state, len(val_set))
         return distributed.leave(device, 0)
 

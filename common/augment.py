@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageFilter
 from timm.data import Mixup
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -32,6 +33,10 @@ del np.int
 CUTOUT_SCALE = (0.02, 0.4)  # area of the erased rectangle as a fraction of the image
 CUTOUT_RATIO = (0.4, 2.5)  # its aspect ratio
 GREY = np.float32([19595 / 65536, 38470 / 65536, 7471 / 65536, 0.5])  # Pillow's weights of red, green and blue, and 1/2
+BLUR = (0.3, 1.2)  # radius in pixels of a random Gaussian blur
+SHARPEN = (50, 200)  # strength of a random sharpening in percent
+RESAMPLE = (0.6, 1.0)  # size at which an image is resampled on the way, as a fraction of its own
+FILTERS = ("NEAREST", "BOX", "BILINEAR", "HAMMING", "BICUBIC", "LANCZOS")  # Pillow's, one of which resamples
 NOISE_LEVELS = (40.0, 80.0)  # decibels below the loudest place at which white noise is added
 
 
@@ -47,6 +52,7 @@ def train_transform(
     quarter_turns=False,
     rotation=0.0,
     color_jitter=0.0,
+    sharpness=0.0,
 ):
     """Augmentation of images: PIL RGB -> uint8 tensor (3, height, width), not normalised.
 
@@ -60,6 +66,7 @@ def train_transform(
         quarter_turns: whether to rotate by a random multiple of 90 degrees.
         rotation: maximum rotation in degrees.
         color_jitter: maximum relative change of brightness, contrast and saturation.
+        sharpness: probability of a random blur, sharpening or resampling, see `change_sharpness`.
     """
     steps = []
     if crop < 1:
@@ -75,6 +82,8 @@ def train_transform(
         steps += [to_pil_image, transforms.RandomRotation(rotation, bilinear), pil_to_tensor]
     if color_jitter:
         steps.append(ColorJitter(color_jitter))
+    if sharpness:
+        steps.append(partial(change_sharpness, probability=sharpness))
     # Cutout comes after whatever changes colours, so that the rectangle keeps the mean colour.
     if cutout:
         color = [round(255 * value) for value in mean]
@@ -91,6 +100,25 @@ def quarter_turn(pixels):
     if pixels.shape[1] != pixels.shape[2]:
         return pil_to_tensor(to_pil_image(pixels).rotate(90 * turns))
     return pixels.rot90(turns, (1, 2))
+
+
+def change_sharpness(pixels, probability):
+    """With a probability, blur, sharpen or resample a uint8 tensor (3, H, W): what cameras and programs that resize
+    images do in different ways, so that a network must not rely on it (blur and resampling are among the corruptions of
+    Hendrycks and Dietterich, arXiv:1903.12261)."""
+    if random.random() >= probability:
+        return pixels
+    image = to_pil_image(pixels)
+    kind = random.randrange(3)
+    if kind == 0:
+        image = image.filter(ImageFilter.GaussianBlur(random.uniform(*BLUR)))
+    elif kind == 1:
+        image = image.filter(ImageFilter.UnsharpMask(1, round(random.uniform(*SHARPEN)), 0))
+    else:
+        scale, method = random.uniform(*RESAMPLE), Image.Resampling[random.choice(FILTERS)]
+        small = [max(1, round(scale * side)) for side in image.size]
+        image = image.resize(small, method).resize(image.size, Image.Resampling.BILINEAR)
+    return pil_to_tensor(image)
 
 
 class ColorJitter(transforms.ColorJitter):
@@ -159,24 +187,18 @@ class ColorCutout(Cutout):
         return pixels
 
 
-def spectrogram_transform(
-    mean, std, *, decibels, sample_rate=16000, warp=0.0, time_shift=0.0, gain=0.0, noise=0.0, spec_mask=0.0
-):
+def spectrogram_transform(mean, std, *, decibels, time_shift=0.0, gain=0.0, noise=0.0, spec_mask=0.0):
     """Augmentation of spectrograms: PIL RGB -> float tensor (3, mel bands, frames).
 
     Args:
         mean, std: three values each, for pixels from 0 to 1.
         decibels: range of the spectrogram, from black to white.
-        sample_rate: Hz; half of it is the upper end of the highest mel band.
-        warp: maximum relative change of all frequencies, and of the duration.
         time_shift: maximum shift as a fraction of the duration.
         gain: maximum change of loudness in decibels.
         noise: probability of white noise.
         spec_mask: maximum masked fraction of the duration and of the mel bands (SpecAugment), or a list of the two.
     """
     steps = [transforms.ToTensor()]
-    if warp:
-        steps.append(partial(warp_spectrogram, largest=warp, sample_rate=sample_rate))
     if time_shift:
         steps.append(partial(shift_time, fraction=time_shift))
     if gain:
@@ -191,38 +213,6 @@ def spectrogram_transform(
 
 
 # The following functions take tensors (3, mel bands, frames) from 0, black, to 1, the loudest place.
-
-
-def warp_spectrogram(image, largest, sample_rate):
-    """Scale all frequencies and the duration by factors of their own, each from 1 / (1 + largest) to 1 + largest.
-
-    Frequencies change as with a speaker whose vocal tract is shorter or longer (Jaitly and Hinton, "Vocal tract length
-    perturbation (VTLP) improves speech recognition", ICML workshop 2013), the duration as with one who speaks faster
-    or slower. What comes in beside a shortened recording is silent.
-
-    Args:
-        largest: maximum relative change.
-        sample_rate: Hz.
-    """
-    stretch, slow = ((1 + largest) ** random.uniform(-1, 1) for _ in range(2))
-    bands, frames = image.shape[1:]
-    top = to_mel(torch.tensor(sample_rate / 2))
-    centres = top * torch.arange(bands, 0, -1) / (bands + 1)  # of the rows, the highest first
-    rows = bands - (bands + 1) * to_mel(to_hertz(centres) / stretch) / top  # where each row comes from
-    y = rows.clamp(0, bands - 1) / (bands - 1) * 2 - 1
-    x = torch.linspace(-1, 1, frames) / slow
-    grid = torch.stack(torch.broadcast_tensors(x[None], y[:, None]), 2)[None]  # (1, bands, frames, 2)
-    return F.grid_sample(image[None], grid, align_corners=True)[0]
-
-
-def to_mel(hertz):
-    """Slaney's mel scale, as in the spectrograms: linear up to 1000 Hz, then logarithmic."""
-    return torch.where(hertz < 1000, 3 * hertz / 200, 15 + 27 * (hertz / 1000).log() / math.log(6.4))
-
-
-def to_hertz(mel):
-    """The inverse of `to_mel`."""
-    return torch.where(mel < 15, 200 * mel / 3, 1000 * ((mel - 15) * math.log(6.4) / 27).exp())
 
 
 def shift_time(image, fraction):
@@ -325,7 +315,6 @@ def augmentation_from_config(config, num_classes, size, mean, std, sound=None):
             std,
             decibels=sound["decibels"],
             sample_rate=sound["sample_rate"],
-            warp=value("WARP"),
             time_shift=value("TIME_SHIFT"),
             gain=value("GAIN"),
             noise=value("NOISE"),
@@ -343,5 +332,6 @@ def augmentation_from_config(config, num_classes, size, mean, std, sound=None):
             quarter_turns=value("QUARTER_TURNS", False),
             rotation=value("ROTATION"),
             color_jitter=value("COLOR_JITTER"),
+            sharpness=value("SHARPNESS"),
         )
     return transform, mixup

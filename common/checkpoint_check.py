@@ -57,11 +57,16 @@ MAX_IMAGES = 10**8
 # Constants of train.py with which tools/visualize.py augments.
 CONFIG = dict(CROP=Fraction, CUTOUT=Probability, HFLIP=Probability, VFLIP=Probability, COLOR_JITTER=Probability)
 CONFIG |= dict(FIT=Literal[FITS], QUARTER_TURNS=bool, ROTATION=Annotated[float, Limits(0, 180)], IMG_SIZE=ImageSize)
-CONFIG |= dict(WARP=Probability, TIME_SHIFT=Probability, GAIN=NonNegative, NOISE=Probability, MIXUP=NonNegative)
-CONFIG |= dict(CUTMIX=NonNegative, MIX_PROB=Probability, SMOOTHING=Rate, MIX_SWITCH=Probability)
+CONFIG |= dict(TIME_SHIFT=Probability, GAIN=NonNegative, NOISE=Probability, SHARPNESS=Probability)
+CONFIG |= dict(MIXUP=NonNegative, CUTMIX=NonNegative, MIX_PROB=Probability, SMOOTHING=Rate, MIX_SWITCH=Probability)
 CONFIG |= dict(SPEC_MASK=Probability | Annotated[list[Probability], Length(2)])
 # And with which a resumed run normalises. MODEL is the plain name, like arch, and PRETRAINED is compared only.
 CONFIG |= dict(MEAN=Channels | None, STD=PositiveChannels | None, PRETRAINED=str)
+# See common/calibration.py; the sizes of the score's tensors by name, each the same wherever it stands.
+CALIBRATION = dict(temperature=Annotated[float, Limits(0.01, 100)], images=Count, img_size=FileImageSize, score=None)
+SCORE = dict(look_mean=("look",), look_whitening=("look", "look"), projection=("features", "directions"))
+SCORE |= dict(means=("present", "directions"), center=("directions",), spread=("directions",), scale=(2, 2))
+SCORE |= dict(quantiles=("quantiles",))
 SCALER = dict(scale=Annotated[float, Limits(above=0)], growth_factor=Annotated[float, Limits(above=1)])
 SCALER |= dict(backoff_factor=Annotated[float, Limits(above=0, below=1)], growth_interval=PositiveInt)
 SCALER |= dict(_growth_tracker=Count)
@@ -268,6 +273,7 @@ def check_classifier(checkpoint):
     check_kind(arguments.get("in_chans", 3), Literal[3], "its model_args' in_chans")
     check_training(checkpoint)
     check_both_weights(checkpoint, outline_network(checkpoint["arch"], arguments))
+    check_calibration(checkpoint.get("calibration"), len(checkpoint["classes"]))
 
 
 def check_both_weights(checkpoint, network):
@@ -275,6 +281,34 @@ def check_both_weights(checkpoint, network):
     check_weights("state_dict", checkpoint["state_dict"], network)
     if checkpoint.get("state_dict_ema") is not None:
         check_weights("state_dict_ema", checkpoint["state_dict_ema"], network)
+
+
+def check_calibration(calibration, classes):
+    """ValueError unless `calibration` is None or can be that of `common.calibration.fit`.
+
+    Args:
+        calibration: what a checkpoint has under this name.
+        classes: number of classes.
+    """
+    if calibration is None:
+        return
+    check_keys(calibration, CALIBRATION, "its calibration")
+    check_fields(calibration, {name: kind for name, kind in CALIBRATION.items() if kind}, "its calibration's")
+    score = calibration.get("score")
+    if score is None:
+        return
+    check_keys(score, SCORE, "its calibration's score")
+    sizes = dict(classes=classes)
+    for name, shape in SCORE.items():
+        tensor = score.get(name)
+        if not torch.is_tensor(tensor) or tensor.dtype != torch.float32 or tensor.dim() != len(shape):
+            raise ValueError(f"its calibration's {name} must be a float32 tensor of {len(shape)} dimensions")
+        for size, expected in zip(tensor.shape, shape):
+            if size != (sizes.setdefault(expected, size) if isinstance(expected, str) else expected):
+                raise ValueError(f"its calibration's {name} has an impossible shape, {tuple(tensor.shape)}")
+    check_tensors("calibration's score", score)
+    if (score["spread"] <= 0).any() or (score["scale"][1] <= 0).any() or (score["quantiles"].diff() < 0).any():
+        raise ValueError("its calibration's score has variances or quantiles that cannot be")
 
 
 def check_training(checkpoint):

@@ -1,7 +1,7 @@
 """An ONNX file written by tools/export.py, run by onnxruntime.
 
 The file's metadata contains, as JSON, what test.py needs besides the network: arch, classes, mean, std, img_size and,
-where they matter, sound, value_range or fit.
+where they matter, sound, value_range, fit, or that its probabilities are calibrated.
 """
 
 import json
@@ -11,21 +11,24 @@ import torch
 
 from common.checkpoint_check import check_arch
 from common.extras import require
-from common.file_checks import brief, check_input, naming, side_lengths
+from common.file_checks import brief, check_input, check_kind, naming, side_lengths
 from common.options import UserError
 
 METADATA = ("arch", "classes", "mean", "std", "img_size")  # keys of a checkpoint that every exported file contains
-OPTIONAL_METADATA = ("sound", "value_range", "fit")  # only some have: see `common.audio.input_kind`, `common.fit`
+OPTIONAL_METADATA = ("sound", "value_range", "fit", "calibrated")  # only some have them
 
 
 class OnnxNetwork:
     """Function of images (N, 3, height, width) -> logits (N, classes), both float32 tensors on the CPU.
+
+    Where the checkpoint was calibrated, the softmax of the logits is, too, and the file has a second output, "known".
 
     Args:
         path: .onnx file.
 
     Attributes:
         about: {key: value} of `METADATA`, and those of `OPTIONAL_METADATA` that it has.
+        has_score: whether it has the output "known".
 
     Raises:
         UserError: if the file does not exist, is damaged, says what cannot be, or was not written by tools/export.py.
@@ -38,6 +41,7 @@ class OnnxNetwork:
         try:
             self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             metadata = self.session.get_modelmeta().custom_metadata_map
+            self.has_score = [output.name for output in self.session.get_outputs()][1:] == ["known"]
         except Exception as error:  # onnxruntime's errors have no base class of their own
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is damaged or no ONNX file ({reason}); export it again") from error
@@ -49,23 +53,31 @@ class OnnxNetwork:
             self.about = {name: read_value(name, metadata[name]) for name in named}
             check_arch(self.about["arch"])
             check_input(self.about)
+            check_kind(self.about.get("calibrated", False), bool, "its calibrated")
             self.check_graph()
 
     def check_graph(self):
         """ValueError unless the network takes the images and has the outputs that its metadata names, all finite."""
         size, count = side_lengths(self.about["img_size"]), len(self.about["classes"])
         try:
-            logits = self(torch.zeros(2, 3, *size))
+            logits, known = self.predict(torch.zeros(2, 3, *size))
         except Exception as error:  # onnxruntime's errors have no base class of their own
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"it does not take images of {size[0]} x {size[1]} pixels ({reason})") from error
         if logits.shape != (2, count):
             raise ValueError(f"it has {count} classes, but outputs of the shape {tuple(logits.shape)} for two images")
-        if not logits.isfinite().all():
+        if self.has_score and known.shape != (2,):
+            raise ValueError(f"its output known has the shape {tuple(known.shape)} for two images")
+        if not logits.isfinite().all() or self.has_score and not ((known >= 0) & (known <= 1)).all():
             raise ValueError("its predictions are not finite")
 
     def __call__(self, images):
-        return torch.from_numpy(self.session.run(None, {"images": images.numpy()})[0])
+        return self.predict(images)[0]
+
+    def predict(self, images):
+        """(logits (N, classes), known (N,) or None): what `common.calibration.CalibratedNetwork` returns."""
+        logits, *known = map(torch.from_numpy, self.session.run(None, {"images": images.numpy()}))
+        return logits, known[0] if self.has_score else None
 
 
 def read_value(name, text):

@@ -276,6 +276,85 @@ def plot_runs(runs, path):
     save_figure(figure, path)
 
 
+def plot_calibration(raw, calibrated, labels, path):
+    """Draw a reliability diagram with a histogram of the confidences, and beside it the accuracy against the coverage.
+
+    Args:
+        raw, calibrated: probabilities, arrays (N, classes), before and after calibration.
+        labels: array (N,).
+        path: PNG file to write.
+    """
+    figure = new_figure(figsize=(11, 5.6), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=[4, 1])
+    axes = figure.add_subplot(grid[0, 0], title="reliability: is 80 % right in 80 of 100 cases?")
+    strip = figure.add_subplot(grid[1, 0], xlabel="confidence of the prediction / %", ylabel="images / %")
+    curve = figure.add_subplot(grid[:, 1], title="coverage: what if the least confident go to a person?")
+    axes.plot([0, 100], [0, 100], color="0.6", lw=1)
+    edges = np.linspace(0, 1, 11)
+    styles = (("before", raw, "tab:orange", "--"), ("calibrated", calibrated, "tab:blue", "-"))
+    for number, (name, probabilities, color, line) in enumerate(styles):
+        confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
+        place = np.minimum((10 * confidence).astype(int), 9)
+        counts = np.bincount(place, minlength=10)
+        full = counts > 0
+        means, right = (np.bincount(place, v, 10)[full] / counts[full] for v in (confidence, correct))
+        # Bars: two standard errors, wide where a bin has few images, which then say little.
+        error = 2 * np.sqrt(np.maximum(right * (1 - right), 0.25 / counts[full]) / counts[full])
+        low, high = np.minimum(error, right), np.minimum(error, 1 - right)
+        axes.errorbar(100 * means, 100 * right, 100 * np.stack([low, high]), color=color, lw=1, ls="none", alpha=0.5)
+        axes.plot(100 * means, 100 * right, line, color=color, lw=1.5)
+        sizes = 12 + 240 * counts[full] / counts.max()
+        axes.scatter(100 * means, 100 * right, sizes, color=color, alpha=0.75, label=name, zorder=3)
+        strip.bar(10 * np.arange(10) + 3 + 4 * number, 100 * counts / len(labels), 3.6, color=color)
+        order = np.argsort(-confidence, kind="stable")
+        kept = np.arange(1, len(labels) + 1)
+        share, accuracy = 100 * kept / len(labels), 100 * np.cumsum(correct[order]) / kept
+        first = max(0, min(len(labels) // 20, len(labels) - 1))  # of the first few images it says nothing
+        curve.plot(share[first:], accuracy[first:], line, color=color, lw=2, label=name)
+    for part in (50, 80, 100):
+        place = min(np.searchsorted(share, part), len(labels) - 1)
+        curve.plot(share[place], accuracy[place], "o", color=color, ms=6)
+        text = f"{accuracy[place]:.1f} % of the\n{part} % kept"
+        at = share[place], accuracy[place]
+        curve.annotate(text, at, (-6, -14), textcoords="offset points", ha="right", va="top")
+    axes.set(xlim=(0, 100), ylim=(0, 104), ylabel="accuracy / %", xticks=100 * edges, xticklabels=[])
+    strip.set(xlim=(0, 100), xticks=100 * edges)
+    bottom = min(curve.get_ylim()[0], 90)
+    curve.set(xlim=(0, 102), ylim=(max(0, bottom - 6), 101), ylabel="accuracy of those kept / %")
+    curve.set_xlabel("coverage: the most confident images that are kept / %")
+    axes.legend(loc="upper left")
+    curve.legend(loc="lower left")
+    for each in (axes, strip, curve):
+        each.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def plot_stress(accuracies, count, path):
+    """Draw the accuracy under disturbances as bars, beside that on the images as they are.
+
+    Args:
+        accuracies: {name: accuracy in percent, or None if it was not measured}; the first is that without any.
+        count: number of images.
+        path: PNG file to write.
+    """
+    (_, clean), *rest = accuracies.items()
+    figure = new_figure(figsize=(8, 1.6 + 0.38 * len(rest)), layout="constrained")
+    axes = figure.add_subplot(xlabel=f"accuracy / % on {count} images", ylim=(len(rest) - 0.4, -0.6))
+    values = [0.0 if value is None else value for _, value in rest]
+    lost = ["tab:blue" if value > clean - 1 else "tab:orange" if value > clean - 5 else "tab:red" for value in values]
+    axes.barh(range(len(rest)), values, color=lost, height=0.7)
+    axes.axvline(clean, color="black", lw=1.2)
+    for place, (_, value) in enumerate(rest):
+        text = "not for this size" if value is None else f" {value:.1f} ({value - clean:+.1f})"
+        axes.text(max(value or 0, clean), place, f" {text}", va="center", fontsize=9)
+    axes.set_yticks(range(len(rest)), [name for name, _ in rest])
+    axes.set_title(f"as they are: {clean:.1f} %; within 1 point blue, 5 points orange, more red", fontsize=10)
+    axes.set_xlim(0, 125)
+    axes.set_xticks(range(0, 101, 20))
+    axes.grid(alpha=0.3, axis="x")
+    save_figure(figure, path)
+
+
 def plot_confusion_matrix(labels, predictions, classes, path, counts=None):
     """Draw a confusion matrix: with counts, or for many classes beside a list of those most often confused.
 

@@ -110,6 +110,15 @@ class TrainingState:
     def start_epoch(self):
         self.images, self.totals, self.seconds, self.skipped = 0, Totals(), 0.0, 0
 
+    def out_of_patience(self, patience):
+        """Whether the last `patience` epochs, 0 for any number, brought no new best accuracy; says so where they did
+        not."""
+        stale = 0 if self.best is None else self.epoch - self.best["result"]["epoch"]
+        if not patience or stale < patience:
+            return False
+        print(f"no new best accuracy for {stale} epochs, so the run ends after {self.epoch} (PATIENCE {patience})")
+        return True
+
     def networks(self):
         """{prefix in log.csv: network to validate}; the last one is what test.py uses."""
         return dict(val=self.model) | ({} if self.ema is None else dict(ema=self.ema.ema))
@@ -569,9 +578,9 @@ def print_imbalance(by_class, classes, balance):
 
 def describe_augmentation(config, sound):
     """The constants of the augmentation that is on, in one line."""
-    names = ["CUTOUT", "HFLIP", "VFLIP", "QUARTER_TURNS", "ROTATION", "COLOR_JITTER"]
+    names = ["CUTOUT", "HFLIP", "VFLIP", "QUARTER_TURNS", "ROTATION", "COLOR_JITTER", "SHARPNESS"]
     if sound is not None:
-        names = ["WARP", "TIME_SHIFT", "GAIN", "NOISE", "SPEC_MASK"]
+        names = ["TIME_SHIFT", "GAIN", "NOISE", "SPEC_MASK"]
     elif config["CROP"] < 1:
         names.insert(0, "CROP")
     if config["MIX_PROB"]:
@@ -664,8 +673,6 @@ def describe_changes(checkpoint, about):
         Whether the validation images are others, so that accuracies cannot be compared.
     """
     old, new = checkpoint["config"], about["config"]
-    if about.get("sound"):
-        old = dict(WARP=0.0) | old  # which earlier versions did not have
     exact = True
     for name in (name for name in new if name in old and old[name] != new[name] and name not in NO_EFFECT):
         if name in ONLY_AT_THE_START:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import makedata  # noqa: E402
 import train  # noqa: E402
 from forked import find_no_groups, touch_curves  # noqa: E402
-from common import run_folder  # noqa: E402
+from common import calibration, run_folder  # noqa: E402
 from common.manifest import read_table  # noqa: E402
 from common.options import READER, current_values  # noqa: E402
 from models import depthwise_choice  # noqa: E402
@@ -170,6 +170,7 @@ def trained(tmp_path_factory):
         patch.chdir(folder)
         makedata.main()
         patch.setattr(run_folder, "plot_curves", touch_curves)
+        patch.setattr(calibration, "plot_calibration", lambda *arguments: arguments[-1].touch())
         patch.setattr(depthwise_choice, "find_groups", find_no_groups)
         for name, value in (DEFAULTS | SMALL | dict(BATCH_SIZE=8, EPOCHS=3, WARMUP_EPOCHS=5)).items():
             patch.setattr(train, name, value)
@@ -188,6 +189,7 @@ def run_train(place, monkeypatch, request):
 
     if "learning_curves" not in request.fixturenames:  # they take longer than the epochs they show
         monkeypatch.setattr(run_folder, "plot_curves", touch_curves)
+        monkeypatch.setattr(calibration, "plot_calibration", lambda *arguments: arguments[-1].touch())
     if "measured" not in request.fixturenames:
         monkeypatch.setattr(depthwise_choice, "find_groups", find_no_groups)
 

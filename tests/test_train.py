@@ -39,6 +39,8 @@ FILES = {
     "acc.png",
     "class_indices.json",
     "classification_report.txt",
+    "calibration.json",
+    "calibration.png",
 }
 
 
@@ -57,7 +59,7 @@ def test_a_run_learns_and_leaves_its_files(run_train, place, capsys, learning_cu
     assert list(indices.values()) == list(CLASSES) and list(indices) == ["0", "1", "2"]
     report = (folder / "classification_report.txt").read_text(encoding="utf-8")
     assert all(name in report for name in CLASSES) and "玉米 苗" in capsys.readouterr().out
-    for name in ("loss.png", "acc.png"):
+    for name in ("loss.png", "acc.png", "calibration.png"):
         with Image.open(folder / name) as image:
             assert image.width > 500 and np.asarray(image).std() > 5
 
@@ -69,7 +71,8 @@ def test_a_run_learns_and_leaves_its_files(run_train, place, capsys, learning_cu
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(run_train, monkeypatch, optimizer):
-    constants = dict(EPOCHS=4, MIX_PROB=0.7, DROP_PATH=0.3, COLOR_JITTER=0.3, OPTIMIZER=optimizer)
+    constants = dict(EPOCHS=4, MIX_PROB=0.7, DROP_PATH=0.3, COLOR_JITTER=0.3, SHARPNESS=0.5)
+    constants |= dict(OPTIMIZER=optimizer)
     constants |= dict(EPOCHS=3, IMG_SIZE=64, START_SIZE=32) if optimizer == "muon" else {}
     straight = load_checkpoint(run_train(**constants, OUTPUT="straight") / "last.pth")
 
@@ -89,6 +92,44 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(run_train, monkeypatch
     assert len((folder / "log.csv").read_text().splitlines()) == 1 + constants["EPOCHS"]
     with pytest.raises(UserError, match="OPTIMIZER there is"):
         run_train(**constants | dict(OPTIMIZER="lion"), RESUME="auto")
+
+
+def test_early_stopping_ends_a_run_and_does_so_again_when_resumed(run_train, monkeypatch, capsys):
+    """PATIENCE epochs without a new best accuracy end it, saved and with its report; resumed or not."""
+    original, epochs = train.validate, []
+
+    def falling(*arguments):
+        metrics, *labels = original(*arguments)
+        if arguments[5] == "ema":
+            epochs.append(len(epochs) + 1)
+        return metrics | dict(acc1=91.0 - len(epochs)), *labels
+
+    monkeypatch.setattr(train, "validate", falling)
+    constants = dict(EPOCHS=6, PATIENCE=2)
+    folder = run_train(**constants)
+    text = capsys.readouterr().out
+    assert "no new best accuracy for 2 epochs, so the run ends after 3 (PATIENCE 2)" in text
+    assert "best acc1 90.00 %" in text and "macro avg" in text and epochs == [1, 2, 3]
+    straight = load_checkpoint(folder / "last.pth")
+    assert straight["epoch"] == 3 and load_checkpoint(folder / "best.pth")["epoch"] == 1
+
+    run_train(**constants, RESUME="auto")  # complete: nothing to do
+    assert "best acc1 90.00 %" in capsys.readouterr().out and epochs == [1, 2, 3]
+    epochs.clear()
+    original_epoch = train.train_one_epoch
+
+    def stop_in_epoch_3(state, *arguments, **options):
+        if state.epoch == 2 and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        return original_epoch(state, *arguments, **options)
+
+    stopped = []
+    monkeypatch.setattr(train, "train_one_epoch", stop_in_epoch_3)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(**constants, OUTPUT="again")
+    again = load_checkpoint(run_train(**constants, OUTPUT="again", RESUME="auto") / "last.pth")
+    assert epochs == [1, 2, 3] and not differences(again, straight)
 
 
 def test_workers_change_nothing(run_train):
@@ -702,6 +743,22 @@ def test_cutout_fills_with_the_mean_colour_with_and_without_torchtoolbox(torchto
     # 8 bits round the mean by up to half a level.
     assert (values - torch.tensor(MEAN)).abs().max() <= 0.5 / 255 + 1e-6
     assert not hasattr(np, "int")
+
+
+def test_sharpness_blurs_sharpens_and_resamples_and_nothing_else(draw_image):
+    pixels = transforms.functional.pil_to_tensor(draw_image("sharpness", (48, 40)))
+    augment.random.seed(0)
+    changed = [augment.change_sharpness(pixels, 1.0) for _ in range(40)]
+    assert all(new.shape == pixels.shape and new.dtype == torch.uint8 for new in changed)
+    contrast = [float(new.double().std() / pixels.double().std()) for new in changed]
+    assert min(contrast) < 0.6 and max(contrast) > 1.05  # of noise: blur takes it away, sharpening adds to it
+    assert all(abs(float(new.double().mean() - pixels.double().mean())) < 6 for new in changed)
+    assert all(torch.equal(augment.change_sharpness(pixels, 0.0), pixels) for _ in range(5))
+    half = [torch.equal(augment.change_sharpness(pixels, 0.5), pixels) for _ in range(100)]
+    assert 30 < sum(half) < 70
+    assert augment.augmentation_from_config(dict(SHARPNESS=0.3), 3, (32, 32), [0.5] * 3, [0.2] * 3)[
+        0
+    ].transforms[0].keywords == dict(probability=0.3)
 
 
 def test_cutout_is_the_last_change_of_colours(draw_image):

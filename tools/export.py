@@ -12,9 +12,11 @@ Outputs in exports/<model>/:
     timm/                model.safetensors and config.json as on the Hugging Face Hub, for further training with timm
 
 The first three hold the reparameterized network. All take images (N, 3, height, width), resized and normalised as by
-test.py, and return logits; class names, mean, std and size are stored inside. Each is run on images of data/val and
-compared with the trained network: one that differs by more than TOLERANCE is not written. Quantisation to 8 bits does
-change the logits, so for that file the accuracy before and after is reported instead.
+test.py, and return logits, whose softmax is calibrated if the checkpoint is (but for timm/, which has the weights as
+they were trained); model.onnx then returns as a second output how far each image is known, from 0 to 1: call those
+below 0.05 unknown, as test.py does. Class names, mean, std and size are stored inside. Each is run on images of
+data/val and compared with the trained network: one that differs by more than TOLERANCE is not written. Quantisation to
+8 bits does change the logits, so for that file the accuracy before and after is reported instead.
 """
 
 import contextlib
@@ -37,9 +39,10 @@ import timm
 import torch
 
 from common.audio import kind_of
+from common.calibration import CalibratedNetwork
 from common.checkpoint import build_network, find_checkpoint, load_checkpoint
 from common.dataset import height_and_width, transform_of
-from common.evaluation import accuracy, choose_images, compute_logits, read_batches
+from common.evaluation import accuracy, choose_images, read_batches
 from common.extras import require
 from common.onnx_network import METADATA, OPTIONAL_METADATA, OnnxNetwork
 from common.options import Name, NonNegative, NonNegativeInt, NotEmpty, PositiveInt, UserError, run
@@ -54,6 +57,7 @@ TOLERANCE: NonNegative = 1e-4  # maximum accepted absolute difference of a logit
 CALIBRATION: PositiveInt = 120  # images of train/ that determine the ranges of the 8-bit activations
 OUTPUT: Name = "exports"  # folder that holds <model>/; files of an earlier export are replaced
 
+KNOWN_TOLERANCE = 0.02  # of the output "known", which is a step function with steps of 0.001
 OPSET = 18  # writes GELU with Erf; from 20 on there is an operator of its own, which fewer runtimes know
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # for the formats onnx and int8
 CROP_MODES = dict(squeeze="squash", pad="border", crop="center")  # what timm calls train.py's FIT
@@ -70,7 +74,7 @@ def main():
 
     folder = Path(OUTPUT, checkpoint["arch"])
     folder.mkdir(parents=True, exist_ok=True)
-    merged = build_network(checkpoint)
+    merged = Exported(CalibratedNetwork(build_network(checkpoint), checkpoint.get("calibration")))
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
         scratch = Path(scratch)
         if {"onnx", "int8"} & set(FORMATS):
@@ -79,20 +83,35 @@ def main():
             paths, _ = choose_images(Path(DATA, "train"), checkpoint["classes"], CALIBRATION)
             images = read_batches(paths, reference.transform, 8, "calibration", reference.load)
             write_int8(scratch / "model.onnx", images, scratch / "model.int8.onnx")
-            reference.compare("model.int8.onnx", OnnxNetwork(scratch / "model.int8.onnx"), np.inf)
+            reference.compare("model.int8.onnx", OnnxNetwork(scratch / "model.int8.onnx").predict, np.inf)
             move(scratch / "model.int8.onnx", folder)
         if "onnx" in FORMATS:
-            reference.compare("model.onnx", OnnxNetwork(scratch / "model.onnx"), TOLERANCE)
+            reference.compare("model.onnx", OnnxNetwork(scratch / "model.onnx").predict, TOLERANCE)
             move(scratch / "model.onnx", folder)
         if "program" in FORMATS:
             write_program(merged, checkpoint, scratch / "model.pt2")
-            reference.compare("model.pt2", torch.export.load(scratch / "model.pt2").module(), TOLERANCE)
+            program = torch.export.load(scratch / "model.pt2").module()
+            reference.compare("model.pt2", lambda images: (program(images), None), TOLERANCE)
             move(scratch / "model.pt2", folder)
         if "timm" in FORMATS:
             write_timm(checkpoint, scratch / "timm")
-            reference.compare("timm", read_timm(scratch / "timm"), TOLERANCE)
+            network, temperature = read_timm(scratch / "timm"), merged.network.temperature
+            reference.compare("timm", lambda images: (network(images) / temperature, None), TOLERANCE)
             move(scratch / "timm", folder)
     print(f"files in {folder}")
+
+
+class Exported(torch.nn.Module):
+    """A `CalibratedNetwork` that returns tensors only: logits or, `with_score` where it has one, (logits, known)."""
+
+    def __init__(self, network, with_score=False):
+        super().__init__()
+        self.network = network.eval()
+        self.with_score = with_score and network.score is not None
+
+    def forward(self, images):
+        logits, known = self.network(images)
+        return (logits, known) if self.with_score else logits
 
 
 class Reference:
@@ -109,22 +128,33 @@ class Reference:
         self.load = kind.load
         self.transform = transform_of(checkpoint)
         self.paths, self.labels = choose_images(folder, checkpoint["classes"], count)
-        self.logits = self.compute("PyTorch", build_network(checkpoint, merge=False))
+        network = CalibratedNetwork(build_network(checkpoint, merge=False), checkpoint.get("calibration"))
+        self.logits, self.known = self.compute("PyTorch", network)
         acc1 = accuracy(self.logits, self.labels)
         print(f"{'PyTorch, as trained':24} acc1 {acc1:.2f} % on {len(self.paths)} {kind.name}s of {folder}")
 
-    def compute(self, name, network):
-        return compute_logits(network, self.paths, self.transform, description=name, load=self.load)
+    @torch.inference_mode()
+    def compute(self, name, predict):
+        """(logits (N, classes), known (N,) or None) by a function of images (N, 3, H, W) that returns the same."""
+        batches = read_batches(self.paths, self.transform, 32, name, self.load)
+        logits, known = zip(*map(predict, batches))
+        return torch.cat(logits).numpy(), None if known[0] is None else torch.cat(known).numpy()
 
-    def compare(self, name, network, tolerance):
-        """Print how an exported network compares; UserError if a logit differs by more than `tolerance`."""
-        logits = self.compute(name, network)
+    def compare(self, name, predict, tolerance):
+        """Print how an exported network compares; UserError if a logit differs by more than `tolerance`, or how far an
+        image is known by more than `KNOWN_TOLERANCE`."""
+        logits, known = self.compute(name, predict)
         difference = float(abs(logits - self.logits).max())
         same = 100 * float((logits.argmax(1) == self.logits.argmax(1)).mean())
         print(
             f"{name:24} acc1 {accuracy(logits, self.labels):.2f} %, {same:.1f} % identical predictions, "
             f"maximum difference of a logit {difference:.1e}"
         )
+        if known is not None and not (apart := abs(known - self.known).max()) <= KNOWN_TOLERANCE:
+            raise UserError(
+                f"{name} differs from the trained network by {apart:.3f} in how far an image is known, so it is not "
+                "written; export with another version of PyTorch"
+            )
         if not difference <= tolerance:  # NaN is refused, too
             raise UserError(
                 f"{name} differs from the trained network by {difference:.1e}, more than TOLERANCE {tolerance:.1e}, "
@@ -133,8 +163,9 @@ class Reference:
 
 
 def write_onnx(network, checkpoint, path):
-    """Write the reparameterized `network` to the ONNX file `path`."""
+    """Write the reparameterized `network`, an `Exported`, to the ONNX file `path`."""
     [onnx] = require("onnx")
+    network = Exported(network.network, with_score=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's about itself
         torch.onnx.export(
@@ -144,7 +175,7 @@ def write_onnx(network, checkpoint, path):
             dynamo=True,
             opset_version=OPSET,
             input_names=["images"],
-            output_names=["logits"],
+            output_names=["logits", "known"] if network.with_score else ["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             external_data=False,  # all in one file
             verbose=False,
@@ -163,11 +194,14 @@ def example_inputs(checkpoint):
 
 def metadata(checkpoint):
     """The metadata of an exported file."""
-    return {name: checkpoint[name] for name in (*METADATA, *OPTIONAL_METADATA) if name in checkpoint}
+    content = {name: checkpoint[name] for name in (*METADATA, *OPTIONAL_METADATA) if name in checkpoint}
+    return content | (dict(calibrated=True) if checkpoint.get("calibration") else {})
 
 
 def write_int8(source, images, path):
     """Quantise an ONNX file to 8 bits: weights per channel, activations by calibration.
+
+    The output "known" is left out, since distances of 8-bit features are others.
 
     Args:
         source: .onnx file of `write_onnx`.
@@ -175,6 +209,7 @@ def write_int8(source, images, path):
         path: .onnx file to write.
     """
     quantization, shape_inference = require("onnxruntime.quantization", "onnxruntime.quantization.shape_inference")
+    [onnx] = require("onnx")
 
     class Batches(quantization.CalibrationDataReader):
         def get_next(self):
@@ -183,8 +218,11 @@ def write_int8(source, images, path):
 
     prepared = path.with_name(f"{path.name}.prepared")
     try:
+        model = onnx.load(source)
+        del model.graph.output[1:]
+        onnx.save(model, prepared)
         with contextlib.redirect_stdout(None), muted("root"):
-            shape_inference.quant_pre_process(source, prepared, skip_symbolic_shape=True)
+            shape_inference.quant_pre_process(prepared, prepared, skip_symbolic_shape=True)
             quantization.quantize_static(
                 prepared,
                 path,
