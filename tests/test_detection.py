@@ -375,9 +375,9 @@ def test_average_precision():
     assert metrics == pytest.approx(dict(ap=100, ap50=100, ap75=100)) and table["x"][0] == 1
     assert table["z"][0] == 0 and np.isnan(table["z"][1])
     assert detection.average_precision([image], [found([])], ids)[0]["ap50"] == 0
-    half = [perfect[0], [50, 50, 90, 74, 2, 0.8]]  # IoU 0.6: counts at 0.5, 0.55 and 0.6
+    half = [perfect[0], [50, 50, 90, 70.8, 2, 0.8]]  # IoU 0.52: counts at 0.5 only
     metrics, table = detection.average_precision([image], [found(half)], ids)
-    assert metrics == pytest.approx(dict(ap=65, ap50=100, ap75=50)) and table["y"][1] == pytest.approx(30)
+    assert metrics == pytest.approx(dict(ap=55, ap50=100, ap75=50)) and table["y"][1] == pytest.approx(10)
     swapped = [row[:4] + [3 - row[4], row[5]] for row in perfect]
     assert detection.average_precision([image], [found(swapped)], ids)[0]["ap50"] == 0
     image.ignored = [False, True]  # a box that is ignored: finding it is no error, nor is missing it
