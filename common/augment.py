@@ -4,7 +4,6 @@ torchtoolbox's Cutout is used where it can be imported, torchvision's RandomEras
 why). Both fill the erased rectangle with the mean colour.
 """
 
-import math
 import random
 from functools import partial
 
@@ -314,7 +313,6 @@ def augmentation_from_config(config, num_classes, size, mean, std, sound=None):
             mean,
             std,
             decibels=sound["decibels"],
-            sample_rate=sound["sample_rate"],
             time_shift=value("TIME_SHIFT"),
             gain=value("GAIN"),
             noise=value("NOISE"),

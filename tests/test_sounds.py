@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import io
-import math
 import os
 import shutil
 import sys
