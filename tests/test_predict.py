@@ -347,7 +347,7 @@ def test_averages_are_over_the_classes_that_occur(run_test, place, capsys, monke
     script = run_test.script
     files = sorted((place / "data/val/Maize").iterdir())
     predicted = np.zeros((3, 3), np.float32)
-    monkeypatch.setattr(script, "predict", lambda *_: (predicted.copy(), [""] * 3, torch.float32))
+    monkeypatch.setattr(script, "predict", lambda *_: (predicted.copy(), None, [""] * 3, torch.float32))
     classes = list(CLASSES)
 
     predicted[:, classes.index("Maize")] = 1  # all correct

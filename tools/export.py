@@ -74,7 +74,7 @@ def main():
 
     folder = Path(OUTPUT, checkpoint["arch"])
     folder.mkdir(parents=True, exist_ok=True)
-    merged = Exported(CalibratedNetwork(build_network(checkpoint), checkpoint.get("calibration")))
+    merged = build_network(checkpoint)
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
         scratch = Path(scratch)
         if {"onnx", "int8"} & set(FORMATS):
@@ -95,19 +95,21 @@ def main():
             move(scratch / "model.pt2", folder)
         if "timm" in FORMATS:
             write_timm(checkpoint, scratch / "timm")
-            network, temperature = read_timm(scratch / "timm"), merged.network.temperature
-            reference.compare("timm", lambda images: (network(images) / temperature, None), TOLERANCE)
+            network = read_timm(scratch / "timm")
+            reference.compare("timm", lambda images: (network(images) / reference.temperature, None), TOLERANCE)
             move(scratch / "timm", folder)
     print(f"files in {folder}")
 
 
 class Exported(torch.nn.Module):
-    """A `CalibratedNetwork` that returns tensors only: logits or, `with_score` where it has one, (logits, known)."""
+    """The reparameterized `network` with its calibration, returning tensors only: logits or, `with_score` where the
+    checkpoint has one, (logits, known)."""
 
-    def __init__(self, network, with_score=False):
+    def __init__(self, network, checkpoint, with_score=False):
         super().__init__()
-        self.network = network.eval()
-        self.with_score = with_score and network.score is not None
+        self.network = CalibratedNetwork(network, checkpoint.get("calibration"))
+        self.with_score = with_score and self.network.score is not None
+        self.eval()
 
     def forward(self, images):
         logits, known = self.network(images)
@@ -129,6 +131,7 @@ class Reference:
         self.transform = transform_of(checkpoint)
         self.paths, self.labels = choose_images(folder, checkpoint["classes"], count)
         network = CalibratedNetwork(build_network(checkpoint, merge=False), checkpoint.get("calibration"))
+        self.temperature = network.temperature
         self.logits, self.known = self.compute("PyTorch", network)
         acc1 = accuracy(self.logits, self.labels)
         print(f"{'PyTorch, as trained':24} acc1 {acc1:.2f} % on {len(self.paths)} {kind.name}s of {folder}")
@@ -163,9 +166,9 @@ class Reference:
 
 
 def write_onnx(network, checkpoint, path):
-    """Write the reparameterized `network`, an `Exported`, to the ONNX file `path`."""
+    """Write the reparameterized `network` to the ONNX file `path`, calibrated."""
     [onnx] = require("onnx")
-    network = Exported(network.network, with_score=True)
+    network = Exported(network, checkpoint, with_score=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's about itself
         torch.onnx.export(
@@ -263,8 +266,10 @@ def move(new, folder):
 
 
 def write_program(network, checkpoint, path):
-    """Write the reparameterized `network` as a torch.export program, with the metadata as `metadata.json` inside."""
+    """Write the reparameterized `network` as a torch.export program, calibrated, with the metadata as `metadata.json`
+    inside."""
     shapes = ({0: torch.export.Dim("batch")},)
+    network = Exported(network, checkpoint)
     program = torch.export.export(network, example_inputs(checkpoint), dynamic_shapes=shapes)
     torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata(checkpoint))})
 
