@@ -500,7 +500,7 @@ def test_the_report_examines_every_shape(monkeypatch, capsys, tmp_path):
     assert len(rows) == 3 * 18 and rows[0][:2] == ["| 8, 8 x 8, 3, 1", "output"]
     for row in rows:
         methods = [cell.split()[0] for cell in row[3].removesuffix(" |").split(", ")]
-        assert len(methods) > 4 and "nhwc" in row[3] and row[2] in ("default", *methods)
+        assert len(methods) > 4 and "nhwc" in row[3] and row[2] in ("default", "stacked", *methods)
     assert len(re.findall(r": default [\d.]+ ms, chosen [\d.]+ ms, [\d.]+ x", measured)) == 5
     assert re.search(r"^kernels     .*(as measured before|default)", measured, re.MULTILINE)
 
