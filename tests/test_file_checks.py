@@ -545,6 +545,9 @@ class FakeSession:
     def get_modelmeta(self):
         return types.SimpleNamespace(custom_metadata_map=self.metadata)
 
+    def get_outputs(self):
+        return [types.SimpleNamespace(name="logits")]
+
     def run(self, _, inputs):
         return [torch.full((len(inputs["images"]), self.outputs), self.value).numpy()]
 
