@@ -257,7 +257,7 @@ def test_the_page_predicts_as_the_network(place, draw_image):
     photo = place / "玉米 照片.png"
     draw_image("a photograph", (90, 60)).save(photo)
     predictor = web_demo.Predictor(checkpoint, torch.device("cpu"), 2)
-    probabilities, cam, where = predictor(photo)
+    probabilities, cam, where, _ = predictor(photo)
     transform = eval_transform(checkpoint["img_size"], checkpoint["mean"], checkpoint["std"])
     with torch.no_grad():
         logits = build_network(checkpoint, merge=False)(transform(load_image(photo))[None])[0]
@@ -277,7 +277,7 @@ def test_the_page_takes_recordings_and_spectrograms(place):
     samples = np.random.default_rng(0).uniform(-0.5, 0.5, 4000)
     soundfile.write(place / "noise.wav", samples, 8000)
     predictor.kind.load(place / "noise.wav").convert("L").save(place / "noise.wav.png")
-    expected, cam, _ = predictor(place / "noise.wav")
+    expected, cam, _, _ = predictor(place / "noise.wav")
     assert predictor.kind.name == "recording" and cam.size == (51, 32)
     assert predictor(place / "noise.wav.png")[0] == pytest.approx(expected)
 
