@@ -27,6 +27,11 @@ from common.options import ConstantError, UserError, end_processes
 from common.workers import LOOK_SECONDS, StoodStill
 
 
+# Why a process ends because of another one: true, but never the reason that people should see.
+ANOTHER_ENDED = "another process of this run has ended; its message says why"
+ANOTHER_STILL = "another process of this run waits for its images for too long; its message says more"
+
+
 def launched():
     """Whether torchrun started this process."""
     return "LOCAL_RANK" in os.environ
@@ -91,7 +96,7 @@ def processes(device_name, deterministic=False):
         raise
     except Exception as error:
         if world_size > 1 and is_lost_process(error):
-            raise UserError("another process of this run has ended; its message says why") from error
+            raise UserError(ANOTHER_ENDED) from error
         if launched():  # a mistake of the program
             traceback.print_exc()
             open_channel().fail(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", 1, shown=True)
@@ -114,6 +119,7 @@ class Channel:
     # How long a process that ends waits until all have seen why. Before they are connected, some may still be importing
     # PyTorch; afterwards, who does not answer is dead.
     PATIENCE = {False: 60.0, True: 5.0}
+    SECONDS_FOR_REASON = 5.0  # within which the process that another one ends because of says why, unless it was killed
     SECONDS_TO_COME, SECONDS_OF_SILENCE = 600.0, 180.0  # after which a process is taken for dead
 
     def __init__(self):
@@ -240,6 +246,8 @@ def fail(message, status):
     """
     if launched():
         with contextlib.suppress(UserError):
+            if message in (ANOTHER_ENDED, ANOTHER_STILL):  # the other process may come to its `fail` later than this one
+                open_channel().done.wait(Channel.SECONDS_FOR_REASON)  # `watch` ends this process when it does
             open_channel().fail(message, status)
 
 
@@ -383,9 +391,9 @@ class Meeting:
         if verdict == self.STOP:
             raise Stopped
         if verdict == self.STILL:
-            raise StoodStill("another process of this run waits for its images for too long; its message says more")
+            raise StoodStill(ANOTHER_STILL)
         if verdict == self.LOST:
-            raise UserError("another process of this run has ended; its message says why")
+            raise UserError(ANOTHER_ENDED)
 
 
 def keep_step(batches, each, look):

@@ -27,6 +27,7 @@ from common.agreement import describe_disagreement
 from common.checkpoint import load_checkpoint
 from common.images import ImageError
 from common.options import ConstantError, UserError, run
+from common.workers import StoodStill
 from models import depthwise_choice
 
 # 51 training images: 12 batches of 4, so 3 steps of 16 images an epoch.
@@ -392,19 +393,32 @@ def test_what_machines_disagree_in_ends_all_with_one_sentence(name, machines):
     assert not (machines.folders[0] / "checkpoints" / "unireplknet_test" / "last.pth").exists()
 
 
-def test_an_image_that_cannot_be_read_in_training_ends_all_machines(machines):
+REASONS = {"an image": (ImageError, "x.png cannot be read"), "a drive": (StoodStill, "no images for 10 minutes")}
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("name", REASONS)
+def test_what_keeps_one_machine_from_its_images_ends_all_with_its_message(name, slow, machines):
+    error, message = REASONS[name]
+
     def lose_disk(path, value_range=None):
-        raise ImageError(f"{path} cannot be read")
+        raise error(message)
+
+    def fail_late(message, status):  # after the other process has seen that this one will not come
+        time.sleep(2)
+        late(message, status)
 
     def prepare(host):
         set_option("--cache-gb", "0")
         if host == "node-b":
             dataset.load_image = lose_disk
+            distributed.fail = fail_late if slow else late
 
+    late = distributed.fail
     machines.start(prepare)
     statuses, texts = machines.end()
     assert statuses == [1, 1], texts
-    assert all(re.findall("^error: node-b: .*png cannot be read$", text, re.MULTILINE) for text in texts), texts
+    assert all(re.findall(f"^error: node-b: {message}$", text, re.MULTILINE) for text in texts), texts
     assert all(text.count("error:") == 1 and "Traceback" not in text for text in texts), texts
 
 
