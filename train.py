@@ -117,8 +117,7 @@ WEIGHT_DECAY: NonNegative = 0.05  # decoupled weight decay; 0: off
 LAYER_DECAY: Fraction | None = None  # layer-wise learning-rate decay; 1: off; None: off, or 0.9 for fine-tuning
 ACCUMULATE: PositiveInt = 1  # gradient accumulation steps; 1: off
 CLIP_GRAD: NonNegative = 5.0  # maximum gradient norm; 0: off
-USE_EMA: bool = True  # keep an exponential moving average of the weights, which is validated too and used by test.py
-EMA_DECAY: Rate = 0.9998  # 1 / (1 - EMA_DECAY) is about the number of steps averaged; reached by a warm-up
+EMA_DECAY: Rate = 0.9998  # of the weight average that test.py uses, over about 1 / (1 - EMA_DECAY) steps; 0: no EMA
 
 # --- machine
 AMP: Literal["auto", "bf16", "fp16", "off"] = "auto"  # mixed precision; "auto": bf16 where supported, else fp16 on cuda
@@ -201,7 +200,7 @@ def main():
                 raise UserError("SYNC_BATCH_NORM works on GPUs only; set it to False")
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model.to(device, memory_format=choose_layout(device))
-        ema = ModelEma(model, EMA_DECAY) if USE_EMA else None
+        ema = ModelEma(model, EMA_DECAY) if EMA_DECAY else None
         optimizer = create_optimizer(model, OPTIMIZER, LEARNING_RATE, WEIGHT_DECAY, config["LAYER_DECAY"], device)
         amp_dtype = choose_amp(AMP, device)
         amp = partial(torch.autocast, device.type, amp_dtype, enabled=amp_dtype is not None)

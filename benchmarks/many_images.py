@@ -49,7 +49,7 @@ if __name__ == "__main__":
     from benchmarks.many_images import MemoryWatch
     torch.multiprocessing.set_start_method(sys.argv[2])
     settings = dict(MODEL="unireplknet_a", DATA=sys.argv[3], OUTPUT=sys.argv[4], WORKERS=int(sys.argv[5]))
-    settings |= dict(CACHE_GB=0.0, IMG_SIZE=32, BATCH_SIZE=32, DEVICE="cpu", OPTIMIZER="adamw", USE_EMA=False)
+    settings |= dict(CACHE_GB=0.0, IMG_SIZE=32, BATCH_SIZE=32, DEVICE="cpu", OPTIMIZER="adamw", EMA_DECAY=0.0)
     def first_batch(state, network, loader, *args, **kwargs):
         next(iter(loader))
         seconds = time.perf_counter() - started

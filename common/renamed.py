@@ -13,6 +13,7 @@ RENAMED = {
         "MAX_SKIPPED": "it is gone, a run stops after 10 steps in a row without a finite loss and gradient",
         "CHANNELS_LAST": "it is gone, the memory format is chosen by the device",
         "SPLIT_BATCHES": "it is gone, batches are always split where memory runs out",
+        "USE_EMA": "it is gone, set EMA_DECAY to 0 to turn EMA off",
         "KEEP": "it is gone, the two newest checkpoints are kept",
         "FINE_TUNING": "it is gone, set EPOCHS, WARMUP_EPOCHS and LAYER_DECAY themselves",
     },
@@ -47,6 +48,8 @@ def upgrade_config(config):
     masks = [config.pop(name) for name in ("TIME_MASK", "FREQUENCY_MASK") if name in config]
     if masks:
         config["SPEC_MASK"] = masks[0] if all(mask == masks[0] for mask in masks) else masks
+    if config.pop("USE_EMA", True) is False:
+        config["EMA_DECAY"] = 0.0
     return config
 
 

@@ -266,7 +266,7 @@ def test_metrics_that_are_not_finite_make_no_best_checkpoint(run_train, monkeypa
         return metrics, labels, predictions
 
     monkeypatch.setattr(train, "validate", validate)
-    folder = run_train(EPOCHS=3, USE_EMA=False)
+    folder = run_train(EPOCHS=3, EMA_DECAY=0.0)
     assert load_checkpoint(folder / "best.pth")["epoch"] == 2
     assert load_checkpoint(folder / "last.pth")["best_acc1"] == results[1]
 
@@ -1246,12 +1246,12 @@ def test_another_device_or_precision_is_named(run_train, capsys):
 
 
 def test_ema_may_be_turned_on_and_off(run_train, monkeypatch):
-    run_train(EPOCHS=1, USE_EMA=False)
+    run_train(EPOCHS=1, EMA_DECAY=0.0)
     monkeypatch.setattr(train, "warmup_cosine", lambda step, steps, warmup_steps, highest, lowest: 0.0)
     folder = run_train(EPOCHS=2, RESUME="auto")
     saved = load_checkpoint(folder / "last.pth")
     assert torch.equal(saved["state_dict"]["head.weight"], saved["state_dict_ema"]["head.weight"])
-    folder = run_train(EPOCHS=3, RESUME="auto", USE_EMA=False)
+    folder = run_train(EPOCHS=3, RESUME="auto", EMA_DECAY=0.0)
     assert load_checkpoint(folder / "last.pth")["state_dict_ema"] is None
 
 

@@ -157,7 +157,7 @@ def test_with_other_validation_images_the_best_starts_anew_and_the_old_one_is_ke
         return dict(metrics, acc1=next(results)), *predictions
 
     monkeypatch.setattr(train, "validate", set_accuracy)
-    constants = dict(USE_EMA=False, RESUME="auto")
+    constants = dict(EMA_DECAY=0.0, RESUME="auto")
     folder = run_train(EPOCHS=2, **constants)
     best = (folder / "best.pth").read_bytes()
     victim = val_images()[2]

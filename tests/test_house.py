@@ -90,7 +90,7 @@ def test_main_comes_first_and_what_it_calls_in_that_order(path):
 def test_train_is_a_page():
     path = ROOT / "train.py"
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 545 and len(read_constants(path)) <= 55 and max(map(len, lines)) <= 120
+    assert len(lines) < 560 and len(read_constants(path)) < 55 and max(map(len, lines)) <= 120
     functions = {node.name: node for node in parse_file(path).body if isinstance(node, ast.FunctionDef)}
     calls = {ast.unparse(node.func) for node in ast.walk(functions["main"]) if isinstance(node, ast.Call)}
     assert "train_one_epoch" in calls

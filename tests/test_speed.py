@@ -91,7 +91,7 @@ def test_images_that_grow_are_compiled_at_each_size_and_validated_without(run_tr
     monkeypatch.setattr(device, "compile_network", lambda model, n, size, *_: sizes.append(size) or Compiled(model))
     validate = train.validate
     monkeypatch.setattr(train, "validate", lambda model, *rest: validated.append(model) or validate(model, *rest))
-    run_train(EPOCHS=4, IMG_SIZE=64, START_SIZE=32, COMPILE="on", FREEZE_EPOCHS=1, USE_EMA=False)
+    run_train(EPOCHS=4, IMG_SIZE=64, START_SIZE=32, COMPILE="on", FREEZE_EPOCHS=1, EMA_DECAY=0.0)
     assert sizes == [(32, 32), (64, 64)] and set(trained) == set(sizes)
     assert validated and not any(hasattr(model, "_orig_mod") for model in validated)
 

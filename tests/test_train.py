@@ -206,7 +206,7 @@ def test_gradients_are_clipped_after_unscaling(run_train, monkeypatch):
     "constants",
     [
         dict(AMP="bf16"),
-        dict(USE_EMA=False, CLIP_GRAD=0.0),
+        dict(EMA_DECAY=0.0, CLIP_GRAD=0.0),
         dict(GRAD_CHECKPOINTING=True),
         dict(LAYER_DECAY=0.7, LAYER_SCALE=0.0, CUTOUT=0.0, HFLIP=0.0, VFLIP=0.0, COLOR_JITTER=0.0, ROTATION=30.0),
         dict(MIXUP=0.0, CUTMIX=0.0, MIX_PROB=1.0),
@@ -296,7 +296,7 @@ def test_a_longer_run_keeps_its_best_until_images_of_that_size_do_better(run_tra
         return dict(metrics, acc1=next(results)), *predictions
 
     monkeypatch.setattr(train, "validate", set_accuracy)
-    constants, best = dict(IMG_SIZE=64, START_SIZE=32, USE_EMA=False), []
+    constants, best = dict(IMG_SIZE=64, START_SIZE=32, EMA_DECAY=0.0), []
     original = train.RunFolder.finish_epoch
 
     def finish_epoch(folder, *arguments):
@@ -508,6 +508,7 @@ def test_a_checkpoint_with_old_names_resumes_with_their_values(run_train, capsys
     folder = run_train(EPOCHS=1)
     saved = load_checkpoint(folder / "last.pth")
     saved["config"] |= dict(START_SIZE=0, TEST_SIZE=0, WORKERS=-1, CUTOUT_SCALE=[0.02, 0.4], KEEP=5, MIX_SWITCH=0.5)
+    saved["config"]["USE_EMA"] = True
     mask = saved["config"].pop("SPEC_MASK")
     saved["config"] |= dict(TIME_MASK=mask, FREQUENCY_MASK=mask, MIN_LEARNING_RATE=1e-6)
     save_checkpoint(saved, folder / "last.pth")
@@ -521,6 +522,8 @@ def test_a_checkpoint_with_old_names_resumes_with_their_values(run_train, capsys
     out = capsys.readouterr().out
     assert "MIX_SWITCH was 0.9, is always 0.5 now" in out and f"SPEC_MASK was [0.7, {mask}], is {mask}" in out
     assert upgrade_config({}) == {}
+    assert upgrade_config(dict(USE_EMA=False, EMA_DECAY=0.99)) == dict(EMA_DECAY=0.0)
+    assert upgrade_config(dict(USE_EMA=True, EMA_DECAY=0.99)) == dict(EMA_DECAY=0.99)
 
 
 def test_mixing_an_odd_batch_leaves_its_last_image_unmixed():
@@ -552,11 +555,11 @@ def test_frozen_epochs_change_the_head_only(run_train):
     folder = run_train(EPOCHS=1)
     source = load_checkpoint(folder / "last.pth")["state_dict_ema"]
     shutil.copy(folder / "last.pth", "weights.pth")
-    folder = run_train(EPOCHS=1, FREEZE_EPOCHS=1, PRETRAINED="weights.pth", USE_EMA=False)
+    folder = run_train(EPOCHS=1, FREEZE_EPOCHS=1, PRETRAINED="weights.pth", EMA_DECAY=0.0)
     frozen = load_checkpoint(folder / "last.pth")["state_dict"]
     changed = {name for name, tensor in frozen.items() if not torch.equal(tensor, source[name])}
     assert changed == {"head.weight", "head.bias"}
-    folder = run_train(EPOCHS=2, FREEZE_EPOCHS=1, PRETRAINED="weights.pth", USE_EMA=False)
+    folder = run_train(EPOCHS=2, FREEZE_EPOCHS=1, PRETRAINED="weights.pth", EMA_DECAY=0.0)
     thawed = load_checkpoint(folder / "last.pth")["state_dict"]
     assert not torch.equal(thawed["stages.0.0.pwconv1.1.weight"], source["stages.0.0.pwconv1.1.weight"])
 
@@ -594,7 +597,7 @@ def test_a_fine_tuning_that_is_continued_needs_the_pretrained_file_no_more(run_t
 
 
 def test_training_starts_from_the_weights_of_the_repository(run_train, capsys):
-    constants = dict(MODEL="unireplknet_a", PRETRAINED="seedlings", USE_EMA=False)
+    constants = dict(MODEL="unireplknet_a", PRETRAINED="seedlings", EMA_DECAY=0.0)
     folder = run_train(EPOCHS=1, FREEZE_EPOCHS=1, **constants)
     assert "pretrained  seedlings: loaded" in capsys.readouterr().out
     theirs, ours = load_checkpoint(SEEDLINGS)["state_dict"], load_checkpoint(folder / "last.pth")["state_dict"]
