@@ -475,7 +475,7 @@ def test_two_machines_that_were_killed_resume_exactly_though_one_has_no_checkpoi
         launch(1, *options, machines=[*where, f"127.0.0.{number}"], folder=folder)
         for number, folder in ((1, a), (2, b))
     ]
-    outs = [finish(one)[0] for one in runs]
+    outs = [re.sub(r"\[Gloo\].*\n", "", finish(one)[0]) for one in runs]  # PyTorch 2.9 says that it is connected
     assert "resume      " in outs[0] and outs[0].count("best acc1") == 1 and outs[1] == ""
     assert not differences(end_of(a, "checkpoints"), end_of(a, "straight"))
     assert not (b / "checkpoints").exists()

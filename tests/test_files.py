@@ -70,7 +70,8 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(place, cod
 
     if place == "while writing":
         monkeypatch.setattr("builtins.open", fail)
-        monkeypatch.setattr("io.open", fail)  # what pathlib calls
+        monkeypatch.setattr("io.open", fail)  # what pathlib calls, except for Python 3.10's
+        monkeypatch.setattr(Path, "open", fail)
     else:
         monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(UserError) as error:
