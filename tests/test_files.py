@@ -37,8 +37,10 @@ WRITERS = {
 def writer(request, tmp_path):
     """(function that writes, its path) with an older file in place."""
     path = tmp_path / request.param
+    write = partial(WRITERS[request.param], path)
+    write()  # so that all packages are imported
     path.write_text("old")
-    return partial(WRITERS[request.param], path), path
+    return write, path
 
 
 def everything(folder):
