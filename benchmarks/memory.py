@@ -27,7 +27,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from common.options import ConstantError, ImageSize, Name, NotEmpty, Positive, PositiveInt, run
+from common.options import ConstantError, ImageSize, Name, NotEmpty, Positive, PositiveInt, UserError, run
 from models import VARIANTS
 from tools.conv_report import DTYPES, forced
 
@@ -49,6 +49,8 @@ def main():
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
         raise ConstantError(f"MODELS must hold names out of {', '.join(VARIANTS)}, got {unknown[0]!r}")
+    if torch.__version__ < "2.10":
+        raise UserError(f"PyTorch {torch.__version__} aborts on tensors that pretend to be on a GPU; 2.10 does not")
     print(f"{IMG_SIZE} pixels, {AMP}, computed, not measured (torch {torch.__version__})\n")
     memories = "".join(f" batch in {memory:g} GB |" for memory in MEMORIES)
     print(f"| variant | weights and optimizer / GB | MB/image |{memories}\n|---|---|---|{'---|' * len(MEMORIES)}")

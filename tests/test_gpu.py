@@ -212,6 +212,7 @@ def test_memory_full_at_the_first_step(monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="PyTorch 2.9 aborts on tensors that pretend to be on a GPU")
 def test_the_batch_that_fits_is_computed(capsys, monkeypatch):
     fixed, saved = memory.measure("unireplknet_test", 64, torch.bfloat16, False, 1)
     assert fixed > 0 and saved > 0
