@@ -424,8 +424,8 @@ def train_one_epoch(
         else:
             state.totals = state.totals.plus(totals)
             state.guard.change()
-            state.scaler.step(state.optimizer)
             if not bad_gradient:
+                state.scaler.step(state.optimizer)
                 state.skipped_in_a_row = 0
                 if state.ema is not None:
                     state.ema.update(model)
