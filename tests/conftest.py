@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import makedata  # noqa: E402
 import train  # noqa: E402
-from forked import find_no_groups, touch_curves  # noqa: E402
+from forked import find_no_groups, touch_curves, touch_diagram  # noqa: E402
 from common import calibration, run_folder  # noqa: E402
 from common.manifest import read_table  # noqa: E402
 from common.options import READER, current_values  # noqa: E402
@@ -170,7 +170,7 @@ def trained(tmp_path_factory):
         patch.chdir(folder)
         makedata.main()
         patch.setattr(run_folder, "plot_curves", touch_curves)
-        patch.setattr(calibration, "plot_calibration", lambda *arguments: arguments[-1].touch())
+        patch.setattr(calibration, "plot_calibration", touch_diagram)
         patch.setattr(depthwise_choice, "find_groups", find_no_groups)
         for name, value in (DEFAULTS | SMALL | dict(BATCH_SIZE=8, EPOCHS=3, WARMUP_EPOCHS=5)).items():
             patch.setattr(train, name, value)
@@ -184,12 +184,19 @@ def learning_curves():
 
 
 @pytest.fixture
+def calibrated():
+    """A test that asks for this gets runs that end with the calibration."""
+
+
+@pytest.fixture
 def run_train(place, monkeypatch, request):
     """Call train.main() with some constants changed; returns the run's folder."""
 
     if "learning_curves" not in request.fixturenames:  # they take longer than the epochs they show
         monkeypatch.setattr(run_folder, "plot_curves", touch_curves)
-        monkeypatch.setattr(calibration, "plot_calibration", lambda *arguments: arguments[-1].touch())
+        monkeypatch.setattr(calibration, "plot_calibration", touch_diagram)
+    if "calibrated" not in request.fixturenames:  # which takes as long as these runs
+        monkeypatch.setattr(train, "calibrate", lambda *_: None)
     if "measured" not in request.fixturenames:
         monkeypatch.setattr(depthwise_choice, "find_groups", find_no_groups)
 

@@ -44,7 +44,7 @@ FILES = {
 }
 
 
-def test_a_run_learns_and_leaves_its_files(run_train, place, capsys, learning_curves):
+def test_a_run_learns_and_leaves_its_files(calibrated, run_train, place, capsys, learning_curves):
     folder = run_train(EPOCHS=8, LEARNING_RATE=5e-3, LAYER_SCALE=1.0, SMOOTHING=0.0)
     assert {file.name for file in folder.iterdir()} == FILES | {"last.1.pth"}
     with open(folder / "log.csv", encoding="utf-8") as file:
@@ -153,7 +153,7 @@ def test_an_earlier_run_is_renamed_not_overwritten(run_train, capsys):
     assert "unireplknet_test.1" in capsys.readouterr().out
 
 
-def test_a_run_continued_elsewhere_has_a_best_checkpoint_and_leaves_the_other_folder_alone(run_train):
+def test_a_run_continued_elsewhere_has_a_best_checkpoint_and_leaves_the_other_folder_alone(calibrated, run_train):
     first = run_train(EPOCHS=1, OUTPUT="first")
     second = run_train(EPOCHS=1, OUTPUT="second", SEED=1)
     before = (second / "last.pth").read_bytes()
@@ -216,7 +216,7 @@ def test_gradients_are_clipped_after_unscaling(run_train, monkeypatch):
     ],
     ids=lambda constants: ",".join(constants),
 )
-def test_switches(run_train, constants):
+def test_switches(calibrated, run_train, constants):
     folder = run_train(EPOCHS=1, **constants)
     assert FILES == {file.name for file in folder.iterdir()}
 

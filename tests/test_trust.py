@@ -225,7 +225,7 @@ def test_a_calibration_that_cannot_be_is_refused(place):
         CalibratedNetwork(build_network(checkpoint), good | dict(score=other))
 
 
-def test_a_run_killed_while_it_is_calibrated_is_complete_when_resumed(run_train, monkeypatch, capsys):
+def test_a_run_killed_while_it_is_calibrated_is_complete_when_resumed(calibrated, run_train, monkeypatch, capsys):
     straight = run_train(EPOCHS=1, OUTPUT="straight")
     text = capsys.readouterr().out
     assert "calibration temperature " in text and "cross-fitted: ECE" in text
