@@ -11,7 +11,6 @@ pixels.
 from functools import partial
 
 from PIL import Image, ImageOps
-from torchvision import transforms
 
 FITS = ("squeeze", "pad", "crop")
 MARGIN = (124, 116, 104)  # ImageNet's mean colour, which normalisation turns into about 0
@@ -24,17 +23,19 @@ def fit_to(size, fit="squeeze"):
         size: (height, width) in pixels.
         fit: one of `FITS`.
     """
-    return transforms.Resize(size) if fit == "squeeze" else partial(fit_image, size=tuple(size), fit=fit)
+    return partial(fit_image, size=tuple(size), fit=fit)
 
 
 def fit_image(image, size, fit):
-    """`image` padded or cropped to the aspect ratio of `size` and resized; see `fit_to`."""
+    """`image` brought to `size`; see `fit_to`."""
     height, width = size
     if image.size == (width, height):
         return image
     if fit == "pad":
         return ImageOps.pad(image, (width, height), Image.Resampling.BILINEAR, color=MARGIN)
-    return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    if fit == "crop":
+        return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def visible_part(image, fit):

@@ -251,3 +251,18 @@ def test_a_refused_constant_ends_a_script_with_status_2_and_nothing_written(path
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith(f"error: {name} must be ") and done.stderr.count("\n") == 1, done.stderr
     assert not list(place.iterdir())
+
+
+LIGHT = {
+    "makedata.py": {"torch", "torchvision", "timm", "sklearn", "scipy", "pandas", "matplotlib"},
+    "mean_std.py": {"torchvision", "timm", "sklearn", "scipy", "pandas", "matplotlib"},
+    "tools/compare.py": {"sklearn", "scipy", "pandas", "matplotlib"},
+}
+
+
+@pytest.mark.parametrize("script", LIGHT)
+def test_a_script_imports_no_package_that_it_does_not_need(script):
+    """Which costs seconds at each start, and in each process that it starts."""
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='x'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not LIGHT[script] & set(done.stdout.split())
