@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from common.agreement import ON_ENVIRONMENT, describe_disagreement, environment_facts
 from common.device import choose_device, prepare_device
 from common.faults import Stopped
 from common.options import ConstantError, UserError, end_processes
@@ -82,6 +81,8 @@ def processes(device_name, deterministic=False):
     prepare_device(device, deterministic)
     world_size = 1
     if launched():
+        from common.agreement import ON_ENVIRONMENT, environment_facts  # with packages that not every script needs
+
         agree(environment_facts(device), ON_ENVIRONMENT)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         world_size = dist.get_world_size()
@@ -187,6 +188,8 @@ class Channel:
         verdict = f"verdict/{self.exchanges}"
         self.store.set(keys[self.rank], json.dumps([host_name(), facts]))
         if self.rank == 0:
+            from common.agreement import describe_disagreement
+
             self.wait(keys)
             self.store.set(verdict, describe_disagreement([json.loads(self.store.get(key)) for key in keys], remedy))
         self.wait([verdict])
@@ -246,7 +249,7 @@ def fail(message, status):
     """
     if launched():
         with contextlib.suppress(UserError):
-            if message in (ANOTHER_ENDED, ANOTHER_STILL):  # the other process may come to its `fail` later than this one
+            if message in (ANOTHER_ENDED, ANOTHER_STILL):  # the other process may come to its `fail` after this one
                 open_channel().done.wait(Channel.SECONDS_FOR_REASON)  # `watch` ends this process when it does
             open_channel().fail(message, status)
 

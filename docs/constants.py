@@ -24,7 +24,7 @@ HEAD = """\
 Written by `python docs/constants.py` from the scripts; do not edit it.
 
 Each constant stands at the top of its script and can also be set on the command line: `IMG_SIZE` by `--img-size 128`,
-a switch by `--quarter-turns` or `--no-quarter-turns`, a list by `--mean 0.4,0.4,0.3`, None by the word `none`. `python train.py
+a switch by `--merge` or `--no-merge`, a list by `--mean 0.4,0.4,0.3`, None by the word `none`. `python train.py
 --help` shows the same. A value that a constant does not accept is refused before any work starts (exit status 2).
 """
 

@@ -229,8 +229,8 @@ def test_options_of_train_py_are_passed_on_and_wrong_ones_refused_there(place):
     from common.options import set_constants
 
     namespace = vars(cross_validate).copy()
-    set_constants(namespace, ["--folds", "3", "--epochs", "2", "--no-quarter-turns", "--mean=0.1,0.2,0.3"], unknown="OPTIONS")
-    assert namespace["FOLDS"] == 3 and namespace["OPTIONS"] == ["--epochs", "2", "--no-quarter-turns", "--mean=0.1,0.2,0.3"]
+    set_constants(namespace, ["--folds=3", "--epochs", "2", "--tensorboard", "--mean=0.1,0.2,0.3"], unknown="OPTIONS")
+    assert namespace["FOLDS"] == 3 and namespace["OPTIONS"] == ["--epochs", "2", "--tensorboard", "--mean=0.1,0.2,0.3"]
     with pytest.raises(ConstantError, match="FOLDS must be a whole number"):
         set_constants(namespace, ["--folds", "1", "--epochs", "2"], unknown="OPTIONS")
     process = start_script("tools/cross_validate.py", ".", "--device", "cpu", "--epoch", "3")
