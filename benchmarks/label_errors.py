@@ -39,9 +39,8 @@ def main():
     folder = Path(OUTPUT)
     data, result = folder / "data", folder / "cross_validation"
     changed = change_labels(Path(SOURCE), CHANGED, SEED, folder)
-    if not (data / "mean_std.json").is_file():
-        python("makedata.py", "--source", SOURCE, "--labels", folder / "labels.csv", "--target", data, "--seed", SEED)
-        python("mean_std.py", "--source", data / "train", "--output", data / "mean_std.json")
+    python("makedata.py", "--source", SOURCE, "--labels", folder / "labels.csv", "--target", data, "--seed", SEED)
+    python("mean_std.py", "--source", data / "train", "--output", data / "mean_std.json")
     options = ["--folds", FOLDS, "--data", data, "--output", result, "--seed", SEED]
     python("tools/cross_validate.py", *options, *OPTIONS.split())
     with open(result / "label_errors.csv", newline="", encoding="utf-8-sig") as file:
@@ -80,10 +79,9 @@ def describe(found, count):
     places = np.flatnonzero(found) + 1
     rows = {share: places[int(np.ceil(share * count)) - 1] for share in (0.5, 0.9) if len(places) >= share * count}
     parts = [f"{share:.0%} of them in the first {row}" for share, row in rows.items()]
-    return (
-        f"{count} changed labels, {len(found)} rows: {np.sum(found[:count])} of the first {count} rows are changed "
-        f"labels, {len(places)} of all rows; " + ", ".join(parts)
-    )
+    first = f"{np.sum(found[:count])} of the first {count} rows are changed labels"
+    sentence = f"{count} changed labels, {len(found)} rows: {first}, {len(places)} of all rows"
+    return "; ".join([sentence, *([", ".join(parts)] if parts else [])])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from forked import CAN_FORK, start_script, start_training
 from kill import differences
 
 import makedata
+from benchmarks import label_errors
 from common.checkpoint import load_checkpoint
 from common.options import ConstantError, UserError, to_option
 from tools import cross_validate
@@ -270,3 +271,17 @@ def test_a_class_without_images_is_never_suggested_by_the_rule():
     probabilities = np.array([[0.2, 0.1, 0.7], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1]])
     _, by_rule, _, _ = find_label_errors([0, 0, 1], probabilities)
     assert not by_rule.any()
+
+
+def test_labels_changed_on_purpose_are_others_and_are_counted(place):
+    changed = label_errors.change_labels(Path("data1"), 0.25, 0, Path("changed"))
+    assert changed == label_errors.change_labels(Path("data1"), 0.25, 0, Path("again"))
+    with open("changed/labels.csv", encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(Path("data1", row["image"]) for row in rows) == sorted(Path("data1").glob("*/*.png"))
+    different = {Path("data1", row["image"]).resolve() for row in rows if Path(row["image"]).parent.name != row["class"]}
+    assert different == changed and len(changed) == round(0.25 * len(rows))
+    sentence = label_errors.describe([True, True, False, True, True, False], 4)
+    assert "4 changed labels, 6 rows: 3 of the first 4 rows are changed labels, 4 of all rows" in sentence
+    assert "50% of them in the first 2, 90% of them in the first 5" in sentence
+    assert label_errors.describe([False, True], 4).endswith("1 of all rows")
