@@ -4,6 +4,7 @@ import colorsys
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The default convolutions, so that the tests see the same numbers whatever is fastest at the moment.
 os.environ.setdefault("UNIREPLKNET_DEPTHWISE", "default")
+
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup, as which tests would be another case
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
