@@ -65,6 +65,7 @@ if __name__ == "__main__":
 
 def main():
     rows = []
+    Path(FOLDER).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
         temporary = Path(temporary)
         few = min(IMAGES // 10, 2 * CLASSES)
