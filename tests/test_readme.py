@@ -151,7 +151,7 @@ def test_options_in_commands_are_known(page):
             assert (ROOT / script).is_file(), f"{page}: {command}"
             known = known_options(script)
             # These pass options of train.py on.
-            if script in ("benchmarks/accuracy.py", "tools/cross_validate.py"):
+            if script in ("benchmarks/accuracy.py", "benchmarks/trust.py", "tools/cross_validate.py"):
                 known |= known_options("train.py")
             assert not set(options) - known, f"{page}: {command}"
         if command.startswith("--"):  # an option alone
