@@ -279,7 +279,8 @@ def test_labels_changed_on_purpose_are_others_and_are_counted(place):
     with open("changed/labels.csv", encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     assert sorted(Path("data1", row["image"]) for row in rows) == sorted(Path("data1").glob("*/*.png"))
-    different = {Path("data1", row["image"]).resolve() for row in rows if Path(row["image"]).parent.name != row["class"]}
+    images = [(Path("data1", row["image"]), row["class"]) for row in rows]
+    different = {path.resolve() for path, name in images if path.parent.name != name}
     assert different == changed and len(changed) == round(0.25 * len(rows))
     sentence = label_errors.describe([True, True, False, True, True, False], 4)
     assert "4 changed labels, 6 rows: 3 of the first 4 rows are changed labels, 4 of all rows" in sentence
