@@ -3,6 +3,8 @@
     python benchmarks/accuracy.py --jobs 2                          the recipe on three splits, two runs at once
     python benchmarks/accuracy.py --what ablations --splits 0       one change at a time
     python benchmarks/accuracy.py --what fine_tuning                from weights of other classes, and from scratch
+    python benchmarks/accuracy.py --what imbalance                  rare classes: logit adjustment, class weights
+    python benchmarks/accuracy.py --what fit                        oblong images: squeezed, padded, cropped
     python benchmarks/accuracy.py --what weights                    train on all images, and write weights to ship
 
 Each run is `makedata.py`, `mean_std.py`, `train.py` and `test.py`, with one seed for the split and for the weights.
@@ -18,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,20 +30,25 @@ from common.options import answer_early
 answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
 
 import numpy as np
+from PIL import Image
 
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.files import write_json
+from common.files import write_json, written_whole
+from common.images import is_image
 from common.options import Name, NonNegativeInt, NotEmpty, PositiveInt, UserError, run
 from common.plots import plot_confusion_matrix
 from common.progress import Progress
 
-WHAT: Literal["recipe", "ablations", "fine_tuning", "weights"] = "recipe"  # experiment to run
+WHAT: Literal["recipe", "ablations", "fine_tuning", "imbalance", "fit", "weights"] = "recipe"  # experiment to run
 SPLITS: Annotated[list[NonNegativeInt], NotEmpty()] = [0, 1, 2]  # seeds of split and training; weights: only the first
 # Options of train.py for every run: the smallest network, at image sizes that suit a CPU.
 OPTIONS: str = "--model unireplknet_a --img-size 160 --start-size 64 --epochs 60 --drop-path 0"  # of train.py; "": none
 JOBS: PositiveInt = 1  # concurrent runs, each with its part of the cores
 SOURCE: Name = "data1"  # folder that holds <class>/<image>
 OUTPUT: Name = "accuracy"  # folder for splits and runs
+
+RATIO = 20  # imbalance: training images of the most frequent class for each of the rarest one
+CUT = 1 / 3  # fit: share of the height that is cut off each image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,6 +69,12 @@ def main():
     plan = Plan(Path(SOURCE), Path(OUTPUT), SPLITS, OPTIONS.split(), JOBS)
     if WHAT == "fine_tuning":
         print_runs(compare_fine_tuning(plan))
+    elif WHAT == "imbalance":
+        results = compare_imbalance(plan)
+        print_runs(results)
+        print_recalls(results)
+    elif WHAT == "fit":
+        print_runs(compare_fit(plan))
     elif WHAT == "weights":
         train_weights(plan)
     else:
@@ -72,13 +85,14 @@ def main():
 
 @dataclass
 class Plan:
-    """What all runs have in common: folders, seeds of the splits, options of train.py, and concurrent runs."""
+    """What all runs have in common: folders, seeds of the splits, options, concurrent runs, and the training script."""
 
     source: Path
     output: Path
     splits: list
     options: list
     jobs: int
+    script: str = "train.py"
 
     def prepare(self, split):
         """Split `source`; returns the folder."""
@@ -131,7 +145,8 @@ def run_once(plan, name, options, split, data, threads):
     """Train and test once, unless that was done before.
 
     Returns:
-        dict of plain types: classes, epochs, minutes, images/s, accuracy of the raw weights, confusion matrices of the
+        dict of plain types: classes, epochs, minutes, images/s, accuracy of the raw weights, training images of each
+        class, confusion matrices of the
         EMA weights without (plain) and with test-time augmentation (tta), ...
 
     Raises:
@@ -148,13 +163,15 @@ def run_once(plan, name, options, split, data, threads):
                 "another folder, or delete it"
             )
         return metrics
-    checkpoint = train(data, folder, options, split, threads)
+    checkpoint = train(data, folder, options, split, threads, plan.script)
     with open(checkpoint.with_name("log.csv"), newline="", encoding="utf-8") as file:
         log = [{name: float(cell or "nan") for name, cell in row.items()} for row in csv.DictReader(file)]
     minutes = np.cumsum([row["seconds"] for row in log]) / 60
+    trained = load_checkpoint(checkpoint)
     metrics = dict(
         options=options,
-        classes=load_checkpoint(checkpoint)["classes"],
+        classes=trained["classes"],
+        train_images=[count for count, *_ in trained["data"]["train"]["by_class"]],
         epochs=len(log),
         minutes=minutes[-1],
         minutes_to_95=next((m for m, row in zip(minutes, log) if row["ema_acc1"] >= 95), None),
@@ -167,10 +184,10 @@ def run_once(plan, name, options, split, data, threads):
     return metrics
 
 
-def train(data, folder, options, split, threads):
+def train(data, folder, options, split, threads, script="train.py"):
     """Train on `data`, or resume; returns last.pth."""
     common = ["--data", data, "--seed", split, "--output", folder, "--resume", "auto"]
-    python("train.py", *common, *options, threads=threads)
+    python(script, *common, *options, threads=threads)
     (checkpoint,) = folder.glob("*/last.pth")
     return checkpoint
 
@@ -242,6 +259,73 @@ def compare_fine_tuning(plan):
 
     new = run_all(plan, {"new classes from scratch": ["--epochs", 12], "fine-tuned": fine_tune}, data("new"))
     return known | new
+
+
+def compare_imbalance(plan):
+    """Train on a long tail: as it is, with logit adjustment, and with class weights.
+
+    Returns:
+        {name: [what `run_once` returned, ...]}.
+    """
+
+    def data(split):
+        return make_long_tail(plan.prepare(split), plan.output / f"data.long_tail.{split}", split)
+
+    results = run_all(plan, {"long tail": [], "logit adjustment": ["--balance", 1]}, data)
+    return results | run_all(replace(plan, script="benchmarks/class_weights.py"), {"class weights": []}, data)
+
+
+def make_long_tail(source, target, seed):
+    """A copy of a split whose training classes, in random order, have fewer images each, down to 1 in RATIO.
+
+    The first class has as many as the smallest class of `source`. Returns `target`.
+    """
+    generator = np.random.default_rng(seed)
+    classes = sorted(folder for folder in (source / "train").iterdir() if folder.is_dir())
+    files = {folder: sorted(path for path in folder.iterdir() if is_image(path)) for folder in classes}
+    most = min(map(len, files.values()))
+    for rank, number in enumerate(generator.permutation(len(classes))):
+        count = max(round(most * RATIO ** (-rank / (len(classes) - 1))), 1)
+        for path in generator.permutation(np.array(files[classes[number]], dtype=object))[:count]:
+            link_or_copy(path, target / path.relative_to(source))
+    for path in (source / "val").glob("*/*"):
+        link_or_copy(path, target / path.relative_to(source))
+    shutil.copy2(source / "mean_std.json", target / "mean_std.json")
+    return target
+
+
+def print_recalls(results):
+    """Print the mean of the classes' recalls (balanced accuracy), and that of the third of them with fewest images."""
+    print("\n| run | mean recall of all classes | of the rarest third | accuracy |\n|---|---|---|---|")
+    for name, own in results.items():
+        recalls, rare = [], []
+        for result in own:
+            matrix = np.array(result["plain"])
+            recall = 100 * np.diag(matrix) / matrix.sum(1)
+            order = np.argsort(result["train_images"])
+            recalls.append(recall.mean())
+            rare.append(recall[order[: len(order) // 3]].mean())
+        cells = (recalls, rare, [accuracy(result["plain"]) for result in own])
+        print(f"| {name} | {' | '.join(map(mean_and_spread, cells))} |")
+
+
+def compare_fit(plan):
+    """Train on images of which a part of the height was cut off: squeezed, padded and cropped to squares.
+
+    Returns:
+        {name: [what `run_once` returned, ...]}.
+    """
+    oblong = plan.output / "data1.oblong"
+    for path in Progress(sorted(filter(is_image, plan.source.glob("*/*"))), desc="cutting", unit="image", leave=False):
+        target = oblong / path.parent.name / f"{path.stem}.png"
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.open(path).convert("RGB")
+            margin = round(image.height * CUT / 2)
+            with written_whole(target) as partial:
+                image.crop((0, margin, image.width, image.height - margin)).save(partial, "PNG")
+    experiments = {fit: ["--fit", fit] for fit in ("squeeze", "pad", "crop")}
+    return run_all(plan, experiments, lambda split: prepare_split(oblong, plan.output / f"data.oblong.{split}", split))
 
 
 def link_or_copy(source, target):

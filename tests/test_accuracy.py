@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import CLASSES, ROOT, SMALL
+from PIL import Image
 
-from benchmarks import accuracy
+from benchmarks import accuracy, class_weights
 from common.checkpoint import load_checkpoint
 from common.options import ConstantError, UserError, set_constants
 
@@ -102,6 +105,66 @@ def test_fine_tuning_starts_from_a_network_that_knows_other_classes(small):
     assert known == {"known classes": []}
     assert new["new classes from scratch"] == ["--epochs", 12]
     assert new["fine-tuned"][:4] == ["--pretrained", checkpoint, "--epochs", 8]
+
+
+def test_a_long_tail_is_learned_as_it_is_and_in_two_other_ways(small, make_data1):
+    make_data1("many", dict.fromkeys(["A", "B", "C"], 10))
+    for name, value in dict(WHAT="imbalance", SOURCE="many", RATIO=4).items():
+        small.setattr(accuracy, name, value)
+    calls, counts = [], []
+
+    def run_all(plan, experiments, data):
+        calls.append((plan.script, experiments))
+        counts.append(sorted(len(list(folder.iterdir())) for folder in (data(3) / "train").iterdir()))
+        assert len(list(data(3).glob("val/*/*"))) == 3 * 3 and (data(3) / "mean_std.json").is_file()
+        matrices = dict(plain=[[8, 2, 0], [0, 10, 0], [4, 0, 6]], tta=[], raw=0, minutes=1, images_a_second=1)
+        return {name: [matrices | dict(train_images=[7, 4, 2], minutes_to_95=None)] for name in experiments}
+
+    small.setattr(accuracy, "run_all", run_all)
+    small.setattr(accuracy, "print_runs", lambda results: None)
+    accuracy.main()
+    assert calls == [
+        ("train.py", {"long tail": [], "logit adjustment": ["--balance", 1]}),
+        ("benchmarks/class_weights.py", {"class weights": []}),
+    ]
+    assert counts == 2 * [[2, 4, 7]]  # a fourth, half, all
+
+
+def test_recalls_weigh_each_class_the_same(capsys):
+    result = dict(plain=[[8, 2, 0], [0, 10, 0], [0, 1, 1]], train_images=[42, 9, 2])
+    accuracy.print_recalls({"long tail": [result]})
+    assert "| long tail | 76.67 | 50.00 | 86.36 |" in capsys.readouterr().out  # (80 + 100 + 50) / 3, 19 of 22
+
+
+def test_class_weights_give_each_class_the_same_share_of_the_loss():
+    labels = [0] * 6 + [1] * 3 + [2]
+    criterion = class_weights.create_criterion(labels, 3, 0.0, torch.device("cpu"))
+    logits, targets = torch.zeros(10, 3), F.one_hot(torch.tensor(labels), 3).float()
+    logits.requires_grad_()
+    loss = criterion(logits, targets)
+    assert loss.item() == pytest.approx(np.log(3))  # the mean weight of an image is 1
+    (gradient,) = torch.autograd.grad(loss, logits)
+    shares = [gradient[torch.tensor(labels) == k, k].sum().item() for k in range(3)]
+    assert shares == pytest.approx([shares[0]] * 3)
+    with pytest.raises(ConstantError, match="BALANCE is logit adjustment.*leave it at 0"):
+        class_weights.create_criterion(labels, 3, 1.0, torch.device("cpu"))
+
+
+def test_oblong_images_are_fitted_in_three_ways(small):
+    small.setattr(accuracy, "WHAT", "fit")
+    calls = []
+
+    def run_all(plan, experiments, data):
+        sizes = {Image.open(path).size for path in data(3).glob("*/*/*.png")}
+        calls.append((experiments, sizes))
+        return {}
+
+    small.setattr(accuracy, "run_all", run_all)
+    whole = Image.open(next(Path("data1").glob("*/*.png")))
+    accuracy.main()
+    ((experiments, sizes),) = calls
+    assert experiments == {fit: ["--fit", fit] for fit in ("squeeze", "pad", "crop")}
+    assert all(height == round(whole.height * 2 / 3) for _, height in sizes)
 
 
 def test_a_script_that_fails_says_why():
