@@ -263,12 +263,14 @@ def main():
                     )
                     if board is not None:
                         board.add_epoch(row, *list(validation.values())[-1][1:], classes)
-            except Stopped:
+                # The temperature for calibrated probabilities, and statistics by which test.py calls an image unknown.
+                if not distributed.from_first(calibrate, folder, train_set, val_set, val_loader, normalise, interrupt):
+                    raise Stopped("in calibration")
+            except Stopped as stopped:
                 folder.save_last(state)
-                print(f"stopped in epoch {state.epoch + 1} of {epochs} and saved; resume with --resume auto")
+                where = str(stopped) or f"in epoch {state.epoch + 1} of {epochs}"
+                print(f"stopped {where} and saved; resume with --resume auto")
                 return distributed.leave(device, interrupt.exit_status)
-        # The temperature for calibrated probabilities, and statistics by which test.py calls an image unknown.
-        distributed.from_first(calibrate, folder, train_set, val_set, val_loader, normalise)
         folder.finish(state, len(val_set))
         return distributed.leave(device, 0)
 

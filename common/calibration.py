@@ -24,7 +24,6 @@ unknown to them.
 
 import contextlib
 import copy
-from functools import partial
 
 import numpy as np
 import torch
@@ -135,7 +134,7 @@ class NoveltyScore(torch.nn.Module):
         return torch.stack([distance, to_class - to_all], 1)
 
 
-def calibrate(folder, train_set, val_set, loader, normalise):
+def calibrate(folder, train_set, val_set, loader, normalise, interrupt):
     """Calibrate best.pth and last.pth of a run that is complete; those that are calibrated stay as they are.
 
     A run that is killed here is complete but for this, which is done when it is resumed. The first process does it
@@ -146,6 +145,10 @@ def calibrate(folder, train_set, val_set, loader, normalise):
         train_set, val_set: of type `CachedImageFolder`; of the training images the transform is not used.
         loader: of the validation images, which tells how to load.
         normalise: a `common.device.Normalise`.
+        interrupt: a `common.faults.Interrupt`, which is obeyed between two batches.
+
+    Returns:
+        whether it was done; False after a signal.
     """
     before = None
     for name in ("best.pth", "last.pth"):
@@ -159,14 +162,18 @@ def calibrate(folder, train_set, val_set, loader, normalise):
             device = normalise.white.device
             network = build_network(checkpoint).to(device, memory_format=choose_layout(device))
             transform = PixelTransform(checkpoint["img_size"], fit=checkpoint.get("fit", "squeeze"))
-            look_at = partial(look_at_images, network, transform=transform, loader=loader, normalise=normalise)
-            train, val = look_at(train_set, what="training images"), look_at(val_set, what="validation images")
+            options = dict(transform=transform, loader=loader, normalise=normalise, interrupt=interrupt)
+            train = look_at_images(network, train_set, **options, what="training images")
+            val = look_at_images(network, val_set, **options, what="validation images")
+            if interrupt.signal:
+                return False
             calibration = fit(train, val, checkpoint)
             if name == "best.pth":
                 report(val["logits"], val["labels"], calibration, folder)
         checkpoint["calibration"] = calibration
         save_checkpoint(checkpoint, path)
         before = checkpoint
+    return True
 
 
 def same_weights(one, other):
@@ -176,8 +183,8 @@ def same_weights(one, other):
 
 
 @torch.inference_mode()
-def look_at_images(network, dataset, transform, loader, normalise, what):
-    """What `fit` needs to know of images.
+def look_at_images(network, dataset, transform, loader, normalise, interrupt, what):
+    """What `fit` needs to know of images; after a signal, of one batch of them at most.
 
     Returns:
         dict of float32 tensors on the CPU: logits (N, classes), features (N, D) or None, look (N, 2 C) or None; and
@@ -206,6 +213,8 @@ def look_at_images(network, dataset, transform, loader, normalise, what):
         if has_features:
             parts["features"].append(features.float().cpu())
             parts["look"].append(look.float().cpu())
+        if interrupt.signal:
+            break
     parts = {name: torch.cat(tensors) if tensors else None for name, tensors in parts.items()}
     return parts if has_features else parts | dict(features=None, look=None)
 

@@ -19,7 +19,7 @@ from common.workers import SIGNALS
 
 
 class Stopped(Exception):
-    """A signal arrived, and the state is that after the last finished step."""
+    """A signal arrived, and the state is that after the last finished step; the text, if any, says in what."""
 
 
 class Interrupt:

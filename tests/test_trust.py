@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,28 @@ def test_a_run_killed_while_it_is_calibrated_is_complete_when_resumed(calibrated
     before = (folder / "last.pth").read_bytes()
     run_train(EPOCHS=1, RESUME="auto")  # complete: nothing is done again
     assert (folder / "last.pth").read_bytes() == before and (folder / "calibration.json").is_file()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_calibration_stops_the_run_and_a_resumed_one_is_complete(
+    number, status, calibrated, run_train, monkeypatch, capsys
+):
+    describe, looks = calibration.describe_look, []
+
+    def stop(maps):
+        looks.append(len(maps))
+        signal.raise_signal(number)
+        return describe(maps)
+
+    monkeypatch.setattr(calibration, "describe_look", stop)
+    folder = run_train(EPOCHS=1, status=status)
+    text = capsys.readouterr().out
+    assert "stopped in calibration and saved; resume with --resume auto" in text and "temperature" not in text
+    assert len(looks) <= 2 and "calibration" not in load_checkpoint(folder / "best.pth")
+    monkeypatch.setattr(calibration, "describe_look", describe)
+    run_train(EPOCHS=1, RESUME="auto")
+    assert "calibration temperature " in capsys.readouterr().out
+    assert all("calibration" in load_checkpoint(folder / name) for name in ("best.pth", "last.pth"))
 
 
 def test_each_disturbance_changes_an_image_in_its_own_way():
