@@ -318,7 +318,6 @@ BAD = {
         lambda lines: [line.partition(",")[2] for line in lines],
         "no date column, only north, south; set DATE",
     ),
-    "no header": (lambda lines: lines[1:], "has no header: its first line, 2020-01-01 00:00:00, .*, holds a date"),
     "no numbers": (lambda lines: [line.split(",")[0] for line in lines], "no column besides date"),
     "duplicate name": (lambda lines: ["date,north,north", *lines[1:]], "several columns named 'north'"),
     "empty cell": (
@@ -341,8 +340,8 @@ BAD = {
     "time zone": (change(7, "2020-01-01 05:00:00+00:00,1.0,1.0"), "some dates have a time zone"),
     "short": (lambda lines: lines[:150], "the training part of the series is too short"),
     "constant": (
-        lambda lines: lines[:1] + [f"{line.rsplit(',', 1)[0]},{row // 400}" for row, line in enumerate(lines[1:])],
-        "south is constant in the training part",
+        lambda lines: lines[:1] + [f"{line.partition(',')[0]},{row // 400},{row // 400}" for row, line in enumerate(lines[1:])],
+        "north is constant in the training part",
     ),
 }
 

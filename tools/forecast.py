@@ -104,8 +104,8 @@ from common.schedule import warmup_cosine
 from common.text import label
 from ema import ModelEma
 from tools.dates import describe_interval
-from tools.series import check_parts, choose_period, column_statistics, default_windows, open_zone, read_series
-from tools.series import split_rows, split_windows
+from tools.series import check_parts, choose_period, column_statistics, default_windows, drop_flat, open_zone
+from tools.series import read_series, split_rows, split_windows
 
 # What the constants below accept, besides the kinds of common/options.py.
 Parts = Annotated[list[Positive], Length(3)]
@@ -122,6 +122,7 @@ DATE_ORDER: Literal["auto", "dmy", "mdy", "ymd"] = "auto"  # day, month and year
 TIMEZONE: Name | None = None  # of local times with daylight saving, such as Europe/Berlin; None: as the dates are
 DECIMAL: Literal["auto", ".", ","] = "auto"  # decimal sign; "auto": the columns decide
 GAPS: Literal["refuse", "carry", "interpolate"] = "refuse"  # missing rows, empty cells: last value, or a line
+WHERE: list[str] = []  # column=value: read only rows with these, one series of several; []: all rows
 COLUMNS: list[str] = []  # number columns to train on; []: all that vary
 TARGETS: list[str] = []  # columns among COLUMNS to forecast and evaluate; []: all
 ENCODING: Name = "utf-8-sig"  # text encoding of the file; utf-8-sig is UTF-8 with or without a byte order mark
@@ -170,7 +171,7 @@ RESULTS: Name = "results"  # folder for the forecasts of CHECKPOINT; existing fi
 # Constants that have no effect on what is trained, or only through the series, which is compared itself, so that a run
 # may be resumed with others.
 NO_EFFECT = ("CSV", "CHECKPOINT", "DEVICE", "SEEDS", "HORIZONS", "RESUME", "OUTPUT", "RESULTS")
-NO_EFFECT += ("DATE_ORDER", "TIMEZONE", "DECIMAL", "GAPS")
+NO_EFFECT += ("DATE_ORDER", "TIMEZONE", "DECIMAL", "GAPS", "WHERE")
 DEFAULT_SPLIT = [0.6, 0.2, 0.2]
 LOSSES = dict(mae=F.l1_loss, mse=F.mse_loss, huber=F.smooth_l1_loss)
 QUANTILES = (0.1, 0.9)  # the band around a forecast
@@ -233,20 +234,22 @@ def main():
 
     config = {name: globals()[name] for name in read_constants(__file__) if name not in NO_EFFECT}
     device = choose_device(DEVICE)
-    reading = dict(encoding=ENCODING, order=DATE_ORDER, decimal=DECIMAL, zone=TIMEZONE, gaps=GAPS)
+    reading = dict(encoding=ENCODING, order=DATE_ORDER, decimal=DECIMAL, zone=TIMEZONE, gaps=GAPS, where=WHERE)
     if CHECKPOINT:
         return forecast(CHECKPOINT, CSV, DATE, reading, config | dict(HORIZONS=HORIZONS), device, Path(RESULTS))
     if device.type == "cpu":
         keep_freed_memory()
 
     series = read_series(CSV, DATE, COLUMNS, **reading)
-    unknown = [name for name in TARGETS if name not in series.columns]
-    if unknown:
-        raise UserError(f"TARGETS names {unknown[0]!r}, which is not among the columns {', '.join(series.columns)}")
     dates, step = series.dates, series.step
     usual, usual_name = choose_period(step, len(dates))
     period = PERIOD or usual
     ends = split_rows(len(dates), series.interval, SPLIT or DEFAULT_SPLIT)
+    if not COLUMNS:
+        drop_flat(series, ends[0])
+    unknown = [name for name in TARGETS if name not in series.columns]
+    if unknown:
+        raise UserError(f"TARGETS names {unknown[0]!r}, which is not among the columns {', '.join(series.columns)}")
     periods, horizons, rows = default_windows(ends, period)
     lookback, horizons, dlinear_lookback = LOOKBACK or periods, HORIZONS or horizons, DLINEAR_LOOKBACK or rows
     config |= dict(SPLIT=SPLIT or DEFAULT_SPLIT, LOOKBACK=lookback, DLINEAR_LOOKBACK=dlinear_lookback)
