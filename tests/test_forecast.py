@@ -700,3 +700,27 @@ def test_a_csv_file_that_excel_or_powershell_saved_is_read(encoding, end, tmp_pa
     (tmp_path / "a.csv").write_bytes((end.join(lines) + end).encode(encoding))
     series = read_series(tmp_path / "a.csv", "date")
     assert series.columns == ["温度", "_b$"] and series.values[:, 0].tolist() == [1.5, 2.5, 3.5, 4.5, 5.5]
+
+
+# --- exponential smoothing and ARIMA
+
+
+@pytest.mark.parametrize("name", ["ets", "arima"])
+def test_classic_methods_forecast_each_window_from_all_rows_before(name, run_forecast):
+    library = pytest.importorskip("statsforecast.models")
+    months = [f"{1990 + row // 12}-{row % 12 + 1:02}" for row in range(120)]
+    values = [100 + row + 20 * math.sin(row * math.pi / 6) + row * row * 7919 % 13 for row in range(120)]
+    Path("months.csv").write_text("month,value\n" + "".join(f"{m},{v}\n" for m, v in zip(months, values)))
+    output = run_forecast(CSV="months.csv", CLASSIC=name, HORIZONS=[6], LOOKBACK=2, PERIOD=12, DLINEAR_LOOKBACK=24)
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))["results"]
+    row = next(row for row in results if row["method"] == name)
+    assert row["windows"] == 24 - 6 + 1 and 0 <= row["coverage"] <= 1
+    model = dict(ets=library.AutoETS, arima=library.AutoARIMA)[name](season_length=12).fit(np.array(values[:72]))
+    errors = [model.forward(y=np.array(values[:end]), h=6)["mean"] - values[end : end + 6] for end in range(96, 115)]
+    assert row["mse"] == pytest.approx(np.mean(np.square(errors)) / np.var(values[:72]), rel=1e-4)
+
+
+def test_a_missing_package_for_classic_methods_is_named(run_forecast, monkeypatch):
+    monkeypatch.setitem(sys.modules, "statsforecast", None)
+    with pytest.raises(UserError, match="needs the package statsforecast .*pip install statsforecast"):
+        run_forecast(CLASSIC="ets")

@@ -1055,8 +1055,8 @@ def split_windows(values, ends, lookback, horizon):
 
 def drop_flat(series, rows):
     """Leave out the columns that are constant in the first `rows` rows, unless all are."""
-    flat = np.ptp(series.values[:rows], axis=0) == 0
-    if flat.any() and not flat.all():
+    flat = np.array([len(set(column[:rows])) < 2 for column in series.values.T])
+    if rows and flat.any() and not flat.all():
         names = [name for name, still in zip(series.columns, flat) if still]
         series.notes.append(f"{some_of(names, 'column')} left out: constant in the training part; COLUMNS names others")
         series.columns = [name for name, still in zip(series.columns, flat) if not still]
