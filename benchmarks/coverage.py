@@ -40,7 +40,7 @@ def main():
         if not results.is_file():
             command = [sys.executable, ROOT / "tools" / "forecast.py", "--csv", path, "--output", OUTPUT]
             if subprocess.run([*command, "--resume", "auto", *OPTIONS.split()]).returncode:
-                raise UserError(f"tools/forecast.py did not finish with {path}, see above; fix it, or leave the file out")
+                raise UserError(f"tools/forecast.py did not finish with {path}, see above; leave the file out")
         rows = json.loads(results.read_text(encoding="utf-8"))["results"]
         for horizon in dict.fromkeys(row["horizon"] for row in rows):
             found = {}

@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta, timezone, tzinfo
+from datetime import datetime, time, timedelta, timezone, tzinfo
 from itertools import combinations
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -396,7 +396,8 @@ def transpose(table, used):
             break
     names = names or [" ".join(row[place] for place in labels if row[place]) for row in table.rows]
     counts = Counter(names)
-    names = [name if name and counts[name] == 1 else f"{name} line {line}".strip() for name, line in zip(names, table.lines)]
+    numbered = [f"{name} line {line}".strip() for name, line in zip(names, table.lines)]
+    names = [name if name and counts[name] == 1 else other for name, other in zip(names, numbered)]
     dates = [name for name in table.names[first:end]]
     unused = [table.names[place] for place in range(len(table.names)) if not first <= place < end]
     table.notes.append(
@@ -783,6 +784,13 @@ def arrange(series, table, columns, reading, name):
                     "local times: an hour is missing every spring and doubled every autumn: daylight saving; "
                     "the dates are shown in standard time (TIMEZONE names the place)"
                 )
+    skipped = [place for place, date in enumerate(clock) if date.time() != datetime.min.time()]
+    if not series.utc and len(skipped) < len(clock) / 100 and {clock[place].time() for place in skipped} == {time(1)}:
+        clock = [date.replace(hour=0) for date in clock]
+        notes.append(
+            f"{some_of([lines[rows[place]] for place in skipped], 'line')} at 01:00 count as the whole day: daylight "
+            "saving skips midnight"
+        )
     order = sorted(range(len(clock)), key=lambda place: clock[place])
     moved = [place for place, then in zip(order, range(len(order))) if place != then]
     if moved:
@@ -838,12 +846,9 @@ def drop_doubles(series, table, clock, rows):
         telling = find_telling(table, clock, rows, series.date) if groups > 1.2 else None
         if telling:
             names, values = telling
-            each = " and ".join(names)
+            each = f"column {names[0]} tells" if len(names) == 1 else f"columns {' and '.join(names)} tell"
             example = ",".join(f"{name}={value}" for name, value in zip(names, values))
-            hint = (
-                f"{'columns' if len(names) > 1 else 'column'} {each} tell{'s' * (len(names) < 2)} several series apart: "
-                f'choose one with WHERE, such as --where "{example}"'
-            )
+            hint = f'{each} several series apart: choose one with WHERE, such as --where "{example}"'
         elif groups > 1.5:
             hint = "a file with several series needs a column of numbers for each, with each date once"
         elif len(different) < len(clock) / 100:
