@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import coverage
 from common.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from common.options import UserError, read_constants, run
 from common.schedule import warmup_cosine
@@ -724,3 +725,19 @@ def test_a_missing_package_for_classic_methods_is_named(run_forecast, monkeypatc
     monkeypatch.setitem(sys.modules, "statsforecast", None)
     with pytest.raises(UserError, match="needs the package statsforecast .*pip install statsforecast"):
         run_forecast(CLASSIC="ets")
+
+
+def test_the_table_of_coverage(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, covered in (("months", 0.7), ("days", 0.9)):
+        rows = [dict(horizon=12, method=method, windows=1234, coverage=covered) for method in coverage.METHODS]
+        Path("out", name).mkdir(parents=True)
+        Path("out", name, "results.json").write_text(json.dumps(dict(results=rows)))
+    for constant, value in dict(FILES=["months.csv", "a/days.csv"], OUTPUT="out").items():
+        monkeypatch.setattr(coverage, constant, value)
+    coverage.main()
+    text = capsys.readouterr().out
+    assert "| months | 12 | 1,234 | 70.0 | 70.0 | 70.0 |" in text and "mean over the series: 80.0 %" in text
+    monkeypatch.setattr(coverage, "FILES", ["days.csv", "a/days.csv"])
+    with pytest.raises(UserError, match="two of FILES have the same name"):
+        coverage.main()
