@@ -1,7 +1,7 @@
 """How many true values lie inside the 80 % band of tools/forecast.py, on series of different kinds.
 
     python benchmarks/coverage.py airline-passengers.csv ETTh1.csv          one row for each file and horizon
-    python benchmarks/coverage.py sales.csv --options "--gaps carry"        with options of tools/forecast.py
+    python benchmarks/coverage.py sales.csv --options "--seeds 1,2,3"       with options of tools/forecast.py
 
 The band is measured on the validation part, the coverage on the test part. Prints a table in Markdown: the coverage of
 the network, of DLinear, and of repeating the last period, mean over the seeds; below it, the network's coverage of each
@@ -23,7 +23,7 @@ answer_early(__name__, __file__)  # --help and wrong options, before anything is
 from common.options import Name, NotEmpty, UserError, run
 
 FILES: Annotated[list[Name], NotEmpty()] = ["ETTh1.csv"]  # CSV files, see docs/series.md
-OPTIONS: str = ""  # of tools/forecast.py, for every file; "": none
+OPTIONS: str = "--gaps carry"  # of tools/forecast.py, for every file; "": none
 OUTPUT: Name = "checkpoints/coverage"  # folder in which <name of the CSV file>/ is created
 
 ROOT = Path(__file__).resolve().parent.parent
