@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import coverage
 from common.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from common.options import UserError, read_constants, run
 from common.schedule import warmup_cosine
@@ -318,7 +319,6 @@ BAD = {
         lambda lines: [line.partition(",")[2] for line in lines],
         "no date column, only north, south; set DATE",
     ),
-    "no header": (lambda lines: lines[1:], "has no header: its first line, 2020-01-01 00:00:00, .*, holds a date"),
     "no numbers": (lambda lines: [line.split(",")[0] for line in lines], "no column besides date"),
     "duplicate name": (lambda lines: ["date,north,north", *lines[1:]], "several columns named 'north'"),
     "empty cell": (
@@ -341,8 +341,8 @@ BAD = {
     "time zone": (change(7, "2020-01-01 05:00:00+00:00,1.0,1.0"), "some dates have a time zone"),
     "short": (lambda lines: lines[:150], "the training part of the series is too short"),
     "constant": (
-        lambda lines: lines[:1] + [f"{line.rsplit(',', 1)[0]},{row // 400}" for row, line in enumerate(lines[1:])],
-        "south is constant in the training part",
+        lambda lines: lines[:1] + [line[:19] + 2 * f",{row // 400}" for row, line in enumerate(lines[1:])],
+        "north is constant in the training part",
     ),
 }
 
@@ -701,3 +701,43 @@ def test_a_csv_file_that_excel_or_powershell_saved_is_read(encoding, end, tmp_pa
     (tmp_path / "a.csv").write_bytes((end.join(lines) + end).encode(encoding))
     series = read_series(tmp_path / "a.csv", "date")
     assert series.columns == ["温度", "_b$"] and series.values[:, 0].tolist() == [1.5, 2.5, 3.5, 4.5, 5.5]
+
+
+# --- exponential smoothing and ARIMA
+
+
+@pytest.mark.parametrize("name", ["ets", "arima"])
+def test_classic_methods_forecast_each_window_from_all_rows_before(name, run_forecast):
+    library = pytest.importorskip("statsforecast.models")
+    months = [f"{1990 + row // 12}-{row % 12 + 1:02}" for row in range(120)]
+    values = [100 + row + 20 * math.sin(row * math.pi / 6) + row * row * 7919 % 13 for row in range(120)]
+    Path("months.csv").write_text("month,value\n" + "".join(f"{m},{v}\n" for m, v in zip(months, values)))
+    output = run_forecast(CSV="months.csv", CLASSIC=name, HORIZONS=[6], LOOKBACK=2, PERIOD=12, DLINEAR_LOOKBACK=24)
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))["results"]
+    row = next(row for row in results if row["method"] == name)
+    assert row["windows"] == 24 - 6 + 1 and 0 <= row["coverage"] <= 1
+    model = dict(ets=library.AutoETS, arima=library.AutoARIMA)[name](season_length=12).fit(np.array(values[:72]))
+    errors = [model.forward(y=np.array(values[:end]), h=6)["mean"] - values[end : end + 6] for end in range(96, 115)]
+    assert row["mse"] == pytest.approx(np.mean(np.square(errors)) / np.var(values[:72]), rel=1e-4)
+
+
+def test_a_missing_package_for_classic_methods_is_named(run_forecast, monkeypatch):
+    monkeypatch.setitem(sys.modules, "statsforecast", None)
+    with pytest.raises(UserError, match="needs the package statsforecast .*pip install statsforecast"):
+        run_forecast(CLASSIC="ets")
+
+
+def test_the_table_of_coverage(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, covered in (("months", 0.7), ("days", 0.9)):
+        rows = [dict(horizon=12, method=method, windows=1234, coverage=covered) for method in coverage.METHODS]
+        Path("out", name).mkdir(parents=True)
+        Path("out", name, "results.json").write_text(json.dumps(dict(results=rows)))
+    for constant, value in dict(FILES=["months.csv", "a/days.csv"], OUTPUT="out").items():
+        monkeypatch.setattr(coverage, constant, value)
+    coverage.main()
+    text = capsys.readouterr().out
+    assert "| months | 12 | 1,234 | 70.0 | 70.0 | 70.0 |" in text and "mean over the series: 80.0 %" in text
+    monkeypatch.setattr(coverage, "FILES", ["days.csv", "a/days.csv"])
+    with pytest.raises(UserError, match="two of FILES have the same name"):
+        coverage.main()

@@ -8,7 +8,7 @@ import pytest
 
 from common.options import UserError
 from tools.dates import Step, describe_interval, find_step, read_dates
-from tools.series import find_separator, read_series
+from tools.series import drop_flat, find_separator, read_series
 
 NAMES = "January February March April May June July August September October November December".split()
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -294,9 +294,14 @@ def test_empty_cells_are_refused_or_filled(read):
     late = write(DAYS[:12], str, number=lambda row: row if row > 2 else "")
     series = read(late, gaps="carry")
     check(series, DAYS[3:12], list(range(3, 12)))
-    assert any("the first 3 rows are left out" in note for note in series.notes)
-    with pytest.raises(UserError, match="begins in the second half only; exclude it"):
-        read(write(DAYS[:12], str, number=lambda row: row if row > 8 else ""), gaps="carry")
+    assert "the first 3 rows have no numbers, left out" in series.notes
+    lines = [f"{day},{row},{row if row > 8 else ''}" for row, day in enumerate(DAYS[:12])]
+    text = "\n".join(["date,value,new", *lines])
+    series = read(text, gaps="carry")
+    check(series, DAYS[:12], list(range(12)))
+    assert "column new left out: the first value is in the second half" in series.notes
+    with pytest.raises(UserError, match="column new begins in the second half only; exclude it"):
+        read(text, gaps="carry", columns=["value", "new"])
     with pytest.raises(UserError, match="rows are missing, more than there are"):
         read(write([*DAYS[:12], datetime(2999, 1, 1)], str), gaps="carry")
 
@@ -327,8 +332,42 @@ def test_rows_are_sorted_and_doubled_ones_named(form, read):
 def test_several_series_below_each_other_are_refused_with_the_column_that_tells_them_apart(read):
     rows = [f"{date},{store},{date.day * store}\n" for store in (1, 2, 3) for date in DAYS]
     text = "date,store,value\n" + "".join(rows)
-    with pytest.raises(UserError, match="column store tells them apart"):
+    with pytest.raises(UserError, match='column store tells several .* such as --where "store=1"'):
         read(text)
+    series = read(text, where=["store=2"])
+    check(series, DAYS, [2 * date.day for date in DAYS])
+    assert "WHERE store=2: 60 of 180 rows read" in series.notes
+
+
+def test_where_names_several_columns_and_values_with_commas(read):
+    pairs = [("Korea, South", "f"), ("Korea, South", "m"), ("Norway", "f"), ("Norway", "m")]
+    rows = [f'{date},"{name}",{sex},{row * place}\n' for place, (name, sex) in enumerate(pairs, 1)
+            for row, date in enumerate(DAYS)]  # fmt: skip
+    text = "date,Country,sex,value\n" + "".join(rows)
+    with pytest.raises(UserError, match='columns Country and sex tell several .*--where "Country=Korea, South,sex=f"'):
+        read(text)
+    series = read(text, where="Country=Korea, South,sex=m".split(","))  # as the command line splits a list
+    check(series, DAYS, [2 * row for row in range(len(DAYS))])
+    with pytest.raises(UserError, match=r"no row .* 'Norge' in column Country; .* Korea, South, Norway"):
+        read(text, where=["Country=Norge"])
+    with pytest.raises(UserError, match="WHERE 'Land=Norway' must be a column and its value.* Country, sex"):
+        read(text, where=["Land=Norway"])
+
+
+def test_a_column_with_an_early_gap_is_filled_before_rows_are_left_out(read):
+    lines = [f"{day},{row if row > 3 else ''},{row if row not in (2, 3, 4, 5) else ''}" for row, day in enumerate(DAYS)]
+    series = read("date,value,other\n" + "\n".join(lines), gaps="carry")
+    assert series.dates == DAYS[4:] and series.values[:, 0].tolist() == list(range(4, 60))
+    assert series.values[:3, 1].tolist() == [1, 1, 6]
+    assert any("the first 4 rows are left out: column value has no value before" in note for note in series.notes)
+
+
+def test_rows_without_numbers_at_both_ends_are_left_out(read):
+    series = read(write(MONTHS, str, number=lambda row: row if 2 < row < 140 else ""))
+    check(series, MONTHS[3:140], list(range(3, 140)))
+    assert "the first 3 rows have no numbers, left out" in series.notes
+    assert "the last 10 rows have no numbers, left out" in series.notes
+    assert series.following(1) == [MONTHS[140]]
 
 
 # --- daylight saving
@@ -497,3 +536,77 @@ def test_a_step_needs_two_dates():
     assert find_step([datetime(2020, 1, 1)]) is None and read_dates(["", ""]) is None
     step = Step("month", 1, datetime(2020, 1, 31), day=31)
     assert [step.at(row).day for row in range(4)] == [31, 29, 31, 30]
+
+
+# --- tables that begin otherwise
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("above", ["Monthly sales\n", "Monthly sales\nSource: office\n\n", "# made by hand\nSales\n"])
+def test_lines_above_the_header_are_left_out(read, above, separator):
+    series = read(above + write(MONTHS, lambda date: f"{date:%Y-%m}", separator=separator))
+    check(series, MONTHS)
+    assert any("above the header left out" in note for note in series.notes)
+
+
+def test_a_file_without_header_gets_names(read):
+    lines = [f"{day},{3 * row},{row % 7}" for row, day in enumerate(HOURS)]
+    series = read("\n".join(lines))
+    assert series.columns == ["column 2", "column 3"] and series.date == "column 1"
+    assert series.dates == HOURS and series.values[:, 0].tolist() == list(range(0, 180, 3))
+    assert any("no header" in note for note in series.notes)
+    numbers = read("\n".join(f"{day:%Y%m%d},{2 * row}" for row, day in enumerate(DAYS)))
+    assert numbers.dates == DAYS and numbers.values[:, 0].tolist() == list(range(0, 120, 2))
+
+
+@pytest.mark.parametrize("forms", ["{0.year}", "{0.month}/{0.day}/{0:%y}", "{0:%Y-%m-%d}"])
+def test_dates_in_the_header_turn_the_table(read, forms):
+    dates = YEARS if forms == "{0.year}" else DAYS
+    header = ",".join(forms.format(date) for date in dates)
+    rows = [",".join(str(place * row % 13) for row in range(len(dates))) for place in (3, 5)]
+    text = f"Region,Country,Lat,{header}\nWest,Norway,60.5,{rows[0]}\nWest,Japan,-3,{rows[1]}\n"
+    series = read(text)
+    assert series.columns == ["Norway", "Japan"] and series.dates == dates
+    assert series.values.T.tolist() == [[place * row % 13 for row in range(len(dates))] for place in (3, 5)]
+    assert any("dates in the header, so the table is turned: 2 columns" in note for note in series.notes)
+    assert read(text, where=["Country=Japan"]).columns == ["Japan"]
+
+
+def test_quarters_and_weeks_beside_a_year(read):
+    quarters = [f"{date.year},{(date.month + 2) // 3},{row}" for row, date in enumerate(QUARTERS)]
+    check(read("year,quarter,value\n" + "\n".join(quarters)), QUARTERS, list(range(30)))
+    weeks = [datetime(2019, 12, 2) + 7 * DAY * row for row in range(120)]
+    lines = ["{},{},{}".format(*date.isocalendar()[:2], row) for row, date in enumerate(weeks)]
+    check(read("Year,Week,value\n" + "\n".join(lines)), weeks, list(range(120)))
+    # 2014 has 53 weeks from Sunday on, 2015 has 53 in ISO 8601
+    sundays = [datetime(2013, 12, 29) + 7 * DAY * row for row in range(80)]
+    numbers = [(2014, row + 1) if row < 53 else (2015, row - 52) for row in range(80)]
+    series = read("YEAR,WEEK,value\n" + "\n".join(f"{y},{w},{row}" for row, (y, w) in enumerate(numbers)))
+    check(series, sundays, list(range(80)))
+    assert any("weeks from Sunday on" in note for note in series.notes)
+
+
+def test_a_header_without_its_last_name(read):
+    lines = [f"{date:%Y-%m},{row},{row % 5}" for row, date in enumerate(MONTHS)]
+    series = read("Date,Price\n" + "\n".join(lines))
+    assert series.date == "Date" and series.columns == ["Price", "column 3"]
+
+
+def test_errors_of_spreadsheets_are_missing_values(read):
+    cells = ["1", "#DIV/0!", "3", "#REF!", "***", "6"]
+    check(read(write(DAYS[:6], str, number=lambda row: cells[row]), gaps="interpolate"), DAYS[:6], list(range(1, 7)))
+
+
+def test_columns_that_only_move_after_the_training_part_are_left_out(read):
+    lines = [f"{day},{row},{max(0, row - 50)}" for row, day in enumerate(DAYS)]
+    series = read("date,value,late\n" + "\n".join(lines))
+    drop_flat(series, 40)
+    check(series, DAYS, list(range(60)))
+    assert any("column late left out: constant in the training part" in note for note in series.notes)
+
+
+def test_days_whose_midnight_daylight_saving_skips(read):
+    days = [datetime(2018, 6, 1) + DAY * row for row in range(300)]
+    dates = [date + HOUR * (date == datetime(2018, 11, 4)) for date in days]  # as in Brazil
+    series = read(write(dates, str))
+    check(series, days)
+    assert any("line 158 at 01:00 count as the whole day" in note for note in series.notes)

@@ -20,7 +20,7 @@ network therefore predicts the deviation from the mean day. No other path bypass
 
 DLinear (Zeng et al., AAAI 2023), a strong linear baseline, is trained on the same data for the same number of steps.
 Repeating the last period is the seasonal naive baseline; repeating the mean of the LOOKBACK periods shows what the
-network adds.
+network adds. CLASSIC adds exponential smoothing or ARIMA, both strong on short series.
 
 Uncertainty. The band from the 10 % to the 90 % quantile holds the errors on the validation part (split conformal
 prediction, Vovk et al.), for each column and step, in units of the scale of the window; the forecast itself is the 50 %
@@ -78,6 +78,7 @@ from common.checkpoint_check import check_both_weights, check_model_args, check_
 from common.checkpoint_check import check_weights, outline_network
 from common.dataset import seed_everything
 from common.device import choose_device, keep_freed_memory
+from common.extras import require
 from common.faults import Diverged, Interrupt, StepGuard, Stopped, first_non_finite_layer, is_out_of_memory
 from common.file_checks import brief, check_fields, check_keys, check_names
 from common.files import SideFiles, write_csv, write_json
@@ -104,8 +105,8 @@ from common.schedule import warmup_cosine
 from common.text import label
 from ema import ModelEma
 from tools.dates import describe_interval
-from tools.series import check_parts, choose_period, column_statistics, default_windows, open_zone, read_series
-from tools.series import split_rows, split_windows
+from tools.series import check_parts, choose_period, column_statistics, default_windows, drop_flat, open_zone
+from tools.series import read_series, split_rows, split_windows
 
 # What the constants below accept, besides the kinds of common/options.py.
 Parts = Annotated[list[Positive], Length(3)]
@@ -122,6 +123,7 @@ DATE_ORDER: Literal["auto", "dmy", "mdy", "ymd"] = "auto"  # day, month and year
 TIMEZONE: Name | None = None  # of local times with daylight saving, such as Europe/Berlin; None: as the dates are
 DECIMAL: Literal["auto", ".", ","] = "auto"  # decimal sign; "auto": the columns decide
 GAPS: Literal["refuse", "carry", "interpolate"] = "refuse"  # missing rows, empty cells: last value, or a line
+WHERE: list[str] = []  # column=value: read only rows with these, one series of several; []: all rows
 COLUMNS: list[str] = []  # number columns to train on; []: all that vary
 TARGETS: list[str] = []  # columns among COLUMNS to forecast and evaluate; []: all
 ENCODING: Name = "utf-8-sig"  # text encoding of the file; utf-8-sig is UTF-8 with or without a byte order mark
@@ -159,6 +161,9 @@ MAX_SKIPPED: PositiveInt = 10  # consecutive steps with a non-finite loss or gra
 DLINEAR_LOOKBACK: PositiveInt | None = None  # input window in rows; None: 336, or a third of the training part
 DLINEAR_LEARNING_RATE: StepSize = 5e-3  # peak learning rate; the loss is the MSE
 
+# --- exponential smoothing or ARIMA; requires statsforecast
+CLASSIC: Literal["", "ets", "arima"] = ""  # AutoETS or AutoARIMA of each column, beside the network; "": none
+
 # --- run
 CHECKPOINT: str = ""  # "": train; path of a best.pth: forecast the rows that follow the end of CSV
 DEVICE: Name = "auto"  # "auto": cuda, else mps, else cpu; or one of these, or a device such as "cuda:1"
@@ -170,7 +175,7 @@ RESULTS: Name = "results"  # folder for the forecasts of CHECKPOINT; existing fi
 # Constants that have no effect on what is trained, or only through the series, which is compared itself, so that a run
 # may be resumed with others.
 NO_EFFECT = ("CSV", "CHECKPOINT", "DEVICE", "SEEDS", "HORIZONS", "RESUME", "OUTPUT", "RESULTS")
-NO_EFFECT += ("DATE_ORDER", "TIMEZONE", "DECIMAL", "GAPS")
+NO_EFFECT += ("CLASSIC", "DATE_ORDER", "TIMEZONE", "DECIMAL", "GAPS", "WHERE")
 DEFAULT_SPLIT = [0.6, 0.2, 0.2]
 LOSSES = dict(mae=F.l1_loss, mse=F.mse_loss, huber=F.smooth_l1_loss)
 QUANTILES = (0.1, 0.9)  # the band around a forecast
@@ -233,20 +238,24 @@ def main():
 
     config = {name: globals()[name] for name in read_constants(__file__) if name not in NO_EFFECT}
     device = choose_device(DEVICE)
-    reading = dict(encoding=ENCODING, order=DATE_ORDER, decimal=DECIMAL, zone=TIMEZONE, gaps=GAPS)
+    reading = dict(encoding=ENCODING, order=DATE_ORDER, decimal=DECIMAL, zone=TIMEZONE, gaps=GAPS, where=WHERE)
     if CHECKPOINT:
         return forecast(CHECKPOINT, CSV, DATE, reading, config | dict(HORIZONS=HORIZONS), device, Path(RESULTS))
+    if CLASSIC:
+        require("statsforecast")
     if device.type == "cpu":
         keep_freed_memory()
 
     series = read_series(CSV, DATE, COLUMNS, **reading)
-    unknown = [name for name in TARGETS if name not in series.columns]
-    if unknown:
-        raise UserError(f"TARGETS names {unknown[0]!r}, which is not among the columns {', '.join(series.columns)}")
     dates, step = series.dates, series.step
     usual, usual_name = choose_period(step, len(dates))
     period = PERIOD or usual
     ends = split_rows(len(dates), series.interval, SPLIT or DEFAULT_SPLIT)
+    if not COLUMNS:
+        drop_flat(series, ends[0])
+    unknown = [name for name in TARGETS if name not in series.columns]
+    if unknown:
+        raise UserError(f"TARGETS names {unknown[0]!r}, which is not among the columns {', '.join(series.columns)}")
     periods, horizons, rows = default_windows(ends, period)
     lookback, horizons, dlinear_lookback = LOOKBACK or periods, HORIZONS or horizons, DLINEAR_LOOKBACK or rows
     config |= dict(SPLIT=SPLIT or DEFAULT_SPLIT, LOOKBACK=lookback, DLINEAR_LOOKBACK=dlinear_lookback)
@@ -290,6 +299,9 @@ def main():
     print(f"network     {MODEL}, {parameters:,} parameters for horizon {horizons[0]}")
     print(f"device      {device}, torch {torch.__version__}, timm {timm.__version__}\n")
 
+    classic = None
+    if CLASSIC:
+        classic = fit_classic(CLASSIC, series.values[: ends[0], targets], period)
     settings = Settings(
         epochs=EPOCHS,
         epoch_steps=EPOCH_STEPS,
@@ -337,7 +349,22 @@ def main():
                     for name, periods in (("mean period", lookback), ("last period", 1)):
                         parts = split_windows(values, ends, periods * period, horizon)
                         row = dict(horizon=horizon, seed=None, method=name, windows=len(parts[2]))
-                        row |= evaluate_repeat(periods, period, horizon, parts, targets, interrupt)
+                        model = Repeat(period, periods, horizon)
+                        row |= evaluate_untrained(model, periods * period, parts, targets, interrupt)
+                        results.append(row)
+                        print(format_result(row))
+                    if CLASSIC:
+                        history = lookback * period
+                        parts = list(split_windows(values[:, targets], ends, history, horizon))
+                        for part, first in ((1, ends[0]), (2, ends[1])):
+                            rows = first, len(parts[part]), horizon
+                            forecasts = forecast_classic(classic, series.values[:, targets], *rows, interrupt)
+                            forecasts = (forecasts - mean[targets, None]) / std[targets, None]
+                            past, future = parts[part].split([history, horizon], 2)
+                            parts[part] = torch.cat([past, torch.from_numpy(forecasts).to(past), future], 2)
+                        row = dict(horizon=horizon, seed=None, method=CLASSIC, windows=len(parts[2]))
+                        every = list(range(len(targets)))
+                        row |= evaluate_untrained(Last(horizon), history + horizon, parts, every, interrupt)
                         results.append(row)
                         print(format_result(row))
         except Stopped:
@@ -686,6 +713,52 @@ class Repeat(nn.Module):
     def forward(self, x):
         _, day, std = normalise(x[..., -self.period * self.periods :], self.period)
         return restore(x.new_zeros(*x.shape[:2], self.horizon), day, std)
+
+
+def fit_classic(name, values, period):
+    """Fit exponential smoothing or ARIMA to each column of the training part: a list of models of statsforecast.
+
+    Args:
+        name: "ets" or "arima".
+        values: float64 array (rows, columns), in the units of the file: some models need positive numbers.
+        period: rows per seasonal period; above 24 these models take none.
+    """
+    [library] = require("statsforecast.models")
+    model = dict(ets=library.AutoETS, arima=library.AutoARIMA)[name]
+    return [model(season_length=period if period <= 24 else 1).fit(column) for column in values.T]
+
+
+def forecast_classic(models, values, first, count, horizon, interrupt):
+    """Forecasts with the parameters that `fit_classic` has found, each from all rows before it.
+
+    Args:
+        models: one for each of C columns.
+        values: float64 array (rows, C).
+        first: first row of the first of `count` forecasts; each further one begins a row later.
+        interrupt: the active `Interrupt`.
+
+    Returns:
+        float64 array (count, C, horizon).
+    """
+    forecasts = np.empty((count, len(models), horizon))
+    for number in range(count):
+        for column, model in enumerate(models):
+            past = np.ascontiguousarray(values[: first + number, column])
+            forecasts[number, column] = model.forward(y=past, h=horizon)["mean"]
+        if interrupt.signal is not None:
+            raise Stopped
+    return forecasts
+
+
+class Last(nn.Module):
+    """The last `horizon` rows of its input: (N, C, lookback) -> (N, C, horizon), for forecasts made before."""
+
+    def __init__(self, horizon):
+        super().__init__()
+        self.horizon = horizon
+
+    def forward(self, x):
+        return x[..., -self.horizon :]
 
 
 def window_scale(past):
@@ -1105,9 +1178,8 @@ def write_test_forecasts(series, metadata, horizon, windows, trained, path):
     )
 
 
-def evaluate_repeat(periods, period, horizon, parts, targets, interrupt):
-    """Validation MSE and test errors of repeating the mean of the last `periods` periods, as a result's dict."""
-    model, lookback = Repeat(period, periods, horizon), periods * period
+def evaluate_untrained(model, lookback, parts, targets, interrupt):
+    """Validation MSE and test errors of a model that needs no training, as a result's dict."""
     validation = evaluate(model, parts[1], lookback, targets, interrupt)
     band = measure_band(model, parts[1], lookback, targets, interrupt).double()
     test = evaluate(model, parts[2], lookback, targets, interrupt, band)

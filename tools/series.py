@@ -9,8 +9,9 @@ import io
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
-from datetime import timedelta, timezone, tzinfo
+from dataclasses import dataclass, field, replace
+from datetime import datetime, time, timedelta, timezone, tzinfo
+from itertools import combinations
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -19,17 +20,20 @@ import numpy as np
 from common.options import ConstantError, UserError
 from common.tables import unguard
 from common.text import read_text
-from tools.dates import DAY, Ambiguous, Step, find_step, read_dates, read_times, to_standard_time, to_utc
+from tools.dates import DAY, Ambiguous, Step, find_step, is_regular, read_dates, read_times, to_standard_time, to_utc
 
-MISSING = {"", "na", "n/a", "#n/a", "nan", "null", "none", "nil", "?", "-", "--", "..", "...", "."}
+MISSING = {"", "na", "n/a", "n.a.", "#n/a", "nan", "null", "none", "nil", "?", "-", "--", "..", "...", ".", "*", "***"}
+MISSING |= {"#div/0!", "#null!", "#num!", "#ref!", "#value!"}  # as spreadsheets write errors
 INDEX = {"", "index", "id", "no", "no.", "nr", "nr.", "#", "row", "rowid", "row_id", "instant", "unnamed", "rownames"}
 PARTS = {  # names of columns that together are a date
     "year": ("year", "yr", "yyyy", "jahr", "年", "年份"),
     "month": ("month", "mon", "mo", "mm", "mnth", "monat", "月", "月份"),
-    "day": ("day", "dd", "tag", "日"),
+    "day": ("day", "dd", "tag", "日", "day_of_month", "date_of_month", "dayofmonth", "mday"),
     "hour": ("hour", "hr", "hh", "stunde", "时", "小时"),
 }
+QUARTERS, WEEKS = ("quarter", "qtr", "q", "quartal", "季度"), ("week", "wk", "kw", "woche", "周")
 TIMES = ("time", "hour", "hr", "hh", "uhrzeit", "zeit", "stunde", "时间", "时", "小时")
+DATE_NAME = re.compile("date|time|year|month|day|week|quarter|datum|zeit|fecha|jahr|日期|时间|年|月", re.IGNORECASE)
 SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}  # the rarer in text the earlier
 
 # A number with a decimal point, or a decimal comma; thousands may be separated by the other one.
@@ -99,8 +103,9 @@ def read_series(
     decimal="auto",
     zone=None,
     gaps="refuse",
+    where=(),
 ):
-    """Read a CSV file with a header.
+    """Read a CSV file.
 
     Args:
         path: the file; fields are separated by commas, semicolons, tabs or bars.
@@ -111,6 +116,7 @@ def read_series(
         decimal: "." or ",": decimal sign; "auto": the columns decide.
         zone: IANA time zone of local times, such as "Europe/Berlin".
         gaps: "refuse" missing rows and empty cells, or fill them: "carry" the last value forward, or "interpolate".
+        where: texts "column=value"; only rows with these values are read.
 
     Returns:
         `Series`.
@@ -120,6 +126,8 @@ def read_series(
     """
     path = Path(path)
     table = read_cells(path, encoding)
+    add_header(table)
+    transpose(table, select_rows(table, where))
     dates = choose_dates(table, date_column, order)
     check_names(table, dates.columns, columns)
     drop_footer(table, dates)
@@ -134,7 +142,8 @@ def read_series(
     chosen, values = read_numbers(table, dates.columns, columns, decimal)
     series = Series([], None, chosen, values, dates.columns[0], notes=table.notes)
     arrange(series, table, dates.columns, dates.reading, zone)
-    fill(series, path, gaps)
+    drop_empty_ends(series, table)
+    fill(series, path, gaps, chosen=bool(columns))
     return series
 
 
@@ -188,11 +197,15 @@ def read_cells(path, encoding):
     separator = find_separator(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     try:
-        names = [unguard(name.strip()) for name in next(reader, [])]
         rows = [(reader.line_num + skipped, [cell.strip() for cell in row]) for row in reader]
     except csv.Error as error:
         line = reader.line_num + skipped
         raise UserError(f"{path}, line {line}: not valid CSV ({error}); save the table as CSV") from error
+    above = count_above(rows)
+    if above:
+        lines = [line for line, row in rows[:above] if any(row)]
+        notes.append(f"{some_of(lines, 'line')} above the header left out: fewer fields than the table")
+    names, rows = [unguard(name) for name in rows[above][1]] if rows else [], rows[above + 1 :]
     blank = [line for line, row in rows if row and not any(row) and len(row) > 1]
     rows = [(line, row) for line, row in rows if any(row)]
     if blank:
@@ -202,22 +215,50 @@ def read_cells(path, encoding):
     return table
 
 
+def count_above(rows, most=50):
+    """How many of the first rows are notes above the header.
+
+    They have fewer fields than the table. The first row of its width is the header if it holds names and the next one
+    numbers; else the first row of all is: one without a name for the first column, or one that is broken.
+
+    Args:
+        rows: pairs of line number and texts.
+        most: maximum number.
+    """
+    rows = [row for _, row in rows[:200]]
+    widths = [len(row) for row in rows if row]
+    if not widths:
+        return 0
+    usual, count = Counter(widths).most_common(1)[0]
+    full = [number for number, row in enumerate(rows) if len(row) == usual]
+    if widths[0] >= usual or count < len(widths) / 2 or full[0] > most or len(full) < 2:
+        return 0
+    if full[0] == 1 and len(rows[0]) == usual - 1 and len(rows[0]) > 1:
+        return 0
+    names, below = rows[full[0]], rows[full[1]]
+    numbers = sum(map(number, names))
+    return full[0] if any(map(number, below)) and (not numbers or date_run(names)) else 0
+
+
 def find_separator(text):
     """The separator that gives the first lines as many fields as the header, outside quotes."""
     lines = text.split("\n", 200)[:200]
     best = 0, 0, ","
-    for separator in SEPARATORS:
-        try:
-            rows = [row for row in csv.reader(lines, delimiter=separator, skipinitialspace=True) if row]
-        except csv.Error:
-            continue
-        if not rows or len(rows[0]) < 2:
-            continue
-        widths = [len(row) for row in rows]
-        usual, count = Counter(widths).most_common(1)[0]
-        score = round(count / len(rows), 1), min(usual, widths[0] + 1), separator
-        if score[:2] > best[:2]:
-            best = score
+    for title in (False, True):  # if nothing separates the first line, it may be a title above the header
+        for separator in SEPARATORS:
+            try:
+                rows = [row for row in csv.reader(lines, delimiter=separator, skipinitialspace=True) if row]
+            except csv.Error:
+                continue
+            widths = [len(row) for row in rows]
+            usual, count = Counter(widths).most_common(1)[0] if rows else (0, 0)
+            if not rows or usual < 2 or (widths[0] < 2) != title:
+                continue
+            score = round(count / len(rows), 1), usual if title else min(usual, widths[0] + 1), separator
+            if score[:2] > best[:2]:
+                best = score
+        if best[0]:
+            break
     return best[2]
 
 
@@ -226,8 +267,12 @@ def level(table):
     names, rows = table.names, table.rows
     width = len(names)
     if rows and width and all(len(row) == width + 1 for row in rows) and any(row[-1] for row in rows):
-        names.insert(0, "")  # as R writes row names
-        table.notes.append("the header lacks a name for the first column, as in tables from R")
+        if DATE_NAME.search(names[0]) and is_date(rows[0][0]) and not is_date(rows[0][1]):
+            names.append("")
+            table.notes.append("the header lacks a name, for the last column, as dates are in the first")
+        else:
+            names.insert(0, "")  # as R writes row names
+            table.notes.append("the header lacks a name for the first column, as in tables from R")
         width += 1
     for place in range(width - 1, 0, -1):  # separators at the ends of all lines
         if names[place] or any(len(row) > place and row[place] for row in rows):
@@ -249,6 +294,122 @@ def level(table):
                 del names[place]
                 for row in rows:
                     del row[place]
+
+
+def is_date(cell):
+    """Whether a text alone is a date, and no plain number."""
+    try:
+        return read_dates([cell]) is not None
+    except Ambiguous:
+        return True
+
+
+def date_run(names):
+    """(first, end) of the columns whose names are dates at equal steps, six or more and most of all; None."""
+    for numbers in (False, True):
+        for first in range(min(len(names), 12)):
+            run = [name for name in names[first:] if name]
+            if len(run) < 6 or 2 * len(run) < len(names) or not (number(run[0]) if numbers else is_date(run[0])):
+                continue
+            try:
+                reading = read_dates(run, numbers=numbers, share=1)
+            except Ambiguous:
+                return first, first + len(run)
+            if reading:
+                return first, first + len(run)
+    return None
+
+
+def add_header(table):
+    """Give the columns of a table names if its first line has none: if it holds a date where the rows below do."""
+    if date_run(table.names):
+        return
+    for place, name in enumerate(table.names):
+        below = [row[place] for row in table.rows[:20]]
+        if is_date(name):
+            dated = sum(map(is_date, below)) > 0.8 * len(below)
+        else:
+            first = number(name) and read_dates([name], numbers=True, anything=True)
+            dated = first and all(map(number, table.names)) and read_dates([name, *below], numbers=True)
+        if dated:
+            row = ["" if re.fullmatch(r"column \d+", name) else name for name in table.names]
+            table.rows.insert(0, row)
+            table.lines.insert(0, table.lines[0] - 1 if table.lines else 1)
+            table.names[:] = [f"column {place + 1}" for place in range(len(row))]
+            table.notes.append("the file has no header, so the columns are column 1, column 2, ...")
+            return
+
+
+def select_rows(table, where):
+    """Keep the rows of a table with the values of `where`, see `read_series`; UserError if there are none.
+
+    Returns the names of the columns in it.
+    """
+    parts, used = [], []
+    for part in where:  # a comma in a value separates two parts of a list
+        if "=" not in part and parts:
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    total = len(table.rows)
+    for part in parts:
+        names = [name for name in table.names if part.startswith(f"{name}=")]
+        if not names:
+            raise UserError(
+                f"WHERE {part!r} must be a column and its value, such as Country=Norway; {table.path} has the columns "
+                f"{', '.join(table.names)}"
+            )
+        name = max(names, key=len)
+        value = part[len(name) + 1 :].strip()
+        cells = table.cells(name)
+        keep = [row for row, cell in enumerate(cells) if cell == value]
+        if not keep:
+            known = list(dict.fromkeys(cells))
+            raise UserError(
+                f"no row of {table.path} has {value!r} in column {name}; set WHERE to one of its values, "
+                f"{', '.join(known[:5])}{', ...' if len(known) > 5 else ''}"
+            )
+        table.drop(keep)
+        used.append(name)
+    if parts:
+        table.notes.append(f"WHERE {', '.join(parts)}: {len(table.rows):,} of {total:,} rows read")
+    return used
+
+
+def transpose(table, used):
+    """Turn a table whose header holds the dates, with a row for each series, into one with a row for each date.
+
+    Args:
+        used: names of the columns in WHERE, which name a single series.
+    """
+    run = date_run(table.names)
+    if not run or not table.rows:
+        return
+    first, end = run
+    labels = [place for place in range(first) if any(not number(row[place]) for row in table.rows if row[place])]
+    labels = [table.names.index(name) for name in used] + labels or list(range(first))
+    names = None
+    for place in labels:  # the first column that tells the rows apart, else all together
+        cells = [row[place] for row in table.rows]
+        if all(cells) and len(set(cells)) == len(cells):
+            names = cells
+            break
+    names = names or [" ".join(row[place] for place in labels if row[place]) for row in table.rows]
+    counts = Counter(names)
+    numbered = [f"{name} line {line}".strip() for name, line in zip(names, table.lines)]
+    names = [name if name and counts[name] == 1 else other for name, other in zip(names, numbered)]
+    dates = [name for name in table.names[first:end]]
+    unused = [table.names[place] for place in range(len(table.names)) if not first <= place < end]
+    table.notes.append(
+        f"dates in the header, so the table is turned: {len(names):,} column{'s' * (len(names) > 1)}, one for each line"
+        + (f"; not read as numbers: {some_of(unused, 'column')}" if unused else "")
+    )
+    table.rows = [[date, *(row[first + place] for row in table.rows)] for place, date in enumerate(dates)]
+    table.lines = [1] * len(dates)
+    date = "date"
+    while date in names:
+        date += "_"
+    table.names = [date, *names]
 
 
 def check_names(table, dates, columns):
@@ -303,10 +464,6 @@ def choose_dates(table, name, order):
             f"{path} has no date column {name!r}, only {', '.join(names) or 'an empty first line'}; set DATE to the "
             "name of the date column"
         )
-    if found and any(read_dates([column], order, number(column), anything=True) for column in found.columns):
-        raise UserError(
-            f"{path} has no header: its first line, {', '.join(names)}, holds a date; add a line with names of columns"
-        )
     if not found and name is None:
         raise UserError(
             f"{path} has no date column, only {', '.join(names) or 'an empty first line'}; set DATE to the name of the "
@@ -335,16 +492,51 @@ def join_parts(table, order, name=None):
             break
         parts[part] = column
     columns = list(parts.values())
-    if len(parts) < 2 or (name is not None and name not in columns):
+    quarter, week = (next((lower[name] for name in names if name in lower), None) for names in (QUARTERS, WEEKS))
+    letter = ""
+    if len(parts) == 1 and (quarter or week):
+        columns.append(quarter or week)
+        letter = "Q" if quarter else "W"
+    if len(columns) < 2 or (name is not None and name not in columns):
         return None
     rows = list(zip(*(table.cells(column) for column in columns)))
     cells = ["" if not all(row) else "-".join(row[:3]) + "".join(f" {hour}:00" for hour in row[3:]) for row in rows]
     cells = [re.sub(r"\.0+(?=\D|$)", "", cell) for cell in cells]
+    kind = "quarters"
+    if letter:
+        pairs = [re.fullmatch(rf"(\d{{4}})-{letter}?(\d{{1,2}})", cell, re.IGNORECASE) for cell in cells]
+        pairs = [pair and (int(pair[1]), int(pair[2])) for pair in pairs]
+        if letter == "W":
+            kind, cells = number_weeks(pairs)
+        else:
+            cells = [f"{pair[0]}-Q{pair[1]}" if pair else "" for pair in pairs]
     reading = read_dates(cells, order)
     if reading is None:
         return None
     reading.note = "years, months, days and hours in columns of their own"
+    if letter:
+        reading.note = f"years and {kind} in columns of their own"
     return Dates(columns, reading)
+
+
+def number_weeks(pairs):
+    """(what the weeks are, their first days as texts) of pairs of year and week, "" for None.
+
+    Weeks begin on Monday as in ISO 8601, or, if only then the rows are equally far apart, on Sunday as in the
+    epidemiological weeks of the United States. In both, 4 January is in the first week.
+    """
+    found = {}
+    for kind, shift in (("ISO weeks", 0), ("weeks from Sunday on", 1)):
+        days = []
+        for pair in pairs:
+            fourth = datetime(pair[0], 1, 4) if pair else None
+            first = pair and fourth - DAY * ((fourth.weekday() + shift) % 7)
+            days.append(first and first + 7 * DAY * (pair[1] - 1))
+        found[kind] = ["" if day is None else f"{day:%Y-%m-%d}" for day in days]
+        different = {day for day in days if day}  # which is fewer than the pairs if two weeks are one
+        if len(different) == len({pair for pair in pairs if pair}) and is_regular(different, 0.2):
+            return kind, found[kind]
+    return "ISO weeks", found["ISO weeks"]
 
 
 def add_times(table, dates):
@@ -420,7 +612,11 @@ def read_numbers(table, dates, columns, decimal):
             elif is_row_number(name, column):
                 left["numbers of the rows"].append(name)
                 del values[name]
-    note = "; ".join(f"{', '.join(names)} ({why})" for why, names in left.items() if names)
+    note = "; ".join(
+        f"{', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''} ({why})"
+        for why, names in left.items()
+        if names
+    )
     if not values:
         raise UserError(
             f"{table.path} has no column of numbers that vary besides {', '.join(dates)}: {note or 'nothing'}; add "
@@ -588,6 +784,13 @@ def arrange(series, table, columns, reading, name):
                     "local times: an hour is missing every spring and doubled every autumn: daylight saving; "
                     "the dates are shown in standard time (TIMEZONE names the place)"
                 )
+    skipped = [place for place, date in enumerate(clock) if date.time() != datetime.min.time()]
+    if not series.utc and len(skipped) < len(clock) / 100 and {clock[place].time() for place in skipped} == {time(1)}:
+        clock = [date.replace(hour=0) for date in clock]
+        notes.append(
+            f"{some_of([lines[rows[place]] for place in skipped], 'line')} at 01:00 count as the whole day: daylight "
+            "saving skips midnight"
+        )
     order = sorted(range(len(clock)), key=lambda place: clock[place])
     moved = [place for place, then in zip(order, range(len(order))) if place != then]
     if moved:
@@ -640,16 +843,14 @@ def drop_doubles(series, table, clock, rows):
     if different:
         groups = len(clock) / len(set(clock))
         hint = "keep each date once"
-        places = {}
-        for name in table.names:
-            cells = table.cells(name)
-            few = len(set(cells)) < len(cells) / 2 and name != series.date
-            places[name] = few and len(set(zip(clock, (cells[row] for row in rows)))) == len(clock)
-        telling = [name for name, tells in places.items() if tells]
-        if groups > 1.5:
+        telling = find_telling(table, clock, rows, series.date) if groups > 1.2 else None
+        if telling:
+            names, values = telling
+            each = f"column {names[0]} tells" if len(names) == 1 else f"columns {' and '.join(names)} tell"
+            example = ",".join(f"{name}={value}" for name, value in zip(names, values))
+            hint = f'{each} several series apart: choose one with WHERE, such as --where "{example}"'
+        elif groups > 1.5:
             hint = "a file with several series needs a column of numbers for each, with each date once"
-            if telling:
-                hint = f"column {telling[0]} tells them apart: {hint}"
         elif len(different) < len(clock) / 100:
             hint += "; if daylight saving doubles the hour, set TIMEZONE"
         rows_have = "rows have" if len(different) > 1 else "row has"
@@ -665,8 +866,52 @@ def drop_doubles(series, table, clock, rows):
     return keep
 
 
-def fill(series, path, gaps):
-    """Insert missing rows and fill empty cells of a series as `gaps` says (see `read_series`)."""
+def find_telling(table, clock, rows, date, most=3):
+    """The fewest columns, up to `most`, that tell rows with the same date apart: (names, values of the longest series).
+
+    None if there are none. Numbers of the rows, and columns in which most values are different, are none.
+
+    Args:
+        clock: the date of each row, in another order than that of the table.
+        rows: row of the table for each date.
+        date: name of the date column.
+    """
+    columns = {}
+    for name in table.names:
+        cells = table.cells(name)
+        cells = [cells[row] for row in rows]
+        kinds = len(set(cells))
+        fractions = sum(number(cell) and re.search("[.,]", cell) is not None for cell in cells)
+        if name != date and 1 < kinds < len(cells) / 3 and fractions < len(cells) / 2:
+            columns[name] = cells
+    texts = [name for name, cells in columns.items() if not all(map(number, cells))]
+    for count in range(1, most + 1):
+        for names in [*combinations(texts, count), *combinations(columns, count)][:300]:
+            keys = list(zip(*(columns[name] for name in names)))
+            if len(set(zip(clock, keys))) > 0.99 * len(clock):  # a few rows may be double
+                return names, Counter(keys).most_common(1)[0][0]
+    return None
+
+
+def drop_empty_ends(series, table):
+    """Leave out the first and last rows in which every number is missing."""
+    known = np.flatnonzero(~np.isnan(series.values).all(1))
+    if not len(known):
+        return
+    first, end = known[0], known[-1] + 1
+    for count, place in ((first, "first"), (len(series.clock) - end, "last")):
+        if count:
+            rows = f"{count:,} rows have" if count > 1 else "row has"
+            series.notes.append(f"the {place} {rows} no numbers, left out")
+    series.clock, series.values = series.clock[first:end], series.values[first:end]
+    series.step = replace(series.step, first=series.clock[0])
+
+
+def fill(series, path, gaps, chosen=False):
+    """Insert missing rows and fill empty cells of a series as `gaps` says (see `read_series`).
+
+    Columns without values in the first half are left out unless they are `chosen` by name.
+    """
     numbers = series.step.rows(series.clock)
     rows = int(numbers[-1]) + 1
     missing = rows - len(numbers)
@@ -693,19 +938,28 @@ def fill(series, path, gaps):
             count = int(column.sum())
             cells = f"cell{'s are' if count > 1 else ' is'}"
             texts.append(f"column {name}: {count:,} {cells} empty{describe_runs(column, clock, series)}")
+    late = np.argmin(empty, 0) > rows / 2
+    late |= empty.all(0)
     if texts and gaps == "refuse":
         shown = "; ".join(texts[:4]) + (f"; and {len(texts) - 4} more columns" if len(texts) > 4 else "")
         choice = 'set GAPS to "carry" (the last value) or "interpolate"'
         raise UserError(f"{path}: {shown}; {choice}, fill them in, or exclude a column with COLUMNS")
-    series.notes += [f"{text}: filled, GAPS {gaps}" for text in texts]
-    first = max((int(np.argmin(column)) for column in empty.T), default=0)
-    if empty.all(0).any() or first > rows / 2:
-        names = [name for name, column in zip(series.columns, empty.T) if np.argmin(column) == first or column.all()]
+    if late.all() or (late.any() and chosen):
+        names = [name for name, begins_late in zip(series.columns, late) if begins_late]
         raise UserError(f"{path}: {some_of(names, 'column')} begins in the second half only; exclude it with COLUMNS")
+    if late.any():
+        names = [name for name, begins_late in zip(series.columns, late) if begins_late]
+        series.notes.append(f"{some_of(names, 'column')} left out: the first value is in the second half")
+        texts = [text for text in texts if not text.startswith(tuple(f"column {name}: " for name in names))]
+        series.columns = [name for name, begins_late in zip(series.columns, late) if not begins_late]
+        values, empty = values[:, ~late], empty[:, ~late]
+    series.notes += [f"{text}: filled, GAPS {gaps}" for text in texts[:8]]
+    if len(texts) > 8:
+        series.notes.append(f"empty cells of {len(texts) - 8} more columns: filled, GAPS {gaps}")
+    first = max((int(np.argmin(column)) for column in empty.T), default=0)
     if first:
-        late = next(name for name, column in zip(series.columns, empty.T) if np.argmin(column) == first)
-        series.notes.append(f"the first {first:,} rows are left out: column {late} has no value before")
-    values, clock, empty = values[first:], clock[first:], empty[first:]
+        last = next(name for name, column in zip(series.columns, empty.T) if np.argmin(column) == first)
+        series.notes.append(f"the first {first:,} rows are left out: column {last} has no value before")
     for place in np.flatnonzero(empty.any(0)):
         known = np.flatnonzero(~empty[:, place])
         if gaps == "interpolate":
@@ -713,7 +967,7 @@ def fill(series, path, gaps):
         else:
             last = np.maximum.accumulate(np.where(empty[:, place], 0, np.arange(len(values))))
             values[:, place] = values[last, place]
-    series.values, series.clock = values, clock
+    series.values, series.clock = values[first:], clock[first:]
 
 
 def describe_runs(missing, clock, series):
@@ -802,6 +1056,16 @@ def split_windows(values, ends, lookback, horizon):
     check_parts(ends, lookback, horizon)
     starts = (0, ends[0] - lookback, ends[1] - lookback)
     return [values[start:end].unfold(0, lookback + horizon, 1) for start, end in zip(starts, ends)]
+
+
+def drop_flat(series, rows):
+    """Leave out the columns that are constant in the first `rows` rows, unless all are."""
+    flat = np.array([len(set(column[:rows])) < 2 for column in series.values.T])
+    if rows and flat.any() and not flat.all():
+        names = [name for name, still in zip(series.columns, flat) if still]
+        series.notes.append(f"{some_of(names, 'column')} left out: constant in the training part; COLUMNS names others")
+        series.columns = [name for name, still in zip(series.columns, flat) if not still]
+        series.values = series.values[:, ~flat]
 
 
 def column_statistics(series, rows, path):
