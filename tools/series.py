@@ -87,6 +87,10 @@ class Series:
             return date.replace(tzinfo=timezone.utc).astimezone(self.zone)
         return date.replace(tzinfo=self.zone)
 
+    def at_midnight(self):
+        """Whether all dates are days, without a time of day."""
+        return all(date.time() == time() for date in self.dates)
+
     def following(self, count):
         """The dates of the `count` rows after the last."""
         last = int(self.step.rows(self.clock[-1:])[0])
