@@ -50,6 +50,7 @@ BANNED = (
 )
 # Keys in files that users have, quoted or as a keyword of dict(...).
 OLD_KEYS = r"pictures_train|pictures_fingerprint|train_pictures|val_pictures|pictures"
+PASS_ON = ("accuracy", "label_errors", "trust")  # benchmarks with the constant OPTIONS, of train.py
 # The places that are about the former names of constants.
 ABOUT_FORMER_NAMES = ("common/renamed.py", "tests/test_readme.py")
 
@@ -151,7 +152,7 @@ def test_options_in_commands_are_known(page):
             assert (ROOT / script).is_file(), f"{page}: {command}"
             known = known_options(script)
             # These pass options of train.py on.
-            if script in ("benchmarks/accuracy.py", "benchmarks/trust.py", "tools/cross_validate.py"):
+            if script in (*(f"benchmarks/{name}.py" for name in PASS_ON), "tools/cross_validate.py"):
                 known |= known_options("train.py")
             assert not set(options) - known, f"{page}: {command}"
         if command.startswith("--"):  # an option alone
