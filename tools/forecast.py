@@ -279,7 +279,8 @@ def main():
     targets = [series.columns.index(name) for name in metadata["targets"]]
     channels = count_channels(period)
     unused = len(dates) - ends[2]
-    first, last = (date.date() if series.at_midnight() else date for date in (dates[0], dates[-1]))
+    days = series.at_midnight()
+    first, last = (date.date() if days else date for date in (dates[0], dates[-1]))
     print(f"series      {CSV}: {len(dates)} rows, {step} apart, from {first} to {last}")
     for note in series.notes:
         print(f"            {note}")
