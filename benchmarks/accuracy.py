@@ -145,9 +145,8 @@ def run_once(plan, name, options, split, data, threads):
     """Train and test once, unless that was done before.
 
     Returns:
-        dict of plain types: classes, epochs, minutes, images/s, accuracy of the raw weights, training images of each
-        class, confusion matrices of the
-        EMA weights without (plain) and with test-time augmentation (tta), ...
+        dict of plain types: classes, training images of each, epochs, minutes, images/s, accuracy of the raw weights,
+        confusion matrices of the EMA weights without (plain) and with test-time augmentation (tta), ...
 
     Raises:
         UserError: if it was done before with other options.

@@ -9,7 +9,12 @@ scikit-learn calls "balanced".
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py
+ROOT = Path(__file__).resolve().parent.parent
+
+sys.path.insert(0, str(ROOT))  # common/, train.py
+from common.options import answer_early
+
+answer_early(__name__, str(ROOT / "train.py"))  # --help and wrong options, before imports that take seconds
 
 import torch
 import torch.nn.functional as F

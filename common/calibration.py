@@ -32,6 +32,7 @@ from torch.utils.data import Subset
 from common.checkpoint import build_network, load_checkpoint, save_checkpoint
 from common.dataset import PixelTransform, height_and_width
 from common.device import choose_layout
+from common.faults import Stopped
 from common.files import write_json
 from common.loading import Loader
 from common.options import UserError
@@ -163,9 +164,10 @@ def calibrate(folder, train_set, val_set, loader, normalise, interrupt):
             network = build_network(checkpoint).to(device, memory_format=choose_layout(device))
             transform = PixelTransform(checkpoint["img_size"], fit=checkpoint.get("fit", "squeeze"))
             options = dict(transform=transform, loader=loader, normalise=normalise, interrupt=interrupt)
-            train = look_at_images(network, train_set, **options, what="training images")
-            val = look_at_images(network, val_set, **options, what="validation images")
-            if interrupt.signal:
+            try:
+                train = look_at_images(network, train_set, **options, what="training images")
+                val = look_at_images(network, val_set, **options, what="validation images")
+            except Stopped:
                 return False
             calibration = fit(train, val, checkpoint)
             if name == "best.pth":
@@ -184,11 +186,14 @@ def same_weights(one, other):
 
 @torch.inference_mode()
 def look_at_images(network, dataset, transform, loader, normalise, interrupt, what):
-    """What `fit` needs to know of images; after a signal, of one batch of them at most.
+    """What `fit` needs to know of images.
 
     Returns:
         dict of float32 tensors on the CPU: logits (N, classes), features (N, D) or None, look (N, 2 C) or None; and
         labels (N,), int64.
+
+    Raises:
+        Stopped: after a signal.
     """
     dataset = copy.copy(dataset)
     dataset.transform = transform
@@ -214,7 +219,7 @@ def look_at_images(network, dataset, transform, loader, normalise, interrupt, wh
             parts["features"].append(features.float().cpu())
             parts["look"].append(look.float().cpu())
         if interrupt.signal:
-            break
+            raise Stopped
     parts = {name: torch.cat(tensors) if tensors else None for name, tensors in parts.items()}
     return parts if has_features else parts | dict(features=None, look=None)
 
