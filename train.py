@@ -89,7 +89,7 @@ VFLIP: Probability = 0.5  # probability of a vertical flip, suitable for overhea
 QUARTER_TURNS: bool = True  # rotate by a random multiple of 90 degrees, suitable for overhead images
 ROTATION: Annotated[float, Limits(0, 180)] = 0.0  # maximum rotation in degrees; 0: off
 COLOR_JITTER: Probability = 0.2  # maximum relative change of brightness, contrast and saturation; 0: off
-SHARPNESS: Probability = 0.0  # probability of a random blur, sharpening or resampling filter; 0: off
+QUALITY: Probability = 0.0  # probability of a random blur, sharpening, resampling, JPEG compression or noise; 0: off
 
 # --- augmentation of spectrograms, instead of that of images and CutMix
 TIME_SHIFT: Probability = 0.1  # maximum shift as a fraction of the duration; 0: off
@@ -166,7 +166,7 @@ def main():
             sizes = ImageSizes(epochs, full, (TEST_SIZE,) * 2 if TEST_SIZE else None, START_SIZE)
             transform = train_transform(
                 sizes.full, mean, fit=FIT, crop=CROP, cutout=CUTOUT, hflip=HFLIP, vflip=VFLIP,
-                quarter_turns=QUARTER_TURNS, rotation=ROTATION, color_jitter=COLOR_JITTER, sharpness=SHARPNESS,
+                quarter_turns=QUARTER_TURNS, rotation=ROTATION, color_jitter=COLOR_JITTER, quality=QUALITY,
             )  # fmt: skip
         else:
             sizes = ImageSizes(epochs, spectrogram_size(sound))

@@ -526,7 +526,7 @@ def distributed(job):
     command += [str(ROOT / "train.py"), *options, f"--device={job.device.type}", "--output=torchrun"]
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
     process = subprocess.Popen(command, cwd=place, **options)
-    late = threading.Timer(50 * (SLOWER if job.device.type == "cpu" else 1), process.terminate)  # it ends its processes
+    late = threading.Timer(120 * (SLOWER if job.device.type == "cpu" else 1), process.terminate)  # it ends its processes
     late.start()
     text, _ = process.communicate()
     late.cancel()
@@ -572,11 +572,11 @@ STEPS = {
     "steps": (1, 150, steps),
     "merged": (1, 80, merged),
     "shapes": (1, 120, shapes),
-    "compiled": (1, 300, compiled),
-    "training": (2, 240, training),
-    "killed": (2, 150, killed),
+    "compiled": (1, 400, compiled),
+    "training": (2, 300, training),
+    "killed": (2, 240, killed),
     "full": (2, 120, full),
-    "distributed": (2, 60, distributed),
+    "distributed": (2, 150, distributed),
     "sanitizer": (2, 180, sanitizer),
     "report": (2, 150, report),
     "small": (0, 60, small),

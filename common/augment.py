@@ -4,6 +4,8 @@ torchtoolbox's Cutout is used where it can be imported, torchvision's RandomEras
 why). Both fill the erased rectangle with the mean colour.
 """
 
+import io
+import math
 import random
 from functools import partial
 
@@ -36,6 +38,8 @@ BLUR = (0.3, 1.2)  # radius in pixels of a random Gaussian blur
 SHARPEN = (50, 200)  # strength of a random sharpening in percent
 RESAMPLE = (0.6, 1.0)  # size at which an image is resampled on the way, as a fraction of its own
 FILTERS = ("NEAREST", "BOX", "BILINEAR", "HAMMING", "BICUBIC", "LANCZOS")  # Pillow's, one of which resamples
+COMPRESSION = (30, 95)  # JPEG quality of a random compression
+PIXEL_NOISE = (1.0, 10.0)  # standard deviation of random noise in grey levels of 255
 NOISE_LEVELS = (40.0, 80.0)  # decibels below the loudest place at which white noise is added
 
 
@@ -51,7 +55,7 @@ def train_transform(
     quarter_turns=False,
     rotation=0.0,
     color_jitter=0.0,
-    sharpness=0.0,
+    quality=0.0,
 ):
     """Augmentation of images: PIL RGB -> uint8 tensor (3, height, width), not normalised.
 
@@ -63,9 +67,9 @@ def train_transform(
         cutout: probability of erasing a rectangle (DeVries and Taylor, arXiv:1708.04552).
         hflip, vflip: probabilities of a horizontal and a vertical flip.
         quarter_turns: whether to rotate by a random multiple of 90 degrees.
-        rotation: maximum rotation in degrees.
+        rotation: maximum rotation in degrees, see `rotate`.
         color_jitter: maximum relative change of brightness, contrast and saturation.
-        sharpness: probability of a random blur, sharpening or resampling, see `change_sharpness`.
+        quality: probability of a blur, sharpening, resampling, JPEG compression or noise, see `change_quality`.
     """
     steps = []
     if crop < 1:
@@ -77,12 +81,11 @@ def train_transform(
     if quarter_turns:
         steps.append(transforms.Lambda(quarter_turn))
     if rotation:
-        bilinear = transforms.InterpolationMode.BILINEAR
-        steps += [to_pil_image, transforms.RandomRotation(rotation, bilinear), pil_to_tensor]
+        steps.append(partial(rotate, largest=rotation))
     if color_jitter:
         steps.append(ColorJitter(color_jitter))
-    if sharpness:
-        steps.append(partial(change_sharpness, probability=sharpness))
+    if quality:
+        steps.append(partial(change_quality, probability=quality))
     # Cutout comes after whatever changes colours, so that the rectangle keeps the mean colour.
     if cutout:
         color = [round(255 * value) for value in mean]
@@ -101,22 +104,45 @@ def quarter_turn(pixels):
     return pixels.rot90(turns, (1, 2))
 
 
-def change_sharpness(pixels, probability):
-    """With a probability, blur, sharpen or resample a uint8 tensor (3, H, W): what cameras and programs that resize
-    images do in different ways, so that a network must not rely on it (blur and resampling are among the corruptions of
-    Hendrycks and Dietterich, arXiv:1903.12261)."""
+def rotate(pixels, largest):
+    """Rotate a uint8 tensor (3, H, W) by a random angle of up to `largest` degrees; the corners mirror the image."""
+    height, width = pixels.shape[1:]
+    diagonal = math.hypot(height, width)
+    rows, columns = (math.ceil((diagonal - side) / 2) for side in (height, width))
+    padded = np.pad(pixels.permute(1, 2, 0).numpy(), ((rows, rows), (columns, columns), (0, 0)), mode="symmetric")
+    angle = math.radians(random.uniform(-largest, largest))
+    cos, sin, x, y = math.cos(angle), math.sin(angle), width / 2, height / 2
+    # Pillow wants the place in `padded` from which each pixel comes.
+    matrix = (cos, sin, x + columns - cos * x - sin * y, -sin, cos, y + rows + sin * x - cos * y)
+    image = Image.fromarray(padded).transform(
+        (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+    )
+    return pil_to_tensor(image)
+
+
+def change_quality(pixels, probability):
+    """With a probability, blur, sharpen, resample or compress a uint8 tensor (3, H, W), or add noise: what cameras and
+    programs do in different ways, so that a network must not rely on it (these are among the corruptions of Hendrycks
+    and Dietterich, arXiv:1903.12261)."""
     if random.random() >= probability:
         return pixels
     image = to_pil_image(pixels)
-    kind = random.randrange(3)
+    kind = random.randrange(5)
     if kind == 0:
         image = image.filter(ImageFilter.GaussianBlur(random.uniform(*BLUR)))
     elif kind == 1:
         image = image.filter(ImageFilter.UnsharpMask(1, round(random.uniform(*SHARPEN)), 0))
-    else:
+    elif kind == 2:
         scale, method = random.uniform(*RESAMPLE), Image.Resampling[random.choice(FILTERS)]
         small = [max(1, round(scale * side)) for side in image.size]
         image = image.resize(small, method).resize(image.size, Image.Resampling.BILINEAR)
+    elif kind == 3:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=random.randint(*COMPRESSION))
+        image = Image.open(file)
+    else:
+        noise = torch.randn(pixels.shape) * random.uniform(*PIXEL_NOISE)
+        return (pixels + noise).round().clamp(0, 255).to(torch.uint8)
     return pil_to_tensor(image)
 
 
@@ -330,6 +356,6 @@ def augmentation_from_config(config, num_classes, size, mean, std, sound=None):
             quarter_turns=value("QUARTER_TURNS", False),
             rotation=value("ROTATION"),
             color_jitter=value("COLOR_JITTER"),
-            sharpness=value("SHARPNESS"),
+            quality=value("QUALITY"),
         )
     return transform, mixup

@@ -57,7 +57,7 @@ MAX_IMAGES = 10**8
 # Constants of train.py with which tools/visualize.py augments.
 CONFIG = dict(CROP=Fraction, CUTOUT=Probability, HFLIP=Probability, VFLIP=Probability, COLOR_JITTER=Probability)
 CONFIG |= dict(FIT=Literal[FITS], QUARTER_TURNS=bool, ROTATION=Annotated[float, Limits(0, 180)], IMG_SIZE=ImageSize)
-CONFIG |= dict(TIME_SHIFT=Probability, GAIN=NonNegative, NOISE=Probability, SHARPNESS=Probability)
+CONFIG |= dict(TIME_SHIFT=Probability, GAIN=NonNegative, NOISE=Probability, QUALITY=Probability)
 CONFIG |= dict(MIXUP=NonNegative, CUTMIX=NonNegative, MIX_PROB=Probability, SMOOTHING=Rate, MIX_SWITCH=Probability)
 CONFIG |= dict(SPEC_MASK=Probability | Annotated[list[Probability], Length(2)])
 # And with which a resumed run normalises. MODEL is the plain name, like arch, and PRETRAINED is compared only.

@@ -14,6 +14,7 @@ RENAMED = {
         "CHANNELS_LAST": "it is gone, the memory format is chosen by the device",
         "SPLIT_BATCHES": "it is gone, batches are always split where memory runs out",
         "USE_EMA": "it is gone, set EMA_DECAY to 0 to turn EMA off",
+        "SHARPNESS": "it is QUALITY now, which also compresses images and adds noise",
         "KEEP": "it is gone, the two newest checkpoints are kept",
         "FINE_TUNING": "it is gone, set EPOCHS, WARMUP_EPOCHS and LAYER_DECAY themselves",
     },
@@ -50,6 +51,8 @@ def upgrade_config(config):
         config["SPEC_MASK"] = masks[0] if all(mask == masks[0] for mask in masks) else masks
     if config.pop("USE_EMA", True) is False:
         config["EMA_DECAY"] = 0.0
+    if "SHARPNESS" in config:
+        config["QUALITY"] = config.pop("SHARPNESS")
     return config
 
 

@@ -71,7 +71,7 @@ def test_a_run_learns_and_leaves_its_files(calibrated, run_train, place, capsys,
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(run_train, monkeypatch, optimizer):
-    constants = dict(EPOCHS=4, MIX_PROB=0.7, DROP_PATH=0.3, COLOR_JITTER=0.3, SHARPNESS=0.5)
+    constants = dict(EPOCHS=4, MIX_PROB=0.7, DROP_PATH=0.3, COLOR_JITTER=0.3, QUALITY=0.5, ROTATION=20.0)
     constants |= dict(OPTIMIZER=optimizer)
     constants |= dict(EPOCHS=3, IMG_SIZE=64, START_SIZE=32) if optimizer == "muon" else {}
     straight = load_checkpoint(run_train(**constants, OUTPUT="straight") / "last.pth")
@@ -748,20 +748,44 @@ def test_cutout_fills_with_the_mean_colour_with_and_without_torchtoolbox(torchto
     assert not hasattr(np, "int")
 
 
-def test_sharpness_blurs_sharpens_and_resamples_and_nothing_else(draw_image):
-    pixels = transforms.functional.pil_to_tensor(draw_image("sharpness", (48, 40)))
-    augment.random.seed(0)
-    changed = [augment.change_sharpness(pixels, 1.0) for _ in range(40)]
-    assert all(new.shape == pixels.shape and new.dtype == torch.uint8 for new in changed)
-    contrast = [float(new.double().std() / pixels.double().std()) for new in changed]
-    assert min(contrast) < 0.6 and max(contrast) > 1.05  # of noise: blur takes it away, sharpening adds to it
-    assert all(abs(float(new.double().mean() - pixels.double().mean())) < 6 for new in changed)
-    assert all(torch.equal(augment.change_sharpness(pixels, 0.0), pixels) for _ in range(5))
-    half = [torch.equal(augment.change_sharpness(pixels, 0.5), pixels) for _ in range(100)]
+def test_quality_blurs_sharpens_resamples_compresses_and_adds_noise(draw_image, monkeypatch):
+    pixels = transforms.functional.pil_to_tensor(draw_image("quality", (48, 40)))
+    train.seed_everything(0)
+    contrast = {}  # of an image of noise: blur takes it away, sharpening and noise add to it
+    for kind in range(5):
+        monkeypatch.setattr(augment.random, "randrange", lambda *limits, kind=kind: kind)
+        changed = [augment.change_quality(pixels, 1.0) for _ in range(12)]
+        assert all(new.shape == pixels.shape and new.dtype == torch.uint8 for new in changed)
+        assert all(abs(float(new.double().mean() - pixels.double().mean())) < 6 for new in changed)
+        assert len({new.numpy().tobytes() for new in changed}) > 4, kind
+        contrast[kind] = [float(new.double().std() / pixels.double().std()) for new in changed]
+    assert max(contrast[0]) < 1 and min(contrast[0]) < 0.6
+    assert min(contrast[1]) > 1
+    assert min(contrast[2]) < 0.8
+    assert all(0.8 < value < 1.1 for value in contrast[4])
+    monkeypatch.undo()
+    assert all(torch.equal(augment.change_quality(pixels, 0.0), pixels) for _ in range(5))
+    half = [torch.equal(augment.change_quality(pixels, 0.5), pixels) for _ in range(100)]
     assert 30 < sum(half) < 70
-    assert augment.augmentation_from_config(dict(SHARPNESS=0.3), 3, (32, 32), [0.5] * 3, [0.2] * 3)[
-        0
-    ].transforms[0].keywords == dict(probability=0.3)
+
+
+@pytest.mark.parametrize("name", ["QUALITY", "SHARPNESS"])  # the second in checkpoints of earlier versions
+def test_quality_is_read_from_checkpoints(name):
+    transform, _ = augment.augmentation_from_config({name: 0.3}, 3, (32, 32), [0.5] * 3, [0.2] * 3)
+    assert transform.transforms[0].keywords == dict(probability=0.3)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (20, 50), (33, 7)])
+def test_rotation_turns_about_the_middle_and_mirrors_in_the_corners(shape, monkeypatch):
+    height, width = shape
+    pixels = torch.randint(1, 255, (3, height, width), dtype=torch.uint8)
+    assert torch.equal(augment.rotate(pixels, 0.0), pixels)
+    monkeypatch.setattr(augment.random, "uniform", lambda low, high: high)
+    assert (augment.rotate(pixels, 180.0).int() - pixels.flip(1, 2).int()).abs().max() <= 1
+    if height == width:
+        assert (augment.rotate(pixels, 90.0).int() - pixels.rot90(-1, (1, 2)).int()).abs().max() <= 1
+    constant = torch.full((3, height, width), 77, dtype=torch.uint8)
+    assert torch.equal(augment.rotate(constant, 33.0), constant)  # black corners would show
 
 
 def test_cutout_is_the_last_change_of_colours(draw_image):
