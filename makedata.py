@@ -654,7 +654,8 @@ def describe_split(table, groups, named, ratios, seed):
         seed: SEED.
     """
     if table:
-        return f"by {table}, so that VAL_RATIO {ratios[0]} and SEED {seed} have no effect"
+        test = f", TEST_RATIO {ratios[1]}" if ratios[1] else ""
+        return f"by {table}, so that VAL_RATIO {ratios[0]}{test} and SEED {seed} have no effect"
     if groups is None:
         return f"with seed {seed}"
     if not any(named):

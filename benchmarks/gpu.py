@@ -526,7 +526,8 @@ def distributed(job):
     command += [str(ROOT / "train.py"), *options, f"--device={job.device.type}", "--output=torchrun"]
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
     process = subprocess.Popen(command, cwd=place, **options)
-    late = threading.Timer(120 * (SLOWER if job.device.type == "cpu" else 1), process.terminate)  # it ends its processes
+    seconds = 120 * (SLOWER if job.device.type == "cpu" else 1)
+    late = threading.Timer(seconds, process.terminate)  # torchrun ends its processes
     late.start()
     text, _ = process.communicate()
     late.cancel()

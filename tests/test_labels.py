@@ -112,6 +112,8 @@ def test_the_column_split_decides(flat, make, capsys):
     expected = {name: ("train", "val", "test", "train")[number % 4] for number, (name, _) in enumerate(flat)}
     assert {name: part for name, (part, _) in placed().items()} == expected
     assert "so that VAL_RATIO 0.3 and SEED 42 have no effect" in capsys.readouterr().out
+    assert make(TEST_RATIO=0.2) == 0  # which would have made a test part that the table does not have
+    assert "so that VAL_RATIO 0.3, TEST_RATIO 0.2 and SEED 42 have no effect" in capsys.readouterr().out
 
 
 def test_the_column_group_keeps_images_together(flat, make, capsys):
