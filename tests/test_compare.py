@@ -55,6 +55,17 @@ def test_the_table_says_what_differs_and_which_is_better(run_compare, capsys):
     assert "checkpoints/two" in capsys.readouterr().out and Image.open("results/compare.png").width > 1000
 
 
+def test_files_beside_the_folders_that_a_shell_names_are_left_out(run_compare, capsys):
+    write_run("checkpoints/one", [50.0])
+    for name in ("one.lock", "README.md", "seedlings.pth"):
+        Path("checkpoints", name).touch()
+    Path("elsewhere.pth").touch()
+    status, rows = run_compare(*map(str, sorted(Path("checkpoints").iterdir())))
+    assert status == 0 and len(rows) == 1 and "skipped" not in capsys.readouterr().out
+    status, rows = run_compare("checkpoints/one", "elsewhere.pth")
+    assert status == 3 and len(rows) == 1 and "skipped: elsewhere.pth is a file" in capsys.readouterr().out
+
+
 def test_broken_and_foreign_folders_get_a_sentence_each(run_compare, capsys):
     write_run("checkpoints/good", [50.0])
     Path("checkpoints/empty").mkdir()

@@ -80,7 +80,9 @@ def find_folders(names):
             raise UserError(f"there is no folder {name}; give folders that train.py wrote, or a pattern of some")
         # A pattern also finds files, such as locks, which are no one's mistake.
         folders |= {Path(path): None for path in found if Path(path).is_dir() or path == name and names}
-    return list(folders)
+    # So does a shell's, which names them beside the folders.
+    beside = {path.parent for path in folders if path.is_dir()}
+    return [path for path in folders if path.is_dir() or path.parent not in beside]
 
 
 def read_runs(folders):
