@@ -10,10 +10,11 @@ train.py calls `calibrate` once, at the end of a run. A checkpoint then holds, u
 Temperature scaling never changes which class is first. The score has two parts, and an image is as unusual as the more
 unusual of them says:
 
-    look          another kind of scene, light or sharpness: Mahalanobis distance of the mean and the standard deviation
-                  of each channel of the network's first stage, under one Gaussian for all training images (features of
-                  lower layers as in Lee et al., "A simple unified framework for detecting out-of-distribution samples
-                  and adversarial attacks", NeurIPS 2018, arXiv:1807.03888)
+    look          another kind of scene or sharpness: Mahalanobis distance of the mean and the standard deviation of
+                  each channel of the network's first stage, under one Gaussian for all training images, as they are
+                  and in other light, since a brighter day is nothing unknown (features of lower layers as in Lee et
+                  al., "A simple unified framework for detecting out-of-distribution samples and adversarial attacks",
+                  NeurIPS 2018, arXiv:1807.03888)
     class         another kind of object: relative Mahalanobis distance of the pooled last features to the nearest class
                   (Ren et al., "A simple fix to Mahalanobis distance for improving near-OOD detection",
                   arXiv:2106.09022)
@@ -45,6 +46,7 @@ TEMPERATURES = (0.05, 20.0)  # between which it is searched
 QUANTILES = 1001  # of the validation images' scores
 BINS = 15  # of confidences, all of the same width, in the expected calibration error
 COVERAGES = (0.5, 0.8, 0.9, 1.0)  # fractions of the images, the most confident ones, whose accuracy is reported
+LIGHT = 1.5  # factor by which training images are at most brighter or darker, when their look is taken
 SCORE = ("look_mean", "look_whitening", "projection", "means", "center", "spread", "scale", "quantiles")
 
 
@@ -165,7 +167,7 @@ def calibrate(folder, train_set, val_set, loader, normalise, interrupt):
             transform = PixelTransform(checkpoint["img_size"], fit=checkpoint.get("fit", "squeeze"))
             options = dict(transform=transform, loader=loader, normalise=normalise, interrupt=interrupt)
             try:
-                train = look_at_images(network, train_set, **options, what="training images")
+                train = look_at_images(network, train_set, **options, what="training images", light=LIGHT)
                 val = look_at_images(network, val_set, **options, what="validation images")
             except Stopped:
                 return False
@@ -185,12 +187,16 @@ def same_weights(one, other):
 
 
 @torch.inference_mode()
-def look_at_images(network, dataset, transform, loader, normalise, interrupt, what):
+def look_at_images(network, dataset, transform, loader, normalise, interrupt, what, light=1.0):
     """What `fit` needs to know of images.
 
+    Args:
+        light: above 1, the look of each image is also taken with all its values times a random factor, from 1 / light
+            to light.
+
     Returns:
-        dict of float32 tensors on the CPU: logits (N, classes), features (N, D) or None, look (N, 2 C) or None; and
-        labels (N,), int64.
+        dict of float32 tensors on the CPU: logits (N, classes), features (N, D) or None, look (N, 2 C) or None, or
+        (2 N, 2 C) with `light`; and labels (N,), int64.
 
     Raises:
         Stopped: after a signal.
@@ -203,13 +209,21 @@ def look_at_images(network, dataset, transform, loader, normalise, interrupt, wh
     options = dict(num_workers=loader.num_workers, wait_minutes=loader.wait_minutes, what=what)
     batches = Loader(Subset(dataset, chosen), loader.batch_size, **options)
     parts = dict(logits=[], features=[], look=[], labels=[])
-    device, has_features = next(network.parameters()).device, True
-    for images, labels in Progress(batches, desc=f"calibration, {what}", unit="batch", leave=False):
-        images = normalise(images.to(device)).contiguous(memory_format=choose_layout(device))
+    device, has_features, generator = next(network.parameters()).device, True, torch.Generator().manual_seed(0)
+
+    def prepare(images):
+        return normalise(images.to(device)).contiguous(memory_format=choose_layout(device))
+
+    for pixels, labels in Progress(batches, desc=f"calibration, {what}", unit="batch", leave=False):
+        images = prepare(pixels)
         try:
             maps, (first,) = network.forward_intermediates(images, indices=[0])
             features, look = network.forward_head(maps, pre_logits=True), describe_look(first)
             logits, has_features = network.forward_head(maps), has_features and features.dim() == 2
+            if light > 1:
+                images = prepare(change_light(pixels, light, generator))
+                (first,) = network.forward_intermediates(images, [0], stop_early=True, intermediates_only=True)
+                look = torch.cat([look, describe_look(first)])
         except (AttributeError, TypeError, ValueError, IndexError, RuntimeError, NotImplementedError):
             # Some of timm's networks have no such maps, or a head of another kind.
             logits, has_features = network(images), False
@@ -222,6 +236,12 @@ def look_at_images(network, dataset, transform, loader, normalise, interrupt, wh
             raise Stopped
     parts = {name: torch.cat(tensors) if tensors else None for name, tensors in parts.items()}
     return parts if has_features else parts | dict(features=None, look=None)
+
+
+def change_light(pixels, largest, generator):
+    """uint8 images (N, 3, H, W), each times a random factor, from 1 / `largest` to `largest`."""
+    factors = largest ** (2 * torch.rand(len(pixels), 1, 1, 1, generator=generator) - 1)
+    return (pixels * factors).round().clamp(max=255).to(torch.uint8)
 
 
 def fits(cache, transform):

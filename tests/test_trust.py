@@ -6,9 +6,11 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import SMALL, draw_noise
 from PIL import Image
@@ -20,6 +22,8 @@ from common import calibration
 from common.calibration import SCORE, CalibratedNetwork, NoveltyScore, calibration_error, coverage_curve, cross_fit
 from common.calibration import fit_score, fit_temperature, summarise
 from common.checkpoint import build_network, load_checkpoint, save_checkpoint
+from common.dataset import PixelTransform, open_image_folder
+from common.device import Normalise
 from common.faults import Stopped
 from common.options import UserError
 from common.stress import disturbances, other_sizes
@@ -227,6 +231,40 @@ def test_a_calibration_that_cannot_be_is_refused(place):
         CalibratedNetwork(build_network(checkpoint), good | dict(score=other))
 
 
+def test_other_light_is_nothing_unknown(tmp_path, make_data1):
+    make_data1(tmp_path / "images", {"a": 60, "b": 60}, size=(32, 32))
+    images = open_image_folder(tmp_path / "images", PixelTransform((32, 32)))
+    network = timm.create_model("unireplknet_a", num_classes=2).eval()
+    loader = SimpleNamespace(num_workers=0, wait_minutes=0, batch_size=16)
+    options = dict(normalise=Normalise([0.5] * 3, [0.25] * 3, torch.device("cpu")), interrupt=SimpleNamespace(signal=0))
+
+    def look(factor=1.0, **more):
+        def transform(image):
+            return (PixelTransform((32, 32))(image) * factor).round().clamp(max=255).to(torch.uint8)
+
+        transform.resize = PixelTransform((32, 32)).resize
+        return calibration.look_at_images(network, images, transform, loader, what="images", **options, **more)
+
+    plain, light = look(), look(light=1.5)
+    assert len(light["look"]) == 240 and len(light["features"]) == 120
+    without, with_light = (NoveltyScore(fit_score(train, plain, 2)) for train in (plain, light))
+    for factor in (0.7, 1.4):
+        other = look(factor)
+        distances = [s.parts(other["look"], other["features"])[:, 0].median() for s in (without, with_light)]
+        assert distances[1] < 0.2 * distances[0], factor
+
+
+@pytest.mark.parametrize("light", [1.5, 4.0])
+def test_light_changes_by_up_to_its_limit_in_both_directions(light):
+    pixels = torch.full((400, 3, 2, 2), 100, dtype=torch.uint8)
+    pixels[:, 2] = 250
+    changed = calibration.change_light(pixels, light, torch.Generator().manual_seed(1))
+    low, high = changed[:, 0].min() / 100, changed[:, 0].max() / 100
+    assert changed.dtype == torch.uint8 and 1 / light - 0.01 <= low < 1.1 / light
+    assert high <= min(light, 2.55) + 0.01 and high > 0.9 * min(light, 2.55)
+    assert changed[:, 2].max() == 255 and (changed[:, 0, 0, 0] < 100).float().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
 def test_a_run_killed_while_it_is_calibrated_is_complete_when_resumed(calibrated, run_train, monkeypatch, capsys):
     straight = run_train(EPOCHS=1, OUTPUT="straight")
     text = capsys.readouterr().out
@@ -265,7 +303,8 @@ def test_a_signal_during_calibration_stops_the_run_and_a_resumed_one_is_complete
     folder = run_train(EPOCHS=1, status=status)
     text = capsys.readouterr().out
     assert "stopped in calibration and saved; resume with --resume auto" in text and "temperature" not in text
-    assert len(looks) == 1 and "calibration" not in load_checkpoint(folder / "best.pth")
+    # Of the first batch, as it is and in other light.
+    assert len(looks) == (1 if waiting else 2) and "calibration" not in load_checkpoint(folder / "best.pth")
     monkeypatch.setattr(calibration, "describe_look", describe)
     run_train(EPOCHS=1, RESUME="auto")
     assert "calibration temperature " in capsys.readouterr().out
