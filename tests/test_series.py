@@ -127,6 +127,7 @@ FORMS = {
     "1991-Jul-01": (DAYS, lambda d: f"{d.year}-{NAMES[d.month - 1][:3]}-{d.day:02}"),
     "1991M7": (MONTHS, lambda d: f"{d.year}M{d.month}"),
     "199107": (MONTHS, lambda d: f"{d:%Y%m}"),
+    "199127 for weeks": (WEEKS, lambda d: "{}{:02}".format(*d.isocalendar()[:2])),
     "1991.07": (MONTHS, lambda d: f"{d:%Y.%m}"),
     "1991.583": (MONTHS, lambda d: f"{d.year + (d.month - 1) / 12:.3f}"),
     "1991.58333333333": (MONTHS, lambda d: f"{d.year + (d.month - 1) / 12:.11f}"),
@@ -569,6 +570,33 @@ def test_dates_in_the_header_turn_the_table(read, forms):
     assert series.values.T.tolist() == [[place * row % 13 for row in range(len(dates))] for place in (3, 5)]
     assert any("dates in the header, so the table is turned: 2 columns" in note for note in series.notes)
     assert read(text, where=["Country=Japan"]).columns == ["Japan"]
+
+
+@pytest.mark.parametrize("names", ["Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), NAMES, range(1, 13)])
+@pytest.mark.parametrize("more", ["", ",Annual"])
+def test_a_column_for_each_month_is_a_series_of_months(read, names, more):
+    header = ",".join(map(str, names))
+    cells = [[12 * year + place for place in range(12)] for year in range(10)]
+    lines = [f"{1990 + year},{','.join(map(str, row))}{',7' if more else ''}" for year, row in enumerate(cells)]
+    lines[-1] = lines[-1].replace(",118,119", ",,")  # the last year is not over
+    text = f"YEAR,{header}{more}\n" + "\n".join(lines)
+    series = read(text)
+    check(series, [month(12 * 1990 + row) for row in range(118)], list(range(118)))
+    assert series.columns == ["value"] and any("120 months, named value" in note for note in series.notes)
+    assert any("column Annual" in note for note in series.notes) == bool(more)
+    single = read(text, columns=[str(names[2])])
+    assert single.columns == [str(names[2])] and len(single.dates) == 10
+
+
+def test_twelve_numbers_of_more_are_no_months(read):
+    lines = [f"{1990 + year},{','.join(str(year * hour % 7) for hour in range(24))}" for year in range(12)]
+    series = read("year," + ",".join(map(str, range(1, 25))) + "\n" + "\n".join(lines))
+    assert len(series.dates) == 12 and len(series.columns) > 12
+
+
+def test_a_table_without_rows_is_called_that(read):
+    with pytest.raises(UserError, match="no row below the header date, a; add rows"):
+        read("date,a\n")
 
 
 def test_quarters_and_weeks_beside_a_year(read):

@@ -55,6 +55,7 @@ NUMBERS = {
     "yyyymmdd": rf"{_YEAR}(?P<month>\d{{2}})(?P<day>\d{{2}})(?:(?P<hour>\d{{2}})(?:(?P<minute>\d{{2}})"
     r"(?P<second>\d{2})?)?)?",
     "yyyymm": rf"{_YEAR}(?P<month>\d{{2}})",
+    "yyyyww, ISO weeks": rf"{_YEAR}(?P<week>0[1-9]|[1-4]\d|5[0-3])",
     "Unix time in seconds": r"(?P<unix>\d{9,10})(?:\.0+)?",
     "Unix time in milliseconds": r"(?P<unix>\d{12,13})(?:\.0+)?",
     "Unix time in nanoseconds": r"(?P<unix>\d{18,19})",
@@ -254,6 +255,8 @@ def read_dates(cells, order="auto", numbers=False, anything=False, share=0.8):
         known = [date for date in reading.dates if date is not None]
         if len(known) < share * len(sample):
             continue
+        if name.startswith("yyyyww") and len({date.isocalendar()[0] for date in known}) < 2:
+            continue  # only a new year, where the numbers jump, tells weeks from numbers
         if not numbers or anything or (len(known) == len(sample) and is_plausible(known)):
             return reading
     return None
@@ -356,7 +359,7 @@ def convert(name, groups, pivot):
     if len(groups["year"]) == 2:
         year += 1900 if year >= pivot else 2000
     if groups.get("week"):
-        date = datetime.fromisocalendar(year, int(groups["week"]), int(groups["weekday"] or 1))
+        date = datetime.fromisocalendar(year, int(groups["week"]), int(groups.get("weekday") or 1))
     else:
         month = int(groups.get("month") or 1)
         if groups.get("name"):

@@ -20,7 +20,7 @@ import numpy as np
 from common.options import ConstantError, UserError
 from common.tables import unguard
 from common.text import read_text
-from tools.dates import DAY, Ambiguous, Step, find_step, is_regular, read_dates, read_times, to_standard_time, to_utc
+from tools.dates import DAY, MONTHS, Ambiguous, Step, find_step, is_regular, read_dates, read_times, to_standard_time, to_utc
 
 MISSING = {"", "na", "n/a", "n.a.", "#n/a", "nan", "null", "none", "nil", "?", "-", "--", "..", "...", ".", "*", "***"}
 MISSING |= {"#div/0!", "#null!", "#num!", "#ref!", "#value!"}  # as spreadsheets write errors
@@ -31,6 +31,8 @@ PARTS = {  # names of columns that together are a date
     "day": ("day", "dd", "tag", "日", "day_of_month", "date_of_month", "dayofmonth", "mday"),
     "hour": ("hour", "hr", "hh", "stunde", "时", "小时"),
 }
+MONTH_NAMES = {"january", "february", "march", "april", "june", "july", "august", "september", "october", "november"}
+MONTH_NAMES |= {"december", "sept", *MONTHS}
 QUARTERS, WEEKS = ("quarter", "qtr", "q", "quartal", "季度"), ("week", "wk", "kw", "woche", "周")
 TIMES = ("time", "hour", "hr", "hh", "uhrzeit", "zeit", "stunde", "时间", "时", "小时")
 DATE_NAME = re.compile("date|time|year|month|day|week|quarter|datum|zeit|fecha|jahr|日期|时间|年|月", re.IGNORECASE)
@@ -131,7 +133,10 @@ def read_series(
     path = Path(path)
     table = read_cells(path, encoding)
     add_header(table)
+    if table.names and not table.rows:
+        raise UserError(f"{path} has no row below the header {', '.join(table.names)}; add rows, or give another file")
     transpose(table, select_rows(table, where))
+    spread_months(table, columns)
     dates = choose_dates(table, date_column, order)
     check_names(table, dates.columns, columns)
     drop_footer(table, dates)
@@ -414,6 +419,38 @@ def transpose(table, used):
     while date in names:
         date += "_"
     table.names = [date, *names]
+
+
+def spread_months(table, columns):
+    """Turn a table with a row for each year and a column for each month into one with a row for each month.
+
+    Args:
+        columns: names of the columns to read; a table of which single months are wanted stays as it is.
+    """
+    numbered = [bool(re.fullmatch(r"0?[1-9]|1[0-2]", name)) for name in table.names]
+    months = {}
+    for place, name in enumerate(table.names):
+        match = re.fullmatch(r"(0?[1-9]|1[0-2])\s*月?", name)
+        named = name.lower().rstrip(".") in MONTH_NAMES
+        month = int(match[1]) if match else 1 + MONTHS.index(name[:3].lower()) if named else None
+        if month in months or (number(name) and not numbered[place]):
+            return
+        if month:
+            months[month] = place
+    others = [place for place in range(len(table.names)) if place not in months.values()]
+    years = [place for place in others if all(re.fullmatch(r"\d{4}", row[place]) for row in table.rows)]
+    years = [place for place in years if len({row[place] for row in table.rows}) == len(table.rows)]
+    if len(months) < 12 or not years or any(table.names[place] in columns for place in months.values()):
+        return
+    unused = [table.names[place] for place in others if place != years[0]]
+    table.notes.append(
+        f"a row for each year and a column for each month: {12 * len(table.rows):,} months, named value"
+        + (f"; not read as numbers: {some_of(unused, 'column')}" if unused else "")
+    )
+    lines = [(line, row) for line, row in sorted(zip(table.lines, table.rows), key=lambda pair: pair[1][years[0]])]
+    table.rows = [[f"{row[years[0]]}-{month:02}", row[months[month]]] for _, row in lines for month in range(1, 13)]
+    table.lines = [line for line, _ in lines for _ in range(12)]
+    table.names = ["date", "value"]
 
 
 def check_names(table, dates, columns):
