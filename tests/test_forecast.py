@@ -314,7 +314,7 @@ def change(line, text):
 
 BAD = {
     "empty": (lambda lines: [], "no date column, only an empty first line"),
-    "only a header": (lambda lines: lines[:1], "sine.csv has no date column, only date, north, south"),
+    "only a header": (lambda lines: lines[:1], "sine.csv has no row below the header date, north, south; add rows"),
     "no date column": (
         lambda lines: [line.partition(",")[2] for line in lines],
         "no date column, only north, south; set DATE",
