@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from timm.data import Mixup
 from torchvision import transforms
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import center_crop, pad, pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import rotate as torchvision_rotate
 
 from common.dataset import PixelTransform
 from common.renamed import upgrade_config
@@ -109,15 +110,9 @@ def rotate(pixels, largest):
     height, width = pixels.shape[1:]
     diagonal = math.hypot(height, width)
     rows, columns = (math.ceil((diagonal - side) / 2) for side in (height, width))
-    padded = np.pad(pixels.permute(1, 2, 0).numpy(), ((rows, rows), (columns, columns), (0, 0)), mode="symmetric")
-    angle = math.radians(random.uniform(-largest, largest))
-    cos, sin, x, y = math.cos(angle), math.sin(angle), width / 2, height / 2
-    # Pillow wants the place in `padded` from which each pixel comes.
-    matrix = (cos, sin, x + columns - cos * x - sin * y, -sin, cos, y + rows + sin * x - cos * y)
-    image = Image.fromarray(padded).transform(
-        (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
-    )
-    return pil_to_tensor(image)
+    image = pad(to_pil_image(pixels), [columns, rows], padding_mode="symmetric")
+    image = torchvision_rotate(image, -random.uniform(-largest, largest), transforms.InterpolationMode.BILINEAR)
+    return pil_to_tensor(center_crop(image, [height, width]))
 
 
 def change_quality(pixels, probability):
