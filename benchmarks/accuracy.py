@@ -5,7 +5,7 @@
     python benchmarks/accuracy.py --what fine_tuning                from weights of other classes, and from scratch
     python benchmarks/accuracy.py --what imbalance                  rare classes: logit adjustment, class weights
     python benchmarks/accuracy.py --what fit                        oblong images: squeezed, padded, cropped
-    python benchmarks/accuracy.py --what weights                    train on all images, and write weights to ship
+    python benchmarks/accuracy.py --what weights                    the recipe, then on all images: weights to ship
 
 Each run is `makedata.py`, `mean_std.py`, `train.py` and `test.py`, with one seed for the split and for the weights.
 The last epoch's EMA weights are measured, so that nothing is selected on the images that it is measured on. Finished
@@ -30,6 +30,7 @@ from common.options import answer_early
 answer_early(__name__, __file__)  # --help and wrong options, before imports that take seconds
 
 import numpy as np
+import torch
 from PIL import Image
 
 from common.checkpoint import load_checkpoint, save_checkpoint
@@ -40,7 +41,7 @@ from common.plots import plot_confusion_matrix
 from common.progress import Progress
 
 WHAT: Literal["recipe", "ablations", "fine_tuning", "imbalance", "fit", "weights"] = "recipe"  # experiment to run
-SPLITS: Annotated[list[NonNegativeInt], NotEmpty()] = [0, 1, 2]  # seeds of split and training; weights: only the first
+SPLITS: Annotated[list[NonNegativeInt], NotEmpty()] = [0, 1, 2]  # seeds of split and training
 # Options of train.py for every run: the smallest network, at image sizes that suit a CPU.
 OPTIONS: str = "--model unireplknet_a --img-size 160 --start-size 64 --epochs 60 --drop-path 0"  # of train.py; "": none
 JOBS: PositiveInt = 1  # concurrent runs, each with its part of the cores
@@ -78,14 +79,17 @@ def main():
     elif WHAT == "weights":
         train_weights(plan)
     else:
+        plan = replace(plan, stress=True)
         results = run_all(plan, {"recipe": []} if WHAT == "recipe" else ABLATIONS, plan.prepare)
         print_runs(results)
+        print_stress(results)
         print_classes(results["recipe"], plan.output / "confusion_matrix.png")
 
 
 @dataclass
 class Plan:
-    """What all runs have in common: folders, seeds of the splits, options, concurrent runs, and the training script."""
+    """What all runs have in common: folders, seeds of the splits, options, concurrent runs, the training script, and
+    whether the accuracy under disturbances is measured."""
 
     source: Path
     output: Path
@@ -93,6 +97,7 @@ class Plan:
     options: list
     jobs: int
     script: str = "train.py"
+    stress: bool = False
 
     def prepare(self, split):
         """Split `source`; returns the folder."""
@@ -146,7 +151,8 @@ def run_once(plan, name, options, split, data, threads):
 
     Returns:
         dict of plain types: classes, training images of each, epochs, minutes, images/s, accuracy of the raw weights,
-        confusion matrices of the EMA weights without (plain) and with test-time augmentation (tta), ...
+        confusion matrices of the EMA weights without (plain) and with test-time augmentation (tta), their accuracies
+        under disturbances (stress), ...
 
     Raises:
         UserError: if it was done before with other options.
@@ -176,9 +182,13 @@ def run_once(plan, name, options, split, data, threads):
         minutes_to_95=next((m for m, row in zip(minutes, log) if row["ema_acc1"] >= 95), None),
         images_a_second=float(np.median([row["img_per_s"] for row in log])),
         raw=log[-1]["val_acc1"],
-        plain=measure(checkpoint, data, folder / "plain", tta=False),
-        tta=measure(checkpoint, data, folder / "tta", tta=True),
+        plain=measure(checkpoint, data, folder / "plain", "--no-tta", *["--stress"] * plan.stress),
+        tta=measure(checkpoint, data, folder / "tta", "--tta"),
     )
+    if plan.stress:
+        with open(folder / "plain" / "stress.csv", newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)  # "-": a network for images of one size only
+            metrics["stress"] = {row["disturbance"]: float(row["acc1"].replace("-", "nan")) for row in rows}
     write_json(result, metrics)
     return metrics
 
@@ -191,10 +201,9 @@ def train(data, folder, options, split, threads, script="train.py"):
     return checkpoint
 
 
-def measure(checkpoint, data, folder, tta):
-    """Confusion matrix (true classes, predicted classes) of a checkpoint on data/val."""
-    options = ["--checkpoint", checkpoint, data / "val", "--output", folder, "--tta" if tta else "--no-tta"]
-    python("test.py", *options)
+def measure(checkpoint, data, folder, *options):
+    """Confusion matrix (true classes, predicted classes) of a checkpoint on data/val, by test.py with `options`."""
+    python("test.py", "--checkpoint", checkpoint, data / "val", "--output", folder, *options)
     with open(folder / "confusion_matrix.csv", newline="", encoding="utf-8-sig") as file:
         return [[int(cell) for cell in row[1:]] for row in list(csv.reader(file))[1:]]
 
@@ -211,6 +220,20 @@ def print_runs(results):
         to_95 = "-" if None in reached else f"{np.mean(reached):.0f}"
         cells = [name, len(own), *map(mean_and_spread, accuracies), f"{minutes:.1f}", to_95, f"{speed:.0f}"]
         print(f"| {' | '.join(map(str, cells))} |")
+
+
+def print_stress(results):
+    """Print one row per disturbance of test.py's STRESS: accuracy of the first experiment, and what each one loses."""
+    first, *_ = results.values()
+    print("\n| disturbance | accuracy |", *(f"{name}, change |" for name in results))
+    print("|---|---|" + len(results) * "---|")
+    for disturbance in first[0]["stress"]:
+        losses = [
+            mean_and_spread([result["stress"][disturbance] - result["stress"]["clean"] for result in own])
+            for own in results.values()
+        ]
+        accuracies = mean_and_spread([result["stress"][disturbance] for result in first])
+        print(f"| {disturbance} | {accuracies} | {' | '.join(losses)} |")
 
 
 def accuracy(matrix):
@@ -231,6 +254,10 @@ def print_classes(results, path):
         correct, predicted, true = matrix[index, index], matrix[:, index].sum(), matrix[index].sum()
         scores = (correct / max(predicted, 1), correct / true, 2 * correct / (predicted + true))
         print(f"| {name} | {true} | {' | '.join(f'{100 * score:.1f}' for score in scores)} |")
+    errors = matrix * (1 - np.eye(len(classes), dtype=int))
+    pairs = np.triu(errors + errors.T)
+    one, other = np.unravel_index(pairs.argmax(), pairs.shape)
+    print(f"\n{pairs.sum()} errors, {pairs.max()} of them between {classes[one]} and {classes[other]}")
     true, predicted = np.nonzero(matrix)
     plot_confusion_matrix(true, predicted, classes, path, matrix[true, predicted])
 
@@ -338,7 +365,13 @@ def link_or_copy(source, target):
 
 
 def train_weights(plan):
-    """Train on all images of the source and write the EMA weights in half precision, with all that test.py needs."""
+    """Train on all images of the source and write the EMA weights in half precision, with all that test.py needs.
+
+    No image is left to calibrate these weights on, so that runs of the recipe on `plan.splits` are made first, unless
+    they were, and their calibrations are used.
+    """
+    run_all(plan, {"recipe": []}, plan.prepare)
+    runs = [next((plan.output / "recipe" / str(split)).glob("*/last.pth")) for split in plan.splits]
     seed = plan.splits[0]
     data = prepare_split(plan.source, plan.output / "data.all", seed, "--val-ratio", 0.001)
     for path in (data / "val").glob("*/*"):  # makedata.py keeps one of each class, which are to be learned from, too
@@ -351,10 +384,31 @@ def train_weights(plan):
     for name in ("DATA", "OUTPUT", "RESUME"):  # where this run lay is nobody's concern
         del checkpoint["config"][name]
     keep = ("arch", "model_args", "classes", "mean", "std", "img_size", "epoch", "pictures_train", "config", "versions")
+    shipped = dict(state_dict=state_dict) | {name: checkpoint[name] for name in keep}
+    shipped["calibration"] = pool_calibrations(
+        checkpoint["calibration"], [load_checkpoint(run)["calibration"] for run in runs]
+    )
     path = plan.output / f"seedlings_{checkpoint['arch']}.pth"
-    save_checkpoint(dict(state_dict=state_dict) | {name: checkpoint[name] for name in keep}, path)
+    save_checkpoint(shipped, path)
     size = path.stat().st_size / 1e6
     print(f"{path}, {size:.1f} MB, trained on {checkpoint['pictures_train']} images with seed {seed}")
+
+
+def pool_calibrations(own, others):
+    """The calibration of a network by those of other networks of its recipe, whose validation images it was trained on.
+
+    The statistics of training images are its own. The temperature is the geometric mean of the others', and the scores
+    by which an image is judged to be unusual are the mean of theirs, rank by rank: distances are measured in spreads of
+    the training images, so they compare.
+
+    Args:
+        own, others: what checkpoints hold under "calibration", see `common.calibration`; of `others` a list.
+    """
+    scores = [other["score"] for other in others]
+    mean = {name: torch.stack([score[name] for score in scores]).mean(0) for name in ("scale", "quantiles")}
+    temperature = float(np.exp(np.mean([np.log(other["temperature"]) for other in others])))
+    images = sum(other["images"] for other in others)
+    return own | dict(temperature=temperature, images=images, score=own["score"] | mean)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,14 @@ def test_the_recipe_is_measured_by_test_py(small, capsys):
     expected = f"| recipe | 1 | {accuracy.accuracy(metrics['plain']):.2f} | {100 * np.mean(correct):.2f} |"
     assert expected in table
     assert all(f"| {name} | 3 |" in table for name in CLASSES) and Path("accuracy/confusion_matrix.png").is_file()
+    with open(folder / "plain" / "stress.csv", newline="", encoding="utf-8-sig") as file:
+        stress = {row["disturbance"]: row for row in csv.DictReader(file)}
+    for name in ("clean", "noise 5/255", "larger images, 64x64"):
+        change = float(stress[name]["change"])
+        assert f"| {name} | {stress[name]['acc1']} | {change:.2f} |" in table, name
+    errors = int(9 - np.trace(metrics["tta"]))
+    between = max(np.array(metrics["tta"])[i, j] + metrics["tta"][j][i] for i in range(3) for j in range(i))
+    assert f"{errors} errors, {between} of them between " in table
 
     small.setattr(accuracy, "python", None)  # what is finished is not run again
     accuracy.main()
@@ -73,15 +81,25 @@ def test_the_recipe_is_measured_by_test_py(small, capsys):
         accuracy.main()
 
 
-def test_weights_to_ship_are_small_and_know_every_image(small):
+def test_weights_to_ship_are_small_and_know_every_image(small, calibrated):
     small.setattr(accuracy, "WHAT", "weights")
+    small.setattr(accuracy, "SPLITS", [3, 4])
     accuracy.main()
     shipped = load_checkpoint(f"accuracy/seedlings_{MODEL}.pth")
     assert shipped["pictures_train"] == sum(CLASSES.values()) and shipped["classes"] == list(CLASSES)
-    whole = load_checkpoint(f"accuracy/weights/{MODEL}/last.pth")["state_dict_ema"]
-    for name, tensor in whole.items():
+    whole = load_checkpoint(f"accuracy/weights/{MODEL}/last.pth")
+    for name, tensor in whole["state_dict_ema"].items():
         assert np.allclose(shipped["state_dict"][name], tensor, rtol=1e-3, atol=1e-6), name
     assert Path(f"accuracy/seedlings_{MODEL}.pth").stat().st_size < 10e6
+
+    # What no image is left for comes from the two runs, what the training images tell from its own.
+    first, second = (load_checkpoint(f"accuracy/recipe/{split}/{MODEL}/last.pth")["calibration"] for split in (3, 4))
+    calibration, own = shipped["calibration"], whole["calibration"]
+    assert calibration["images"] == first["images"] + second["images"] == 18
+    assert calibration["temperature"] ** 2 == pytest.approx(first["temperature"] * second["temperature"])
+    for name, tensor in calibration["score"].items():
+        pooled = (first["score"][name] + second["score"][name]) / 2 if name in ("scale", "quantiles") else None
+        assert torch.allclose(tensor, own["score"][name] if pooled is None else pooled), name
 
 
 def test_fine_tuning_starts_from_a_network_that_knows_other_classes(small):

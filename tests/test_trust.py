@@ -262,7 +262,8 @@ def test_light_changes_by_up_to_its_limit_in_both_directions(light):
     low, high = changed[:, 0].min() / 100, changed[:, 0].max() / 100
     assert changed.dtype == torch.uint8 and 1 / light - 0.01 <= low < 1.1 / light
     assert high <= min(light, 2.55) + 0.01 and high > 0.9 * min(light, 2.55)
-    assert changed[:, 2].max() == 255 and (changed[:, 0, 0, 0] < 100).float().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert changed[:, 2].max() == 255
+    assert (changed[:, 0, 0, 0] < 100).float().mean().item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_run_killed_while_it_is_calibrated_is_complete_when_resumed(calibrated, run_train, monkeypatch, capsys):

@@ -20,7 +20,8 @@ import numpy as np
 from common.options import ConstantError, UserError
 from common.tables import unguard
 from common.text import read_text
-from tools.dates import DAY, MONTHS, Ambiguous, Step, find_step, is_regular, read_dates, read_times, to_standard_time, to_utc
+from tools.dates import DAY, MONTHS, Ambiguous, Step, find_step, is_regular, read_dates, read_times, to_standard_time
+from tools.dates import to_utc
 
 MISSING = {"", "na", "n/a", "n.a.", "#n/a", "nan", "null", "none", "nil", "?", "-", "--", "..", "...", ".", "*", "***"}
 MISSING |= {"#div/0!", "#null!", "#num!", "#ref!", "#value!"}  # as spreadsheets write errors
