@@ -33,7 +33,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.checkpoint import load_checkpoint, save_checkpoint
+from common.calibration import calibration_error, coverage_curve, cross_fit, log_likelihood_loss
+from common.checkpoint import build_network, load_checkpoint, save_checkpoint
+from common.dataset import transform_of
+from common.evaluation import choose_images, compute_logits
 from common.files import write_json, written_whole
 from common.images import is_image
 from common.options import Name, NonNegativeInt, NotEmpty, PositiveInt, UserError, run
@@ -48,6 +51,7 @@ JOBS: PositiveInt = 1  # concurrent runs, each with its part of the cores
 SOURCE: Name = "data1"  # folder that holds <class>/<image>
 OUTPUT: Name = "accuracy"  # folder for splits and runs
 
+COVERAGE = 0.95  # fraction of the images, the most confident ones, whose accuracy is measured
 RATIO = 20  # imbalance: training images of the most frequent class for each of the rarest one
 CUT = 1 / 3  # fit: share of the height that is cut off each image
 
@@ -79,9 +83,10 @@ def main():
     elif WHAT == "weights":
         train_weights(plan)
     else:
-        plan = replace(plan, stress=True)
+        plan = replace(plan, whole=True)
         results = run_all(plan, {"recipe": []} if WHAT == "recipe" else ABLATIONS, plan.prepare)
         print_runs(results)
+        print_doubt(results)
         print_stress(results)
         print_classes(results["recipe"], plan.output / "confusion_matrix.png")
 
@@ -89,7 +94,7 @@ def main():
 @dataclass
 class Plan:
     """What all runs have in common: folders, seeds of the splits, options, concurrent runs, the training script, and
-    whether the accuracy under disturbances is measured."""
+    whether calibration and accuracy under disturbances are measured."""
 
     source: Path
     output: Path
@@ -97,7 +102,7 @@ class Plan:
     options: list
     jobs: int
     script: str = "train.py"
-    stress: bool = False
+    whole: bool = False
 
     def prepare(self, split):
         """Split `source`; returns the folder."""
@@ -151,8 +156,8 @@ def run_once(plan, name, options, split, data, threads):
 
     Returns:
         dict of plain types: classes, training images of each, epochs, minutes, images/s, accuracy of the raw weights,
-        confusion matrices of the EMA weights without (plain) and with test-time augmentation (tta), their accuracies
-        under disturbances (stress), ...
+        confusion matrices of the EMA weights without (plain) and with test-time augmentation (tta), what
+        `measure_doubt` returns (doubt), accuracies under disturbances (stress), ...
 
     Raises:
         UserError: if it was done before with other options.
@@ -182,10 +187,11 @@ def run_once(plan, name, options, split, data, threads):
         minutes_to_95=next((m for m, row in zip(minutes, log) if row["ema_acc1"] >= 95), None),
         images_a_second=float(np.median([row["img_per_s"] for row in log])),
         raw=log[-1]["val_acc1"],
-        plain=measure(checkpoint, data, folder / "plain", "--no-tta", *["--stress"] * plan.stress),
+        plain=measure(checkpoint, data, folder / "plain", "--no-tta", *["--stress"] * plan.whole),
         tta=measure(checkpoint, data, folder / "tta", "--tta"),
     )
-    if plan.stress:
+    if plan.whole:
+        metrics["doubt"] = measure_doubt(trained, data / "val")
         with open(folder / "plain" / "stress.csv", newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)  # "-": a network for images of one size only
             metrics["stress"] = {row["disturbance"]: float(row["acc1"].replace("-", "nan")) for row in rows}
@@ -208,6 +214,21 @@ def measure(checkpoint, data, folder, *options):
         return [[int(cell) for cell in row[1:]] for row in list(csv.reader(file))[1:]]
 
 
+def measure_doubt(checkpoint, folder):
+    """{measure: [before, after calibration]} on images that took no part in the training nor, for each, in the fit."""
+    paths, labels = choose_images(folder, checkpoint["classes"], 0)
+    logits = torch.from_numpy(compute_logits(build_network(checkpoint), paths, transform_of(checkpoint)))
+    both = [logits.double().softmax(1).numpy(), cross_fit(logits, torch.tensor(labels)).numpy()]
+    measures = {"ECE": calibration_error, "NLL": log_likelihood_loss, f"{COVERAGE:.0%}": accuracy_at_coverage}
+    return {name: [measure(probabilities, labels) for probabilities in both] for name, measure in measures.items()}
+
+
+def accuracy_at_coverage(probabilities, labels):
+    """Accuracy in percent of the most confident images, `COVERAGE` of all."""
+    coverage, accuracies = coverage_curve(probabilities, labels)
+    return 100 * float(accuracies[np.searchsorted(coverage, COVERAGE - 1e-9)])
+
+
 def print_runs(results):
     """Print one row per experiment."""
     print("| run | splits | EMA weights | with --tta | raw weights | minutes | to 95 % | images/s |")
@@ -220,6 +241,18 @@ def print_runs(results):
         to_95 = "-" if None in reached else f"{np.mean(reached):.0f}"
         cells = [name, len(own), *map(mean_and_spread, accuracies), f"{minutes:.1f}", to_95, f"{speed:.0f}"]
         print(f"| {' | '.join(map(str, cells))} |")
+
+
+def print_doubt(results):
+    """Print one row per experiment: how honest probabilities are, before and after calibration."""
+    print("\n| run | ECE | calibrated | NLL | calibrated | accuracy of the most confident", f"{COVERAGE:.0%} |")
+    print("|---|---|---|---|---|---|")
+    for name, own in results.items():
+        doubts = [result["doubt"] for result in own]
+        cells = [[doubt[what][step] for doubt in doubts] for what in ("ECE", "NLL") for step in (0, 1)]
+        cells = [mean_and_spread(values, 3) for values in cells]
+        cells.append(mean_and_spread([doubt[f"{COVERAGE:.0%}"][1] for doubt in doubts]))
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def print_stress(results):
@@ -241,9 +274,9 @@ def accuracy(matrix):
     return 100 * np.trace(matrix) / np.sum(matrix)
 
 
-def mean_and_spread(values):
+def mean_and_spread(values, digits=2):
     """Mean and standard deviation in words."""
-    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
 def print_classes(results, path):

@@ -69,6 +69,10 @@ def test_the_recipe_is_measured_by_test_py(small, capsys):
     for name in ("clean", "noise 5/255", "larger images, 64x64"):
         change = float(stress[name]["change"])
         assert f"| {name} | {stress[name]['acc1']} | {change:.2f} |" in table, name
+    report = (folder / "plain" / "report.txt").read_text(encoding="utf-8")
+    before, after = metrics["doubt"]["NLL"]
+    assert float(report.split("negative log-likelihood: ")[1].split()[0]) == pytest.approx(before, abs=3e-3)  # bf16
+    assert f" | {before:.3f} | {after:.3f} | {metrics['doubt']['95%'][1]:.2f} |" in table
     errors = int(9 - np.trace(metrics["tta"]))
     between = max(np.array(metrics["tta"])[i, j] + metrics["tta"][j][i] for i in range(3) for j in range(i))
     assert f"{errors} errors, {between} of them between " in table
