@@ -138,14 +138,18 @@ def read_boxes(data, split, flaws, classes=None):
         check_corners(path, images)
     for image in images:
         clip_boxes(image, flaws)
+    if not any(image.names for image in images):
+        remedy = "see the lines above" if flaws.lines[before:] else "annotate it, or name another part"
+        raise UserError(f"{path} leaves no {'box' if images else 'image'} that can be used; {remedy}")
+    if not any(image.counted() for image in images):
+        raise UserError(f"{path} has only boxes that are ignored, as crowds or difficult; annotate others")
     if classes is None:
         classes = sorted({name for image in images for name in image.counted()})
     for image in images:
         drop(image, [name in classes for name in image.names], "boxes of other classes", flaws,
              lambda name, box: f"class {name!r} is not one of {', '.join(classes)}; left out")  # fmt: skip
     if not any(image.counted() for image in images):
-        remedy = "see the lines above" if flaws.lines[before:] else "annotate it, or name another part"
-        raise UserError(f"{path} leaves no {'box' if images else 'image'} that can be used; {remedy}")
+        raise UserError(f"{path} has no box of {', '.join(classes)}; see the lines above")
     return images, {name: ids.get(name) for name in classes}
 
 
@@ -280,7 +284,7 @@ def base(part):
 def read_voc(data, path, files, flaws):
     """The images of a list of `ImageSets/Main`, or of a folder of XML files, with the boxes of their XML files."""
     xml_files = [file for file in files if file.suffix.lower() == ".xml"]
-    pictures = FilesByName(filter(is_image, files), data, path.stem)
+    finder = FilesByName(filter(is_image, files), data, path.stem)
     if path.is_dir():
         annotations = [file for file in xml_files if path in file.parents]
     else:
@@ -294,7 +298,7 @@ def read_voc(data, path, files, flaws):
             continue
         called = re.split(r"[/\\]", (root.findtext("filename") or "").strip())[-1]
         size = (number(root, "size/width"), number(root, "size/height"))
-        found = pictures.find(str(annotation.relative_to(data).with_suffix(""))) or pictures.find(called)
+        found = finder.find(str(annotation.relative_to(data).with_suffix(""))) or finder.find(called)
         if len(found) > 1:
             found = [file for file in found if fold(file.name) == fold(called)] or found
         if len(found) > 1:
@@ -362,7 +366,7 @@ def read_xml(path):
     encoding = declared[1].decode("ascii", "replace").lower() if declared else "utf-8"
     encoding = ENCODINGS.get(encoding, encoding)
     try:
-        root = ElementTree.fromstring(read_text(path, encoding, "strict"))
+        root = ElementTree.fromstring(read_text(path, encoding, "strict").lstrip())
     except (UnicodeError, LookupError) as error:
         raise ValueError(f"it is not {encoding}; save it as UTF-8") from error
     except ElementTree.ParseError as error:
@@ -406,7 +410,7 @@ def read_coco(data, path, files, flaws):
             raise UserError(f"{path}: category {brief(key)} {brief(name)} occurs twice; rename one of them")
         names[key] = name.strip()
     part = path.parent.name if path.stem.startswith("_annotations") else path.stem.removeprefix("instances_")
-    pictures = FilesByName(filter(is_image, files), data, part)
+    finder = FilesByName(filter(is_image, files), data, part)
     images, by_file = {}, {}
     for row in listed:
         key, name = as_id(row.get("id")), row.get("file_name")
@@ -416,7 +420,7 @@ def read_coco(data, path, files, flaws):
             continue
         if key in images:
             raise UserError(f"{path}: two images have the id {key}, so whose boxes are whose is unknown; correct it")
-        found = [Path(name)] if os.path.isabs(name) and os.path.isfile(name) else pictures.find(name)
+        found = [Path(name)] if os.path.isabs(name) and os.path.isfile(name) else finder.find(name)
         if not found:  # outside `data`, or of a kind whose reason not to be read is named below
             found = [folder / name for folder in (path.parent, data) if os.path.isfile(folder / name)][:1]
         if len(found) > 1:
@@ -556,6 +560,7 @@ def check_images(images, flaws, description):
                 flaws.add(image.path, "images turned by EXIF data", what)
             elif len(stated) == 2 and stated != size:
                 what = f"{size[0]} x {size[1]} pixels, its annotation says {stated[0]:g} x {stated[1]:g}; left out"
+                what += ": use the file that was annotated, or annotate this one"
                 flaws.add(image.path, "images of another size", f"has {what}", image=True)
                 continue
             image.size = size

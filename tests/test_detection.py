@@ -163,6 +163,19 @@ def equal(one, other):
     return torch.equal(one, other) if torch.is_tensor(one) else one == other
 
 
+def test_tiny_and_oblong_images_are_trained_and_predicted(detect, tmp_path, drawn_boxes):
+    sizes = {"a": (5, 5), "b": (2000, 20), "c": (20, 2000), "d": (3000, 1), "e": (1, 1)}
+    for part in ("train", "val"):
+        write_files(tmp_path / "odd", {f"{part}/{name}.png": size for name, size in sizes.items()} | {
+            f"{part}/{name}.xml": xml([("cell", 0, 0, *size)], size=size) for name, size in sizes.items()
+        })  # fmt: skip
+    with pytest.raises(UserError, match="5 images are in train and in train"):
+        detect(DATA="odd", VAL="train")
+    detect(DATA="odd", EPOCHS=1, VALIDATE_EVERY=1)
+    detect(PREDICT="odd/val", SCORE=0.0)
+    assert len(list(Path("results/detection/boxes").iterdir())) == len(sizes)
+
+
 def test_pretrained_weights_are_loaded_and_the_names_of_classes_kept(detect, tmp_path, capsys):
     torch.manual_seed(3)
     network = timm.create_model("unireplknet_test", num_classes=5)
@@ -454,6 +467,7 @@ def test_layouts_of_annotation_programs_are_read(name, tmp_path):
     ({"train.json": named("q/a.jpg"), "x/a.jpg": None, "y/a.jpg": None}, "train", "image q/a.jpg may be"),
     ({"Annotations/a.xml": [GOOD], "images/a.jpg": None}, "train",
      r"has no part 'train' \(nothing is there\); list the names of its images in ImageSets/Main/train.txt, one a line"),
+    ({"train.json": named("a.jpg", iscrowd=1), "a.jpg": None}, "train", "train.json has only boxes that are ignored"),
     ({"data.yaml": "names: [a]", "train/images/a.jpg": None}, "train", "YOLO's labels/.* are not read: export"),
     ({"images/train/a.jpg": None, "labels/train/a.txt": "0 .5 .5 1 1"}, "train", "YOLO's labels/.* are not read"),
     ({"train/a.xml": [GOOD], "train/a.jpg": None}, "test", r"no part 'test' \(train is there\); expected Pascal VOC"),
@@ -475,6 +489,7 @@ ODD = {  # the XML of an image, its flaw
     "GBK": ("<?xml version='1.0' encoding='GB2312'?>".encode() + xml([(CELL, *GOOD[1:])]).encode("gbk"), None),
     "Shift-JIS": ("<?xml version='1.0' encoding='shift_jis'?>".encode() + xml([GOOD]).encode("shift_jis"), None),
     "UTF-16": ("<?xml version='1.0' encoding='utf-16'?>" + xml([GOOD]), None),
+    "an empty line first": (f"\n<?xml version='1.0'?>{xml([GOOD])}", None),
     "GBK, not declared": (xml([(CELL, *GOOD[1:])]).encode("gbk"), "cannot be read: it is not utf-8; save it as UTF-8"),
     "unknown encoding": ("<?xml version='1.0' encoding='klingon'?><a/>", "it is not klingon; save it as UTF-8"),
     "CVAT": ("<annotations><image name='a.jpg'><box xtl='1'/></image></annotations>", "its <annotations> is no <anno"),
@@ -618,6 +633,8 @@ def test_classes_without_boxes_are_refused(detect, tmp_path):
     write_voc(tmp_path / "voc", dict(train=dict(a=[GOOD]), val=dict(b=[GOOD])))
     with pytest.raises(ConstantError, match="CLASSES must name each class once, got cell,cell"):
         detect(DATA="voc", CLASSES=["cell", "cell"])
+    with pytest.raises(UserError, match="train.txt has no box of Cell; see the lines above"):
+        detect(DATA="voc", CLASSES=["Cell"])
     with pytest.raises(UserError, match="train has no box of cel; take names from cell as CLASSES"):
         detect(DATA="voc", CLASSES=["cell", "cel"])
 
