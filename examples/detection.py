@@ -7,12 +7,13 @@
     python examples/detection.py --predict new/                           boxes on new images
 
 The last two take the newest best.pth, or that of --checkpoint. Reads Pascal VOC (Annotations/*.xml, JPEGImages/,
-ImageSets/Main/train.txt and val.txt) or COCO (annotations/train.json and val.json, and the images); docs/dense.md says
-more. Needs the package pycocotools.
+ImageSets/Main/train.txt and val.txt; or folders train/ and val/ of images and XML files) or COCO
+(annotations/train.json and val.json, and the images); docs/dense.md says more. Needs the package pycocotools.
 
 Writes to checkpoints/detection/<model>/: last.pth, best.pth, log.csv, result.json, loss.png, ap.png, boxes.png
 (validation images with truth and prediction) and flaws.txt (annotations that cannot be used). With --evaluate and
---predict to results/detection/: predictions.json (COCO's format of results) and boxes.png, or boxes/<image>.png.
+--predict to results/detection/: predictions.json (COCO's format of results) and boxes.png, or boxes/<image>.png; with
+--evaluate also metrics.json and flaws.txt.
 
 Exit status: 0; 1 an error; 2 a wrong option or constant; 3 done, but some images were left out of an evaluation or a
 prediction; 130, 143 or 129 stopped by a signal, saved and ready to be resumed.
@@ -56,8 +57,8 @@ from common.device import choose_amp, choose_device, choose_layout, choose_worke
 from common.extras import require
 from common.faults import Interrupt, Stopped
 from common.file_checks import check_fields, check_keys
-from common.files import list_files, write_json, write_text
-from common.images import ImageError, is_image, load_image
+from common.files import list_files, write_json
+from common.images import ImageError, is_another_kind, is_hidden, is_image, load_image, why_not
 from common.loading import Loader
 from common.network import check_environment, check_pretrained, read_weights
 from common.optimizer import create_optimizer
@@ -126,6 +127,7 @@ STRIDES = (4, 8, 16, 32, 64)  # of the feature pyramid
 DRAWN = dict(train=40, val=10)  # images of DEMO in each part
 LOWEST_SCORE = 0.02  # of a predicted box
 NOTHING = dict(boxes=torch.tensor([[-9.0, -9.0, -8.0, -8.0]]), labels=torch.tensor([1]), scores=torch.tensor([0.0]))
+MOST_OTHERS = 10  # files that --predict does not read, named one by one
 MIN_VISIBLE = 0.3  # fraction of a box's area that must be inside a crop
 # What a checkpoint says about its detector, and of which kind it is.
 DETECTOR = dict(img_size=ImageSize, anchor=Positive, channels=Annotated[int, Limits(16, 1024)], nms=Fraction)
@@ -135,6 +137,8 @@ def main():
     arch, tag = split_model_name_tag(MODEL)
     if EVALUATE and PREDICT:
         raise ConstantError("EVALUATE and PREDICT are two tasks: set one of them")
+    if PREDICT:
+        check_apart(Path(PREDICT), Path(RESULTS))
     require("pycocotools.coco", "pycocotools.cocoeval")
     if DEMO and not Path(DATA).exists():
         write_scenes(DATA, DRAWN, 320, 240, SEED)
@@ -147,10 +151,9 @@ def main():
             return predict(checkpoint, model, Path(PREDICT), Path(RESULTS), SCORE, reading)
         return evaluate(checkpoint, model, DATA, EVALUATE, Path(RESULTS), SCORE, reading)
 
-    check_choices(arch, tag, OPTIMIZER, PRETRAINED, RESUME)
+    check_choices(arch, tag, OPTIMIZER, PRETRAINED, RESUME, CLASSES)
     device = choose_device(DEVICE)
     prepare_device(device)
-    flaws = Flaws()
     with DenseFolder(OUTPUT, arch, RESUME, SAVE_MINUTES, "detection", "ap", "average precision / %") as folder:
         checkpoint = folder.load(arch, OPTIMIZER, build_detector, check_detector)
         pretrained = PRETRAINED or tag
@@ -158,11 +161,11 @@ def main():
 
         # --- data
         classes = CLASSES or (None if checkpoint is None else checkpoint["classes"])
-        train_images, ids = read_boxes(DATA, TRAIN, flaws, classes)
-        classes = list(classes or ids)
-        val_images, _ = read_boxes(DATA, VAL, flaws, classes)
-        check_parts(train_images, val_images, TRAIN, VAL)
-        flaws.report()
+        with Flaws() as flaws:
+            train_images, ids = read_boxes(DATA, TRAIN, flaws, classes)
+            classes = list(classes or ids)
+            val_images, _ = read_boxes(DATA, VAL, flaws, classes)
+            check_parts(train_images, val_images, TRAIN, VAL, classes)
         mean, std = choose_normalisation(weights) if checkpoint is None else (checkpoint["mean"], checkpoint["std"])
         augment = Augmentation(IMG_SIZE, CROP_SIZE, SCALE, HFLIP, VFLIP, QUARTER_TURNS, COLOR_JITTER)
         reading = dict(batch_size=BATCH_SIZE, workers=choose_workers(WORKERS, device))
@@ -204,7 +207,7 @@ def main():
             detector=settings, category_ids=number_classes(classes, ids), convolutions=kernels,
         )  # fmt: skip
         folder.begin(about, checkpoint, state, crop, EPOCHS)
-        write_text(folder.path / "flaws.txt", "".join(f"{line}\n" for line in flaws.lines))
+        flaws.write(folder.path / "flaws.txt")
         print_summary(about, train_images, val_images, steps, EPOCHS)
         folder.print_history(state)
         with Interrupt() as interrupt, folder.saved_on_error(state):
@@ -231,6 +234,13 @@ def main():
         return 0
 
 
+def check_apart(source, results):
+    """ConstantError if drawings would be written among the images, which they might replace."""
+    folder, drawings = source.resolve(), (results / "boxes").resolve()
+    if source.is_dir() and (drawings.is_relative_to(folder) or folder.is_relative_to(drawings)):
+        raise ConstantError(f"RESULTS must be a folder apart from PREDICT, {source}, got {str(results)!r}")
+
+
 def load_detector(path, device):
     """(checkpoint, its detector in eval mode on `device`)."""
     checkpoint = load_dense(path, "detection", build_detector, check_detector)
@@ -253,12 +263,16 @@ def predict(checkpoint, model, source, results, score, reading):
     """
     if not source.exists():
         raise UserError(f"there is no {source}; set PREDICT to an image or a folder of images")
-    paths = [source] if source.is_file() else [path for path in list_files(source) if is_image(path)]
+    hidden = []
+    files = [source] if source.is_file() else list_files(source, skip=is_hidden, skipped=hidden)
+    paths = [path for path in files if is_image(path) or path == source]
+    others = [why_not(path) for path in files if is_another_kind(path) and not is_hidden(path) and path != source]
     if not paths:
-        raise UserError(f"{source} holds no images; set PREDICT to an image or a folder of images")
+        why = f" ({others[0]})" if others else ""
+        raise UserError(f"{source} holds no images{why}; set PREDICT to an image or a folder of images")
     root = source.parent if source.is_file() else source
     found = find_boxes(model, create_loader(paths, checkpoint["detector"]["img_size"], **reading))
-    skipped, rows, drawn = 0, [], 0
+    skipped, rows, drawn = len(others), [], 0
     for number, (path, boxes) in enumerate(zip(paths, found), start=1):
         if isinstance(boxes, ImageError):
             print(f"  {boxes}")
@@ -271,13 +285,22 @@ def predict(checkpoint, model, source, results, score, reading):
         drawing.parent.mkdir(parents=True, exist_ok=True)
         plot_boxes([(path, None, boxes)], checkpoint["classes"], score, drawing)
     write_json(results / "predictions.json", rows, None)
-    print(f"{drawn} boxes of score {score} or more in {len(paths) - skipped} images, drawn in {results / 'boxes'}; all "
-          f"{len(rows)} in {results / 'predictions.json'}" + f"; {skipped} images skipped" * (skipped > 0))  # fmt: skip
+    for reason in others[:MOST_OTHERS]:
+        print(f"  {reason}")
+    if others[MOST_OTHERS:]:
+        print(f"  and {len(others) - MOST_OTHERS} more that are not read as images")
+    if hidden:
+        print(f"passed over {len(hidden)} hidden or system folders ({', '.join(map(str, hidden[:3]))})")
+    done = len(paths) + len(others) - skipped
+    print(f"{drawn} boxes of score {score} or more in {done} images, drawn in {results / 'boxes'}; all {len(rows)} in "
+          f"{results / 'predictions.json'}" + f"; {skipped} images skipped" * (skipped > 0))  # fmt: skip
     return 3 if skipped else 0
 
 
 def evaluate(checkpoint, model, data, split, results, score, reading):
-    """Average precision on a part of the data; writes predictions.json, metrics.json and boxes.png to `results`.
+    """Average precision on a part of the data.
+
+    Writes predictions.json, metrics.json, boxes.png and flaws.txt to `results`.
 
     Args:
         data, split: see `examples.boxes.read_boxes`.
@@ -286,20 +309,17 @@ def evaluate(checkpoint, model, data, split, results, score, reading):
     Returns:
         Exit status: 3 if some images were left out.
     """
-    flaws = Flaws()
-    images, _ = read_boxes(data, split, flaws, checkpoint["classes"])
-    flaws.report()
-    if not any(not ignored for image in images for ignored in image.ignored):
-        raise UserError(f"{split} has no boxes of the classes {', '.join(checkpoint['classes'])}")
+    results.mkdir(parents=True, exist_ok=True)
+    with Flaws(results / "flaws.txt") as flaws:
+        images, _ = read_boxes(data, split, flaws, checkpoint["classes"])
     paths = [image.path for image in images]
     found = find_boxes(model, create_loader(paths, checkpoint["detector"]["img_size"], **reading))
-    results.mkdir(parents=True, exist_ok=True)
     metrics = report(images, found, checkpoint, results / "boxes.png", score)
     rows = [row for image, boxes in zip(images, found)
             for row in to_results(image.image_id, boxes, checkpoint["category_ids"])]  # fmt: skip
     write_json(results / "predictions.json", rows, None)
     write_json(results / "metrics.json", metrics)
-    print(f"written to  {results}: predictions.json, metrics.json, boxes.png")
+    print(f"written to  {results}: predictions.json, metrics.json, boxes.png, flaws.txt")
     return 3 if flaws.images else 0
 
 
@@ -319,9 +339,11 @@ def report(images, found, checkpoint, path, score):
     })  # fmt: skip
 
 
-def check_choices(arch, tag, optimizer, pretrained, resume):
+def check_choices(arch, tag, optimizer, pretrained, resume, classes):
     """Refuse names that nobody knows before anything is read or written."""
     check_backbone(arch)
+    if len(set(classes)) < len(classes):
+        raise ConstantError(f"CLASSES must name each class once, got {','.join(classes)}")
     if optimizer not in list_optimizers():
         raise ConstantError(f'OPTIMIZER must be "muon", "adamw" or another that timm lists, got {optimizer!r}')
     check_environment()
@@ -415,11 +437,13 @@ class Pyramid(nn.Module):
         return self.fpn(OrderedDict((str(number), features) for number, features in enumerate(maps)))
 
 
-def check_parts(train_images, val_images, train, val):
-    """UserError unless both parts have boxes, and no image in common."""
-    for images, part in ((train_images, train), (val_images, val)):
-        if not any(not ignored for image in images for ignored in image.ignored):
-            raise UserError(f"the images of {part} have no boxes that can be used; see the lines above")
+def check_parts(train_images, val_images, train, val, classes):
+    """UserError if the parts have an image in common, or the training part has no box of a class."""
+    there = {name for image in train_images for name in image.counted()}
+    lacking = [name for name in classes if name not in there]
+    if lacking:
+        known = ", ".join(sorted(there))
+        raise UserError(f"{train} has no box of {', '.join(lacking)}; take names from {known} as CLASSES")
     common = {image.path.resolve() for image in train_images} & {image.path.resolve() for image in val_images}
     if common:
         raise UserError(
@@ -516,9 +540,11 @@ def print_summary(about, train_images, val_images, steps, epochs):
     """Print what is trained on what."""
     print(f"network     Faster R-CNN on {about['arch']}, classes {', '.join(about['classes'])}")
     for part, images in (("training", train_images), ("validation", val_images)):
-        counts = {name: sum(image.names.count(name) for image in images) for name in about["classes"]}
+        counts = {name: sum(image.counted().count(name) for image in images) for name in about["classes"]}
         total = ", ".join(f"{count} {name}" for name, count in counts.items())
-        print(f"{part:10}  {len(images)} images with {sum(counts.values())} boxes: {total}")
+        ignored = sum(sum(image.ignored) for image in images)
+        more = f", and {ignored} that are ignored, as crowds or difficult" if ignored else ""
+        print(f"{part:10}  {len(images)} images with {sum(counts.values())} boxes: {total}{more}")
     print(f"steps       {steps} in each of {epochs} epochs")
 
 
@@ -619,10 +645,7 @@ def average_precision(images, found, category_ids):
         if isinstance(boxes, ImageError):
             raise boxes
         rows += to_results(image.image_id, boxes, category_ids)
-    counts = {name: 0 for name in category_ids}
-    for image in images:
-        for name, ignored in zip(image.names, image.ignored):
-            counts[name] += not ignored
+    counts = {name: sum(image.counted().count(name) for image in images) for name in category_ids}
     with contextlib.redirect_stdout(io.StringIO()):  # of which it prints a page
         truth.createIndex()
         # Without any prediction it fails; one of score 0 outside all images changes nothing else.

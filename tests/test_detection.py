@@ -102,14 +102,26 @@ def test_a_run_learns_is_evaluated_and_predicts(detect, tmp_path, capsys, monkey
     assert {row["image_id"] for row in rows} <= {image["id"] for image in truth["images"]}
     assert {row["category_id"] for row in rows} <= {category["id"] for category in truth["categories"]}
 
+    assert Path("results/detection/flaws.txt").read_text("utf-8") == ""
+
     photos = tmp_path / "photos" / "deeper"
     photos.mkdir(parents=True)
     Image.open("drawn/images/val/000.jpg").resize((70, 90)).save(photos / "a.png")
     (photos / "b.png").write_bytes(b"no image")
+    write_files(tmp_path / "photos", {"c.DNG": "", "d.pdf": "", "d.txt": "", ".thumbs/a.jpg": None,
+                                      "__MACOSX/a.jpg": None, "._a.jpg": ""})  # fmt: skip
     capsys.readouterr()
     detect(3, PREDICT="photos")
     out = capsys.readouterr().out
-    assert "b.png cannot be read as an image" in out and "1 images skipped" in out
+    assert "b.png cannot be read as an image" in out and "in 1 images, drawn" in out and "; 3 images skipped" in out
+    assert "c.DNG is a camera's raw file; export it" in out and "d.pdf is a document" in out and "d.txt" not in out
+    assert "passed over 2 hidden or system folders (photos/.thumbs, photos/__MACOSX)" in out
+    for results in ("photos", "photos/new", ".", "photos/../photos"):
+        if results != ".":
+            with pytest.raises(ConstantError, match="RESULTS must be a folder apart from PREDICT, photos, got"):
+                detect(PREDICT="photos", RESULTS=results)
+    with pytest.raises(ConstantError, match="RESULTS must be a folder apart"):
+        detect(PREDICT="results/detection/boxes")
     rows = json.loads(Path("results/detection/predictions.json").read_text("utf-8"))
     assert rows and {row["file_name"] for row in rows} == {"deeper/a.png"} and {row["image_id"] for row in rows} == {1}
     for row in rows:
@@ -151,6 +163,19 @@ def equal(one, other):
     return torch.equal(one, other) if torch.is_tensor(one) else one == other
 
 
+def test_tiny_and_oblong_images_are_trained_and_predicted(detect, tmp_path, drawn_boxes):
+    sizes = {"a": (5, 5), "b": (2000, 20), "c": (20, 2000), "d": (3000, 1), "e": (1, 1)}
+    for part in ("train", "val"):
+        write_files(tmp_path / "odd", {f"{part}/{name}.png": size for name, size in sizes.items()} | {
+            f"{part}/{name}.xml": xml([("cell", 0, 0, *size)], size=size) for name, size in sizes.items()
+        })  # fmt: skip
+    with pytest.raises(UserError, match="5 images are in train and in train"):
+        detect(DATA="odd", VAL="train")
+    detect(DATA="odd", EPOCHS=1, VALIDATE_EVERY=1)
+    detect(PREDICT="odd/val", SCORE=0.0)
+    assert len(list(Path("results/detection/boxes").iterdir())) == len(sizes)
+
+
 def test_pretrained_weights_are_loaded_and_the_names_of_classes_kept(detect, tmp_path, capsys):
     torch.manual_seed(3)
     network = timm.create_model("unireplknet_test", num_classes=5)
@@ -182,10 +207,10 @@ VOC_FLAWS = {
     "no number": (dict(things=[("cell", "x", 1, 9, 9)]), XML, "object 2 (cell) has no four numbers as its box"),
     "not finite": (dict(things=[("cell", "nan", 1, 9, "inf")]), XML, "object 2 (cell) has no four numbers as its box"),
     "twice": (dict(things=[GOOD]), XML, "object 2 (cell) is there twice; used once"),
-    "no XML": (dict(missing=XML), XML, "does not exist; its image is left out"),
-    "no image": (dict(missing="JPEGImages/a.jpg"), "JPEGImages/a", "does not exist as an image; left out"),
-    "broken XML": (dict(content={XML: b"<annotation><object>"}), XML, "cannot be read (no element found"),
-    "empty XML": (dict(content={XML: b""}), XML, "cannot be read (no element found"),
+    "no XML": (dict(missing=XML), "train.txt", "a has no XML file; left out"),
+    "no image": (dict(missing="JPEGImages/a.jpg"), XML, "its image does not exist; left out"),
+    "broken XML": (dict(content={XML: b"<annotation><object>"}), XML, "cannot be read: no element found"),
+    "empty XML": (dict(content={XML: b""}), XML, "cannot be read: no element found"),
     "broken image": (dict(content={"JPEGImages/a.jpg": b"GIF"}), "a.jpg", "cannot be read as an image"),
     "size": (dict(size=(30, 40)), "a.jpg", "has 30 x 40 pixels, its annotation says 40 x 30; left out"),
     "listed twice": (dict(content={"ImageSets/Main/train.txt": b"a\nb\n\na\n"}), "train.txt", "a is listed twice"),
@@ -234,15 +259,14 @@ COCO_FLAWS = {
     "negative": (dict(annotations=[BOX | dict(bbox=[9, 9, -3, 9])]), "annotation 3 (cell) has no area"),
     "outside": (dict(annotations=[BOX | dict(bbox=[50, 1, 9, 9])]), "lies outside the image"),
     "three": (dict(annotations=[BOX | dict(bbox=[50, 1, 9])]), "annotation 3 (cell) has no four numbers as its box"),
-    "text": (dict(annotations=[BOX | dict(bbox=["1", 1, 9, 9])]), "annotation 3 (cell) has no four numbers"),
+    "text": (dict(annotations=[BOX | dict(bbox=["x", 1, 9, 9])]), "annotation 3 (cell) has no four numbers"),
     "huge": (dict(annotations=[BOX | dict(bbox=[1, 1, 10**400, 9])]), "annotation 3 (cell) has no four numbers"),
     "no box": (dict(annotations=[dict(id=3, image_id=1, category_id=7)]), "annotation 3 (cell) has no four numbers"),
     "category": (dict(annotations=[BOX | dict(category_id=8)]), "annotation 3 has no known class; left out"),
     "image": (dict(annotations=[BOX | dict(image_id=5)]), "annotation 3 is of image 5, which is not listed; left out"),
     "id": (dict(annotations=[BOX | dict(id=2)]), "annotation 2: its id occurs twice; used"),
     "missing": (dict(images=[dict(id=4, file_name="c.jpg")]), "image c.jpg does not exist"),
-    "no name": (dict(images=[dict(id=4)]), "image {'id': 4} has none; left out"),
-    "twice": (dict(images=[dict(id=4, file_name="a.jpg")]), "image a.jpg is listed twice; used once"),
+    "no name": (dict(images=[dict(id=4)]), "image {'id': 4} has no file_name"),
 }
 
 
@@ -268,7 +292,7 @@ def test_flaws_of_coco_files_are_named_and_left_out(name, coco_folder, tmp_path)
     assert [len(image.boxes) for image in images] == ([2, 1] if name == "id" else [1, 1])
 
 
-def test_crowds_are_neither_trained_nor_counted(coco_folder, tmp_path):
+def test_crowds_are_neither_trained_nor_counted(coco_folder, tmp_path, capsys):
     coco_folder(json.dumps(coco(annotations=[BOX | dict(iscrowd=1)])))
     images, ids = boxes.read_boxes(tmp_path, "train", boxes.Flaws())
     assert images[0].ignored == [False, True]
@@ -277,6 +301,11 @@ def test_crowds_are_neither_trained_nor_counted(coco_folder, tmp_path):
     assert pixels.shape == (3, 64, 64) and len(target["boxes"]) == 1
     first = boxes.to_coco(images, ids)["annotations"][1]
     assert first["iscrowd"] == 1 and first["category_id"] == 7
+    capsys.readouterr()
+    detection.print_summary(dict(arch="x", classes=["cell"]), images, images[1:], 1, 1)
+    out = capsys.readouterr().out
+    assert "training    2 images with 2 boxes: 2 cell, and 1 that are ignored, as crowds or difficult\n" in out
+    assert "validation  1 images with 1 boxes: 1 cell\n" in out
 
 
 REFUSED = {
@@ -287,7 +316,10 @@ REFUSED = {
     "nested": ("[" * 10**5, "train.json is no COCO file of boxes ("),
     "image ids": (json.dumps(coco(images=[dict(id=2, file_name="c.jpg")])), "two images have the id 2"),
     "categories": (json.dumps(coco(categories=[dict(id=7, name="x")])), "category 7 'x' occurs twice"),
-    "names": (json.dumps(coco(categories=[dict(id=8, name="cell")])), "category 8 'cell' occurs twice"),
+    "names": (
+        json.dumps(coco(categories=[dict(id=8, name="cell")], annotations=[BOX | dict(category_id=8)])),
+        "category 8 'cell' occurs twice",
+    ),
     "no id": (json.dumps(coco(categories=[dict(name="x")])), "a category has no name or whole number as its id"),
     "nothing": (json.dumps(dict(categories=[], annotations=[], images=[])), "leaves no image that can be used"),
 }
@@ -308,7 +340,7 @@ def test_data_that_are_not_there_are_described(detect, tmp_path):
     write_voc(tmp_path / "voc", dict(train=dict(a=[GOOD]), val=dict(b=[])))
     with pytest.raises(UserError, match=r"voc has no part 'test' \(train, val is there\); expected Pascal VOC"):
         boxes.read_boxes(tmp_path / "voc", "test", boxes.Flaws())
-    with pytest.raises(UserError, match="the images of val have no boxes that can be used"):
+    with pytest.raises(UserError, match="val.txt leaves no box that can be used; annotate it"):
         detect(DATA="voc")
     with pytest.raises(UserError, match="1 images are in train and in train, such as .*a.jpg, so validation"):
         detect(DATA="voc", VAL="train")
@@ -318,6 +350,293 @@ def test_data_that_are_not_there_are_described(detect, tmp_path):
         with pytest.raises(ConstantError):
             detect(DATA="voc", **constants)
     assert not list(Path("checkpoints").glob("detection/*/*"))
+
+
+# --- what annotation programs save
+
+
+def write_files(folder, files):
+    """Write {path: None, an image of 40 x 30; (width, height), an image; a list of boxes, their XML; a dict, JSON; text
+    or bytes}, below `folder`."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None or isinstance(content, tuple):
+            Image.new("RGB", content or (40, 30), "grey").save(path)
+        elif isinstance(content, list):
+            path.write_text(xml(content), "utf-8")
+        elif isinstance(content, dict):
+            path.write_text(json.dumps(content), "utf-8")
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def xml(things, head="", size=(40, 30)):
+    """The text of a VOC annotation, with more elements as its `head`."""
+    text = f"<annotation>{head}<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+    for name, *box in things:
+        corners = "".join(f"<{tag}>{value}</{tag}>" for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), box))
+        text += f"<object><name>{name}</name><bndbox>{corners}</bndbox></object>"
+    return f"{text}</annotation>"
+
+
+def named(*names, **changes):
+    """A COCO file of images with these names, a box each."""
+    content = coco()
+    content["images"] = [dict(id=key, file_name=name) for key, name in enumerate(names, start=1)]
+    content["annotations"] = [BOX | dict(id=key, image_id=key) | changes for key in range(1, len(names) + 1)]
+    return content
+
+
+LIST, NFD, NFC = "ImageSets/Main/train.txt", "Zu\u0308ge", "Z\u00fcge"
+VOC_LIST = {"Annotations/a.xml": [GOOD], "JPEGImages/a.jpg": None}
+LAYOUTS = {  # files, part, images that it has
+    "Roboflow VOC": ({"valid/a.jpg": None, "valid/a.xml": [GOOD], "train/a.jpg": None}, "val", ["valid/a.jpg"]),
+    "Roboflow COCO": ({"valid/_annotations.coco.json": named("a.jpg"), "valid/a.jpg": None}, "val", ["valid/a.jpg"]),
+    "validation": ({"validation/x/a.jpg": None, "validation/y/a.xml": [GOOD]}, "valid", ["validation/x/a.jpg"]),
+    "folders of folders": (
+        {f"{part}/{place}": content for part in ("train", "val")
+         for place, content in (("images/a.png", None), ("Annotations/a.XML", [GOOD]))}, "train", ["train/images/a.png"]
+    ),
+    "annotations of a part": (
+        {f"{place}/{part}/a.{ending}": content for part in ("train", "val")
+         for place, ending, content in (("annotations", "xml", [GOOD]), ("images", "jpg", None))},
+        "val", ["images/val/a.jpg"],
+    ),
+    "images": ({LIST: "a\n", "Annotations/a.xml": [GOOD], "images/a.jpg": None}, "train", ["images/a.jpg"]),
+    "beside": ({LIST: "a\n", "images/a.xml": [GOOD], "images/a.jpg": None}, "train", ["images/a.jpg"]),
+    "masks of one name": (VOC_LIST | {LIST: "a", "SegmentationClass/a.png": None}, "train", ["JPEGImages/a.jpg"]),
+    "with extension": (VOC_LIST | {LIST: "a.jpg\r\n"}, "train", ["JPEGImages/a.jpg"]),
+    "as a path": (VOC_LIST | {LIST: "C:\\photos\\JPEGImages\\a.JPG\n"}, "train", ["JPEGImages/a.jpg"]),
+    "tab": (VOC_LIST | {LIST: "a\t-1\n"}, "train", ["JPEGImages/a.jpg"]),
+    "two paths": (VOC_LIST | {LIST: "./JPEGImages/a.jpg ./Annotations/a.xml\n"}, "train", ["JPEGImages/a.jpg"]),
+    "spaces": ({LIST: "a b 1", "Annotations/a b 1.xml": [GOOD], "JPEGImages/a b 1.jpg": None}, "train",
+               ["JPEGImages/a b 1.jpg"]),
+    "dots": ({LIST: "v1.2", "Annotations/v1.2.xml": [GOOD], "JPEGImages/v1.2.jpg": None, "JPEGImages/v1.jpg": None},
+             "train", ["JPEGImages/v1.2.jpg"]),
+    "subfolders": (
+        VOC_LIST | {LIST: "s/a\na\n", "Annotations/s/a.xml": [GOOD], "JPEGImages/s/a.jpg": None}, "train",
+        ["JPEGImages/s/a.jpg", "JPEGImages/a.jpg"],
+    ),
+    "NFD": ({LIST: NFC, f"Annotations/{NFD}.xml": [GOOD], f"JPEGImages/{NFC}.jpg": None}, "train",
+            [f"JPEGImages/{NFC}.jpg"]),
+    "of two by name": (
+        {LIST: "a", "Annotations/a.xml": xml([GOOD], "<filename>a.jpg</filename>"), "JPEGImages/a.jpg": None,
+         "JPEGImages/a.png": None}, "train", ["JPEGImages/a.jpg"]),
+    "of two by size": (VOC_LIST | {LIST: "a", "JPEGImages/a.png": (20, 15)}, "train", ["JPEGImages/a.jpg"]),
+    "folders of the part first": (
+        {"annotations/train.json": named("a.jpg"), "images/a.jpg": None, "images/train/a.jpg": None,
+         "images/val/a.jpg": None}, "train", ["images/train/a.jpg"]),
+    "folder of the name first": (
+        {"annotations/train.json": named("x/a.jpg"), "images/x/a.jpg": None, "images/train/a.jpg": None}, "train",
+        ["images/x/a.jpg"]),
+    "masks beside": ({"train.json": named("a.png"), "masks/train/a.png": None, "images/train/a.png": None}, "train",
+                     ["images/train/a.png"]),
+    "COCO by path": (
+        {"annotations/instances_train2017.json": named("a.jpg"), "images/train2017/a.jpg": None,
+         "images/train2014/a.jpg": None, "images/val2017/a.jpg": None}, "annotations/instances_train2017.json",
+        ["images/train2017/a.jpg"]),
+    "COCO, one year": (
+        {"annotations/instances_train2017.json": named("a.jpg"), "train2017/a.jpg": None, "val2017/a.jpg": None},
+        "train", ["train2017/a.jpg"]),
+    "names of elsewhere": (
+        {"train.json": named("images\\a.jpg", "/home/x/b.jpg", "D:\\c.jpg", "https://x.org/f%20g.jpg?size=1",
+                             "../../media/E.JPG", f"{NFD}.jpg"),
+         **{f"images/{name}.jpg": None for name in ("a", "b", "c", "f g", "e", NFC)}, "images/b.jpg.png": None},
+        "train", [f"images/{name}.jpg" for name in ("a", "b", "c", "f g", "e", NFC)]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_annotation_programs_are_read(name, tmp_path):
+    files, part, expected = LAYOUTS[name]
+    write_files(tmp_path, files)
+    flaws = boxes.Flaws()
+    images, _ = boxes.read_boxes(tmp_path, part, flaws)
+    assert [image.path.relative_to(tmp_path).as_posix() for image in images] == expected and not flaws.lines
+    assert [image.counted() for image in images] == [["cell"]] * len(expected)
+
+
+@pytest.mark.parametrize(("files", "part", "message"), [
+    ({f"annotations/instances_train{year}.json": named("a.jpg") for year in (2014, 2017)}, "train",
+     "instances_train2014.json and .*instances_train2017.json for the part 'train'; name one .* as --train, --val"),
+    ({LIST: "a\n", "train.json": named("a.jpg")}, "train", "train.txt and .*train.json for the part"),
+    ({"valid/a.xml": [GOOD], "validation/a.xml": [GOOD]}, "val", "valid and .*validation for the part 'val'"),
+    ({"train.json": named("a.jpg"), "a.jpg": None, "images/a.jpg": None}, "train",
+     "train.json: image a.jpg may be .*a.jpg or .*images/a.jpg; remove one"),
+    ({"train.json": named("q/a.jpg"), "x/a.jpg": None, "y/a.jpg": None}, "train", "image q/a.jpg may be"),
+    ({"Annotations/a.xml": [GOOD], "images/a.jpg": None}, "train",
+     r"has no part 'train' \(nothing is there\); list the names of its images in ImageSets/Main/train.txt, one a line"),
+    ({"train.json": named("a.jpg", iscrowd=1), "a.jpg": None}, "train", "train.json has only boxes that are ignored"),
+    ({"data.yaml": "names: [a]", "train/images/a.jpg": None}, "train", "YOLO's labels/.* are not read: export"),
+    ({"images/train/a.jpg": None, "labels/train/a.txt": "0 .5 .5 1 1"}, "train", "YOLO's labels/.* are not read"),
+    ({"train/a.xml": [GOOD], "train/a.jpg": None}, "test", r"no part 'test' \(train is there\); expected Pascal VOC"),
+    ({"result.json": named("a.jpg")}, "x" * 5000, r"no part 'xx.*…x+' \(result.json is there\)"),
+    ({"train.json": "\u7ec6\u80de".encode("gbk")}, "train", "train.json is not UTF-8; save it as UTF-8"),
+    ({"train.json": coco(categories=[dict(id=8, name="\ud800")])}, "train", "a category has no name or"),
+    ({"train.json": named("a.jpg", "b.jpg", bbox=[20, 10, 38, 28]), "a.jpg": None, "b.jpg": None}, "train",
+     "2 of 2 boxes reach out of their images, but none if its numbers are x1, y1, x2, y2; save each bbox"),
+])  # fmt: skip
+def test_what_is_ambiguous_or_of_another_kind_is_refused(files, part, message, tmp_path):
+    write_files(tmp_path, files)
+    with pytest.raises(UserError, match=message):
+        boxes.read_boxes(tmp_path, part, boxes.Flaws())
+
+
+CELL = "\u7ec6\u80de"
+ODD = {  # the XML of an image, its flaw
+    "namespace": ("<annotation xmlns='http://x.org'>" + xml([GOOD])[12:], None),
+    "GBK": ("<?xml version='1.0' encoding='GB2312'?>".encode() + xml([(CELL, *GOOD[1:])]).encode("gbk"), None),
+    "Shift-JIS": ("<?xml version='1.0' encoding='shift_jis'?>".encode() + xml([GOOD]).encode("shift_jis"), None),
+    "UTF-16": ("<?xml version='1.0' encoding='utf-16'?>" + xml([GOOD]), None),
+    "an empty line first": (f"\n<?xml version='1.0'?>{xml([GOOD])}", None),
+    "GBK, not declared": (xml([(CELL, *GOOD[1:])]).encode("gbk"), "cannot be read: it is not utf-8; save it as UTF-8"),
+    "unknown encoding": ("<?xml version='1.0' encoding='klingon'?><a/>", "it is not klingon; save it as UTF-8"),
+    "CVAT": ("<annotations><image name='a.jpg'><box xtl='1'/></image></annotations>", "its <annotations> is no <anno"),
+    "web page": ("<html><body>404</body></html>", "its <html> is no <annotation> of Pascal VOC; export it in that"),
+    "other content": ("<annotation><image><box/></image></annotation>", "is no <annotation> of Pascal VOC"),
+    "cut off": (xml([GOOD])[:-9], "cannot be read: unclosed token: line 1, column"),
+    "normalised": (xml([GOOD, ("cell", 0.1, 0.1, 0.6, 0.9)]), "normalised: multiply by width and height"),
+    "narrow": (xml([GOOD, ("cell", 5, 5, 5.5, 20)]), "object 2 (cell) is narrower than a pixel (5, 5, 5.5, 20)"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_xml_files_of_other_kinds(name, tmp_path):
+    content, flaw = ODD[name]
+    write_files(tmp_path, {LIST: "b\na\n", "JPEGImages/a.jpg": None, "JPEGImages/b.jpg": None,
+                           "Annotations/b.xml": [GOOD], "Annotations/a.xml": content})  # fmt: skip
+    flaws = boxes.Flaws()
+    images, _ = boxes.read_boxes(tmp_path, "train", flaws)
+    assert [list(GOOD[1:])] * len(images) == [box for image in images for box in image.boxes]
+    assert len(images) == (1 if flaws.images else 2) and len(flaws.lines) == (flaw is not None)
+    assert flaw is None or flaw in flaws.lines[0] and "a.xml: " in flaws.lines[0]
+    if name == "GBK":
+        assert images[1].names == [CELL]
+
+
+def test_an_xml_file_of_two_images_is_left_out(tmp_path):
+    write_files(tmp_path, VOC_LIST | {LIST: "a\nb\n", "JPEGImages/a.png": None, "images/b.jpg": None,
+                                      "Annotations/b.xml": [GOOD]})  # fmt: skip
+    flaws = boxes.Flaws()
+    images, _ = boxes.read_boxes(tmp_path, "train", flaws)
+    assert [image.path.name for image in images] == ["b.jpg"] and flaws.images == 1
+    assert "a.jpg or of " in flaws.lines[0] and "name the right one in <filename>" in flaws.lines[0]
+
+
+def test_files_of_another_part_are_not_taken(tmp_path):
+    write_files(tmp_path, {"test.json": named("a.jpg", "train/a.jpg", "b.jpg"), "images/train/a.jpg": None,
+                           "images/b.jpg": None})  # fmt: skip
+    flaws = boxes.Flaws()
+    images, _ = boxes.read_boxes(tmp_path, "test", flaws)
+    assert [image.image_id for image in images] == [2, 3] and "image a.jpg does not exist below" in flaws.lines[0]
+    assert len(flaws.lines) == 1
+
+
+def test_an_image_without_xml_file_in_a_folder_is_named(tmp_path):
+    write_files(tmp_path, {"train/a.jpg": None, "train/a.xml": [GOOD], "train/b.jpg": None, "train/.b.xml": [GOOD]})
+    flaws = boxes.Flaws()
+    images, _ = boxes.read_boxes(tmp_path, "train", flaws)
+    assert len(images) == 1 and "b.jpg: has no XML file; left out" in flaws.lines[0]
+
+
+NUMBERS = {
+    "ids": (dict(images=[dict(id="4", file_name="c.jpg")], annotations=[BOX | dict(image_id=4.0, category_id="7")]), 1),
+    "text": (dict(annotations=[BOX | dict(image_id="1.0", bbox=["1", " 2.5", 9, "1e1"])]), 0),
+    "crowd": (dict(annotations=[BOX | dict(iscrowd="1"), BOX | dict(id=4, iscrowd=True, bbox=[9, 9, 9, 9])]), 0),
+    "polygon": (dict(annotations=[dict(id=3, image_id=1, category_id=7, segmentation=[[1, 2, 9, 2, 5, "8"]])]), 0),
+    "flat polygon": (dict(annotations=[BOX | dict(bbox=[], segmentation=[1, 2, 9, 8])]), 0),
+    "two ids of one image": (dict(images=[dict(id=4, file_name="a.jpg")], annotations=[BOX | dict(image_id=4)]), 0),
+    "an unused category": (dict(categories=[dict(id=0, name="cell")], annotations=[BOX]), 0),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_in_any_notation(name, coco_folder, tmp_path):
+    changes, place = NUMBERS[name]
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "c.jpg")
+    coco_folder(json.dumps(coco(**changes)))
+    flaws = boxes.Flaws()
+    images, ids = boxes.read_boxes(tmp_path, "train", flaws)
+    assert ids == {"cell": 7} and flaws.images == 0
+    if name == "two ids of one image":
+        assert "image a.jpg is listed twice; used once, with the boxes of both" in flaws.lines[0]
+    else:
+        assert not flaws.lines
+    image = images[0] if name != "ids" else images[2]
+    expected = {"text": [1, 2.5, 10, 12.5], "polygon": [1, 2, 9, 8], "flat polygon": [1, 2, 9, 8]}
+    assert expected.get(name, [1, 1, 10, 10]) in image.boxes
+    assert sum(image.ignored) == (2 if name == "crowd" else 0)
+
+
+@pytest.mark.parametrize("value", ["seven", 1.5, None, True, "", [1], {}, float("nan"), "9" * 5000])
+def test_what_is_no_id(value):
+    assert boxes.as_id(value) is None
+
+
+def test_large_ids_stay_exact():
+    assert boxes.as_id(str(2**60 + 1)) == 2**60 + 1 == boxes.as_id(2**60 + 1)
+
+
+@pytest.mark.parametrize("mark", ["1", " True ", "true", "1.0", "yes"])
+def test_difficult_objects_are_recognised(mark, tmp_path):
+    text = xml([GOOD, ("cell", 1, 1, 9, 9)]).replace("</bndbox></object></ann", f"</bndbox><difficult>{mark}"
+                                                     "</difficult></object></ann")  # fmt: skip
+    write_files(tmp_path, {"train/a.jpg": None, "train/a.xml": text})
+    assert boxes.read_boxes(tmp_path, "train", boxes.Flaws())[0][0].ignored == [False, True]
+
+
+@pytest.mark.parametrize("orientation", range(5, 9))
+def test_boxes_of_images_turned_by_exif_follow_them(orientation, tmp_path):
+    """A bright rectangle on black: where it is in the upright image is where its box is."""
+    pixels = np.zeros((30, 40, 3), np.uint8)
+    pixels[4:12, 20:36] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    write_files(tmp_path, {"train/a.xml": [("cell", 20, 4, 36, 12)], "train/b.jpg": (30, 40), "train/b.xml": [GOOD]})
+    Image.fromarray(pixels).save(tmp_path / "train" / "a.png", exif=exif)
+    flaws = boxes.Flaws()
+    [image], _ = boxes.read_boxes(tmp_path, "train", flaws)
+    rows, columns = np.nonzero(np.asarray(boxes.load_image(image.path))[..., 0])
+    assert image.size == (30, 40)
+    assert image.boxes == [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
+    assert "a.png: is turned by its EXIF data" in flaws.lines[0] and "b.jpg: has 30 x 40" in flaws.lines[1]
+
+
+def test_wrong_files_as_lists_are_flaws(tmp_path, capsys):
+    write_files(tmp_path, VOC_LIST | {"mine.txt": b"x" * 5000 + b"\n\0\n../../a\na\nhttp://[\n" + b"\xff\xfe\x80 1\n"})
+    flaws = boxes.Flaws()
+    images, _ = boxes.read_boxes(tmp_path, str(tmp_path / "mine.txt"), flaws)
+    assert len(images) == 1 and len(flaws.lines) == 5 and max(map(len, flaws.lines)) < 300
+    for name in ("a\0.jpg", "x" * 5000 + ".jpg", "\ud800.jpg"):
+        write_files(tmp_path, {"train.json": named("a.jpg", name)})
+        flaws = boxes.Flaws()
+        assert len(boxes.read_boxes(tmp_path, "train", flaws)[0]) == 1
+        assert "does not exist" in flaws.lines[0] and flaws.lines[0].isprintable()
+
+
+def test_flaws_are_shown_before_what_they_lead_to(detect, tmp_path, capsys):
+    things = [("cell", 0.1, 0.1, 0.5, number / 100) for number in range(20, 50)]
+    write_voc(tmp_path / "voc", dict(train=dict(a=things), val=dict(b=[GOOD])))
+    with pytest.raises(UserError, match="train.txt leaves no box that can be used; see the lines above"):
+        detect(DATA="voc")
+    out = capsys.readouterr().out
+    assert "object 1 (cell) lies in the first pixel (0.1, 0.1, 0.5, 0.2); left out; its numbers seem" in out
+    assert out.endswith("  and 10 more\nflaws       30 normalised boxes\n")
+    with pytest.raises(UserError), boxes.Flaws(tmp_path / "flaws.txt") as flaws:
+        boxes.read_boxes(tmp_path / "voc", "train", flaws)
+    assert f"  and 10 more, see {tmp_path / 'flaws.txt'}\n" in capsys.readouterr().out
+    assert len((tmp_path / "flaws.txt").read_text("utf-8").splitlines()) == 30
+
+
+def test_classes_without_boxes_are_refused(detect, tmp_path):
+    write_voc(tmp_path / "voc", dict(train=dict(a=[GOOD]), val=dict(b=[GOOD])))
+    with pytest.raises(ConstantError, match="CLASSES must name each class once, got cell,cell"):
+        detect(DATA="voc", CLASSES=["cell", "cell"])
+    with pytest.raises(UserError, match="train.txt has no box of Cell; see the lines above"):
+        detect(DATA="voc", CLASSES=["Cell"])
+    with pytest.raises(UserError, match="train has no box of cel; take names from cell as CLASSES"):
+        detect(DATA="voc", CLASSES=["cell", "cel"])
 
 
 def test_a_list_may_lie_anywhere(tmp_path):
