@@ -45,6 +45,7 @@ from torch.utils.data import Dataset
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
@@ -389,13 +390,13 @@ def create_detector(backbone, num_classes, mean, std, *, img_size, anchor, chann
         x2, y2; labels (n,) from 1) -> dict of losses, or in eval mode list of dict of boxes, labels, scores.
     """
     pyramid = Pyramid(backbone, channels)
+    anchors = AnchorGenerator(tuple((anchor * stride,) for stride in STRIDES), ((0.5, 1.0, 2.0),) * len(STRIDES))
     detector = FasterRCNN(
         pyramid,
-        rpn_anchor_generator=AnchorGenerator(
-            tuple((anchor * stride,) for stride in STRIDES), ((0.5, 1.0, 2.0),) * len(STRIDES)
-        ),
+        rpn_anchor_generator=anchors,
+        rpn_head=PreciseHead(channels, anchors.num_anchors_per_location()[0]),
         box_head=TwoMLPHead(channels * 7 * 7, 4 * channels),
-        box_predictor=FastRCNNPredictor(4 * channels, num_classes + 1),
+        box_predictor=PrecisePredictor(4 * channels, num_classes + 1),
         rpn_batch_size_per_image=128,
         rpn_pre_nms_top_n_train=500,
         rpn_pre_nms_top_n_test=500,
@@ -407,6 +408,23 @@ def create_detector(backbone, num_classes, mean, std, *, img_size, anchor, chann
     )
     detector.transform = SameSize(img_size, img_size, mean, std)
     return detector
+
+
+# torchvision computes corners in the precision of what predicts them, and bfloat16 knows whole pixels only from 128 on.
+
+
+class PreciseHead(RPNHead):
+    """torchvision's, whose outputs are float32 with autocast, too."""
+
+    def forward(self, maps):
+        return tuple([tensor.float() for tensor in tensors] for tensors in super().forward(maps))
+
+
+class PrecisePredictor(FastRCNNPredictor):
+    """Likewise."""
+
+    def forward(self, features):
+        return tuple(tensor.float() for tensor in super().forward(features))
 
 
 class SameSize(GeneralizedRCNNTransform):

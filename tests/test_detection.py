@@ -680,6 +680,25 @@ def test_maps_of_any_image_size(size):
     assert len(maps) == len(detection.STRIDES) and {features.shape[1] for features in maps} == {16}
 
 
+@pytest.mark.parametrize("part", ["rpn", "roi_heads"])
+def test_corners_are_not_rounded_by_mixed_precision(part):
+    """bfloat16 has 8 bits, which are whole pixels from 128 on, and every second one from 256 on."""
+    torch.manual_seed(0)
+    settings = dict(img_size=320, anchor=4.0, channels=16, nms=0.5)
+    model = detection.create_detector(
+        detection.create_backbone("unireplknet_test", {}), 2, [0.5] * 3, [0.2] * 3, **settings
+    ).eval()
+    corners = []
+    getattr(model, part).register_forward_hook(
+        lambda module, _, output: corners.extend([output[0][0]["boxes"] if part == "roi_heads" else output[0][0]])
+    )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model([torch.rand(3, 320, 320)])
+    inside = corners[0][(corners[0] > 128) & (corners[0] < 319)]
+    assert inside.dtype == torch.float32 and len(inside) > 10
+    assert (inside != inside.round()).float().mean() > 0.9
+
+
 def found(rows):
     """What `find_boxes` returns for one image."""
     values = torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
