@@ -327,7 +327,7 @@ def check_file(path, kind):
     image.getchannel(0).save(buffer, "png")  # grey: the three channels are equal
     png = buffer.getvalue()
     record |= dict(seconds=duration(path), image_sha256=hashlib.sha256(png).hexdigest(), image_bytes=len(png))
-    return File(path, record=record, png=png)
+    return File(path, record=record, pixels=look_at(image), png=png)
 
 
 def find_duplicates(checked, name):

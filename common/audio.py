@@ -29,7 +29,9 @@ PACKAGES = ("soundfile", "soxr", "librosa")  # what recordings need
 EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".caf", ".w64")
 # Files that hold sound all the same; ffmpeg makes recordings of them that are read.
 NOT_READ = {
-    "a recording in a format that is not read": ".aac .ac3 .amr .ape .au .m4a .m4b .mka .mpc .ra .snd .tta .wma .wv",
+    "a recording in a format that is not read": (
+        ".aac .ac3 .amr .ape .au .m4a .m4b .mka .mp2 .mpc .ra .snd .sph .spx .tta .wave .wma .wv"
+    ),
     "a video": ".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv",
 }
 # What files begin with that bear a wrong extension: offset and bytes.
@@ -53,10 +55,13 @@ SIGNATURES = {
 }
 # What libsndfile says of any content that it does not know; the second one of that in a file called .mp3.
 UNTRUE = ("Format not recognised", "File does not exist or is not a regular file (possibly a pipe?)")
+NO_SAMPLES = "it contains no samples"
+MAX_HEADER = 4096  # bytes; a file that is larger holds more than a header
 TEXT = set(range(32, 127)) | {9, 10, 12, 13} | set(range(128, 256))  # bytes of text, also UTF-8
 PAD_MODES = {"silence": "constant", "repeat": "wrap"}  # as NumPy calls them
 SAMPLE_RATES = (1_000, 1_000_000)  # Hz; only damaged files claim others
 BLOCK = 1 << 20  # samples that are read at once
+CANCELLED = 1e-3  # power of the averaged channels, relative to the first one's, below which they cancel each other
 SILENCE = 1e-8  # power of a mel band that counts as silence, above the rounding noise of 16-bit samples
 SMALLEST = 32  # pixels; the network halves each side five times
 
@@ -236,7 +241,7 @@ class Spectrogram:
 
 
 def read_mono(path, seconds):
-    """Read the beginning of a recording, its channels averaged.
+    """Read the beginning of a recording: its channels averaged, around 0.
 
     Args:
         path: the file, in any format, depth, rate and number of channels that libsndfile knows.
@@ -261,13 +266,18 @@ def read_mono(path, seconds):
                 block = file.read(max(1, min(left, BLOCK // file.channels)), dtype="float32", always_2d=True)
                 if not len(block):
                     break
-                blocks.append(block.mean(1))
+                blocks.append(np.stack([block.mean(1), block[:, 0]]))
                 left -= len(block)
         if not blocks:
-            raise ValueError("it contains no samples")
-        samples = np.concatenate(blocks)
-        if not np.isfinite(samples).all():
+            raise ValueError(NO_SAMPLES)
+        both = np.concatenate(blocks, 1)
+        if not np.isfinite(both).all():
             raise ValueError("it contains samples that are NaN or infinite")
+        # A constant offset, as of a cheap sound card, would be the loudest tone of the lowest band.
+        both -= both.mean(1, dtype=np.float64, keepdims=True).astype(np.float32)
+        # Channels of opposite sign, as of a wrongly wired microphone, cancel; then the first one is heard.
+        average, first = (np.dot(samples, samples) for samples in both)
+        samples = both[0 if average > CANCELLED * first else 1]
     except Exception as error:  # libsndfile's errors, and a broken file may have others
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".") or type(error).__name__
         reason, remedy = explain(path, reason)
@@ -296,6 +306,10 @@ def explain(path, reason):
         if all(head[offset:].startswith(mark) for offset, mark in places):
             has_sound = what.endswith(("recording", "video"))
             return f"it is {what}", f"{converted(path)}, or remove it" if has_sound else remedy
+    if reason == NO_SAMPLES and os.path.getsize(path) > MAX_HEADER:
+        repaired = Path(path).with_suffix(".repaired.wav")
+        remedy = f'repair it, as in: ffmpeg -ignore_length 1 -i "{path}" "{repaired}", and remove it'
+        return "its header says that it has no samples, as of a recording that was interrupted", remedy
     if reason in UNTRUE:
         if not head.strip(b"\0"):
             return "it begins with zeros, as after an interrupted copy", remedy

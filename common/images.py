@@ -235,7 +235,7 @@ def find_folder_problems(root, nested):
         if inside:
             others = f" (and {len(inside) - 1} more in {root / name})" if len(inside) > 1 else ""
             problems.append(
-                f"{root / name / inside[0]}{others} is a folder inside a class folder; move its images to "
+                f"{root / name / inside[0]}{others} is a folder inside a class folder; move its files to "
                 f"{root}/<class>/ directly, or make it a class of its own"
             )
         twin = lower.setdefault(name.lower(), name)

@@ -90,7 +90,7 @@ def check(source, target, near, folder, kind, value_range):
         sections.append((f"{len(broken)} unusable files: replace or remove them", [f"  {r}" for r in broken]))
     odd = list(describe_pixels({sample.path: sample.pixels for sample in usable if sample.pixels}, value_range))
     if odd:
-        sections.append(("images that are probably not read as they should be", [f"  {line}" for line in odd]))
+        sections.append(("files that are probably not read as they should be", [f"  {line}" for line in odd]))
     pairs.sort(key=lambda pair: pair[0])
     for where, remedy in dict.fromkeys((where, remedy) for _, where, remedy, *_ in pairs):
         lines = [f"  {first} = {second}: {what}" for _, w, _, first, second, what in pairs if w == where]
@@ -132,9 +132,8 @@ def examine(sample, kind):
         sample.reason = str(error)
         return sample
     sample.content = hash_file(sample.path)
-    sample.size = image.size
+    sample.size, sample.pixels = image.size, look_at(image)
     if kind.name == "image":
-        sample.pixels = look_at(image)
         [imagehash] = require("imagehash")
         sample.bits = imagehash.phash(image).hash.ravel()
     else:  # spectrograms of one word are all similar, so only identical recordings are reported

@@ -1,10 +1,13 @@
-"""Images that are probably not read as they should be: of a single colour, or dark since their white is unknown.
+"""Images that are probably not read as they should be: of a single colour, or dark since their white is unknown; and
+recordings of which only silence is used.
 
 A file of 16 bits may hold the values of a camera of 12 bits, and hardly ever says so; read as 16 bits it is almost
 black.
 """
 
 from typing import NamedTuple
+
+from common.audio import is_sound
 
 SLIVER = 1 / 4  # fraction of the range below which all values of an image are remarkable: 14 bits or fewer in 16
 MAX_LISTED = 5  # files of a kind that are named
@@ -38,6 +41,11 @@ def describe_pixels(pixels, value_range):
         value_range: the constant VALUE_RANGE.
     """
     single = [path for path, image in pixels.items() if image.single]
+    silent = list(filter(is_sound, single))
+    if silent:
+        what = f"{len(silent)} recording{'s' * (len(silent) > 1)}"
+        yield f"{what} of which only silence is used: {name_some(silent)}; raise SECONDS, or remove what is silent"
+        single = [path for path in single if not is_sound(path)]
     if single:
         yield f"{count(single)} of a single colour: {name_some(single)}; remove what a viewer shows like this, too"
     deep = {path: image for path, image in pixels.items() if image.values is not None}

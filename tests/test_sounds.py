@@ -132,6 +132,7 @@ def test_the_log_mel_spectrogram_is_what_its_definition_says(changes, tmp_path):
     sound = SOUND | changes
     rng = np.random.default_rng(1)
     samples = tone(700, 0.5, sound["sample_rate"]) + 0.01 * rng.standard_normal(sound["sample_rate"] // 2)
+    samples -= samples.mean()  # as `read_mono` does
     expected = reference(samples, sound)
     np.testing.assert_allclose(Spectrogram(**sound).log_mel(samples), expected, atol=1e-3)
     soundfile.write(tmp_path / "a.wav", 0.5 * samples, sound["sample_rate"], "DOUBLE")
@@ -149,6 +150,40 @@ def test_louder_recordings_give_the_same_spectrogram_but_silence_stays_black():
     assert (SPECTROGRAM.log_mel(np.zeros(4000)) == -80).all()
     rounding = np.random.default_rng(0).choice([-1, 0, 1], 4000) / 2**16
     assert SPECTROGRAM.log_mel(rounding).max() < -5
+
+
+CHANNELS = {  # of a recording: factor of the sound, and of a constant offset
+    "one": [(1, 1)],
+    "two": [(1, 1), (1, 1)],
+    "only the second": [(0, 1), (1, 1)],
+    "of opposite sign": [(1, 1), (-1, -1)],
+    "of opposite sign, the same offset": [(1, 1), (-1, 1)],
+    "almost of opposite sign": [(-1, 0), (0.98, 1)],
+}
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1, -0.5])
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_an_offset_and_channels_that_cancel_change_nothing(offset, channels, tmp_path):
+    """The constant offset of a cheap sound card, and a microphone of whose wires two are exchanged."""
+    sound = 0.03 * np.random.default_rng(2).standard_normal(4000) * np.hanning(4000)
+    both = np.stack([own * sound + part * offset for own, part in CHANNELS[channels]], 1)
+    for name, samples in (("plain.wav", sound), ("a.wav", both)):
+        soundfile.write(tmp_path / name, samples, 8000, "FLOAT")
+    plain, other = (np.asarray(SPECTROGRAM.load(tmp_path / name), int) for name in ("plain.wav", "a.wav"))
+    assert plain.max() == 255 and np.abs(plain - other).max() <= 2
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_recordings_of_which_only_silence_is_used_are_named(check, place, capsys, monkeypatch):
+    """Those of silence, and those that begin with more of it than is used."""
+    monkeypatch.setattr(makedata, "CHECK", check)
+    for name, samples in {"off": np.zeros(2000), "late": np.r_[np.zeros(9000), tone(500)]}.items():
+        write(Path("data1/low") / f"{name}.wav", samples)
+    makedata.main()
+    said = capsys.readouterr().out
+    files = ", ".join(str(Path("data1/low", f"{name}.wav")) for name in ("late", "off"))
+    assert f"2 recordings of which only silence is used: {files}; raise SECONDS, or remove what is silent" in said
 
 
 def test_length_and_padding():
@@ -200,6 +235,12 @@ def write(path, samples, rate=8000, **options):
     return path
 
 
+def unfinished(path):
+    """The header of a WAV file as it is before the recording ends: without lengths."""
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(4) + content[8:40] + bytes(4) + content[44:])
+
+
 def cut_off(path, keep):
     path.write_bytes(path.read_bytes()[:keep])
 
@@ -237,6 +278,7 @@ BAD = {
     "phone.mp3": (lambda path: path.write_bytes(b"\0\0\0\x18ftypM4A " + NOISE), "it is an M4A recording"),
     "video.ogg": (lambda path: path.write_bytes(b"\x1a\x45\xdf\xa3" + NOISE), "it is a Matroska or WebM video"),
     "windows.wav": (lambda path: path.write_bytes(ASF + NOISE), "it is a WMA recording or WMV video"),
+    "interrupted.wav": (lambda path: unfinished(write(path, np.tile(tone(500), 4))), "its header says that it has no"),
     "header only.wav": (lambda path: cut_off(write(path, tone(500)), 44), "it contains no samples"),
     "no samples.wav": (lambda path: write(path, np.zeros(0)), "it contains no samples"),
     "nan.wav": (lambda path: write(path, np.full(800, np.nan), subtype="FLOAT"), "samples that are NaN"),
@@ -269,6 +311,9 @@ def test_bad_recordings_are_read_or_named_with_the_reason(name, tmp_path):
         if reason.endswith(("video", "M4A recording")):
             target = path.with_suffix(".flac" if path.suffix == ".wav" else ".wav")
             assert why.endswith(f'; convert it, as in: ffmpeg -i "{path}" "{target}", or remove it')
+        elif name == "interrupted.wav":
+            repaired = path.with_name("interrupted.repaired.wav")
+            assert why.endswith(f'; repair it, as in: ffmpeg -ignore_length 1 -i "{path}" "{repaired}", and remove it')
         else:
             assert why.endswith("; replace or remove it")
         with pytest.raises(ImageError):
