@@ -3,18 +3,23 @@
     images/train/0001.jpg   masks/train/0001.png    the value of a pixel, or its colour, says its class
     images/val/...          masks/val/...           classes.txt lists the classes
 
-A mask has the name of its image, in the same folder below masks/, or that name with one of `SUFFIXES`. In classes.txt
-each line is a class, and its number, from 0, is its value in the masks. A line may give another value, or a colour:
+A mask has the name of its image, in the same folder below masks/, or that name with an ending such as _mask, see
+`SUFFIX`. In classes.txt each line is a class, and its number, from 0, is its value in the masks. A line may give
+another value, or a colour, before or behind the name and separated from it by one of , ; : | = or a tab:
 
     road                    value 0 (the first line)
-    plant,255               value 255
-    sky,128,128,128         this colour, red, green and blue; also as 128 128 128 sky
+    plant,255               value 255; also as 255: plant
+    sky,128,128,128         this colour, red, green and blue; also as 128 128 128 sky, or as sky,#808080
+
+Behind a blank a single number is a value only if every line has one: "type 2" is a name. Lines that begin with # are
+comments.
 """
 
 import csv
-import io
 import os
 import re
+import unicodedata
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +32,11 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.functional import pil_to_tensor
 
-from common.decoding import FORMATS, ImageError, pillow_limits
-from common.file_checks import brief
+from common.contents import hash_file
+from common.decoding import ImageError, Stored, known_formats, pillow_limits
+from common.file_checks import PARTS, brief
 from common.files import list_files, write_csv
-from common.images import is_hidden, is_image, load_image
+from common.images import is_another_kind, is_hidden, is_image, load_image, why_not
 from common.options import UserError
 from common.progress import Progress
 from common.tables import unguard
@@ -39,11 +45,31 @@ from common.text import read_text
 IGNORED = 255  # instead of a class: the pixel counts neither in the loss nor in the metric
 UNKNOWN = 254  # instead of a class: a value or colour that the classes do not have
 MAX_CLASSES = 254
-SUFFIXES = ("_mask", "-mask", "_masks", "_label", "_labels", "_L", "_gt", "_seg")  # of a mask, behind its image's name
-MASK_EXTENSIONS = (".png", ".bmp", ".gif", ".tif", ".tiff")  # without loss; JPEG would change the values
+# Of a mask, behind its image's name; of an image before it: Cityscapes.
+SUFFIX = re.compile(r"[_-](masks?|labels?|l|gt|seg|segmentation|gtFine_labelIds)$", re.IGNORECASE)
+IMAGE_SUFFIX = "_leftImg8bit"
+LOSSLESS = ("PNG", "BMP", "DIB", "GIF", "TIFF")  # by content; JPEG would change the values
+MASK_EXTENSIONS = (".png", ".bmp", ".gif", ".tif", ".tiff")
 LISTED = 20  # flaws that are printed; skipped.csv has all
-BEHIND = re.compile(r"(.+?)\s*[,;\t]\s*(\d+(?:\s*[,;\s]\s*\d+){0,3})")  # plant,255 or sky,128,128,128
-BEFORE = re.compile(r"(\d+\s+\d+\s+\d+)\s+(\S.*)")  # 128 128 128 sky
+ORIENTATION = 274  # EXIF tag
+TURNS = {5: "mirrored and turned", 6: "turned clockwise", 7: "mirrored and turned", 8: "turned counterclockwise"}
+
+GAP = r"\s*[,;:|=\t，；：、]\s*"  # between a name and its value
+COLOUR = rf"(?P<numbers>#[0-9a-fA-F]{{6}}|\d{{1,3}}(?:(?:{GAP}|\s+)\d{{1,3}}){{2}})"
+LINES = [  # of classes.txt; the first that fits
+    rf"(?P<name>.+)(?:{GAP}|\s+){COLOUR}[\s,;:]*",  # sky,128,128,128
+    rf"{COLOUR}(?:{GAP}|\s+)(?P<name>.+)",  # 128 128 128 sky
+    rf"(?P<name>.+){GAP}(?P<numbers>\d{{1,3}})[\s,;:]*",  # plant,255
+    rf"(?P<numbers>\d{{1,3}}){GAP}(?P<name>.+)",  # 255: plant
+    r"(?P<name>.+)\s(?P<blank>\d{1,3})",  # plant 255, or a name
+    r"(?P<before>\d{1,3})\s+(?P<name>.+)",  # 255 plant
+    r"(?P<name>.+)",
+]
+# What is no class, besides blank lines: comments, and the first line of labelme's lists, whose value is -1.
+COMMENT = re.compile(rf"#(?![0-9a-fA-F]{{6}}({GAP}|\s))|__ignore__$")
+CVAT = re.compile(r"#\s*label\s*:\s*color_rgb", re.IGNORECASE)  # header of its labelmap.txt: name:colour:parts:actions
+# Of what begins with another sign, is only a number, or has one in a field behind it: "- road", "1. road", "road,1.0".
+NO_NAME = re.compile(rf"[^\w(\[<]|[-+.\d\s]+({GAP}|$)|\d+[.)]\s|.*{GAP}([-+#.]?\d|#|$)")
 
 
 class Flaw(NamedTuple):
@@ -51,6 +77,11 @@ class Flaw(NamedTuple):
 
     path: str
     reason: str
+
+    @classmethod
+    def of(cls, path, message):
+        """That of a message which begins with the path."""
+        return cls(str(path), message.removeprefix(str(path)).strip())
 
 
 class Pair(NamedTuple):
@@ -84,7 +115,8 @@ def read_classes(path, ignore):
         ignore: values, or names in any case, that become `IGNORED`; a value that a line gives itself is its class.
 
     Raises:
-        UserError: if it cannot be read, or names a class, value or colour twice; it names the line.
+        UserError: if it cannot be read, a line is not clear, or it names a class, value or colour twice; it names the
+            line.
     """
     path = Path(path)
     if not path.is_file():
@@ -93,27 +125,29 @@ def read_classes(path, ignore):
         lines = read_text(path, errors="strict").splitlines()
     except UnicodeError as error:
         raise UserError(f"{path} is not UTF-8; save it as UTF-8") from error
-    names, by_value, by_colour, seen = [], np.full(256, UNKNOWN, np.uint8), {}, set()
+    names, by_value, by_colour, seen = [], np.full(256, UNKNOWN, np.uint8), {}, {}
     ignored = {word.strip().lower() for word in ignore}
-    rows = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-    for value, (number, line) in enumerate(rows):
-        name, numbers = parse_class(line)
-        if name.lower() in seen or len(numbers) not in (0, 1, 3) or any(not 0 <= item <= 255 for item in numbers):
-            what = "is there twice" if name.lower() in seen else "needs a value, a colour or no number, from 0 to 255"
-            raise UserError(f"{path}, line {number}: {line[:80]!r} {what}; correct it")
-        seen.add(name.lower())
-        value = numbers[0] if len(numbers) == 1 else value
-        own = IGNORED if {name.lower(), str(value)} & ignored and len(numbers) != 1 else len(names)
-        if len(numbers) == 1 and name.lower() in ignored:
-            own = IGNORED
-        if value > 255 or by_value[value] != UNKNOWN or tuple(numbers) in by_colour:
-            raise UserError(f"{path}, line {number}: {line[:80]!r} has the value or colour of another line; correct it")
-        by_value[value] = own
-        if len(numbers) == 3:
-            by_colour[tuple(numbers)] = own
+    rows = parse_classes(path, lines)
+    if len(rows) > 256:
+        raise UserError(f"{path} has {len(rows)} classes; at most {MAX_CLASSES} that are not ignored can be learned")
+    coloured = [row for row in rows if len(row[2]) == 3]
+    for value, (where, name, numbers) in enumerate(rows):
+        if name.lower() in seen:
+            raise UserError(f"{where} is there twice; correct it")
+        if coloured and len(numbers) != 3:
+            count = f"{len(coloured)} of {len(rows)}"
+            raise UserError(f"{where} has no colour, but {count} lines have one; either each line has a colour or none")
+        own_value = numbers[0] if len(numbers) == 1 else value
+        is_ignored = name.lower() in ignored or str(own_value) in ignored and len(numbers) != 1
+        own = IGNORED if is_ignored else len(names)
+        code = tuple(numbers) if coloured else own_value
+        if code in seen:
+            text = ",".join(map(str, numbers)) or f"value {value}"
+            raise UserError(f"{where} has the value or colour of another line, {seen[code]!r}: {text}; correct it")
+        seen |= {name.lower(): name, code: name}
+        by_colour |= {code: own} if coloured else {}
+        by_value[own_value] = own
         names += [name] if own != IGNORED else []
-    if by_colour and len(by_colour) < len(rows):
-        raise UserError(f"{path}: either each line has a colour or none; {len(by_colour)} of {len(rows)} have one")
     if not 2 <= len(names) <= MAX_CLASSES:
         raise UserError(f"{path} has {len(names)} classes that are not ignored; 2 to {MAX_CLASSES} are needed")
     for word in ignored:
@@ -122,60 +156,122 @@ def read_classes(path, ignore):
     return ClassTable(names, by_value, by_colour)
 
 
-def parse_class(line):
-    """(name, [number, ...]) of a line of classes.txt."""
-    name, numbers = line, ""
-    if match := BEHIND.fullmatch(line):
-        name, numbers = match.groups()
-    elif match := BEFORE.fullmatch(line):
-        numbers, name = match.groups()
-    return name.strip(), [int(word) for word in re.findall(r"\d+", numbers)]
+def parse_classes(path, lines):
+    """The classes of classes.txt: [("path, line 3: 'plant,255'", name, [value], [red, green, blue] or []), ...].
+
+    Raises:
+        UserError: for a line that is none of `LINES`.
+    """
+    is_cvat = any(CVAT.match(line.strip()) for line in lines)
+    rows = []
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line or COMMENT.match(line):
+            continue
+        text = ":".join(line.split(":")[:2]) if is_cvat else line
+        found = next(match for match in (re.fullmatch(form, text) for form in LINES) if match).groupdict()
+        rows.append((f"{path}, line {number}: {line[:80]!r}", text, found))
+    # Numbers behind or before a blank are values if every line has a number, and names are still different without.
+    names = [found["name"].strip().lower() for _, _, found in rows]
+    all_have = all(len(found) > 1 for _, _, found in rows) and len(set(names)) == len(names)
+    some_have = any("numbers" in found for _, _, found in rows)
+    parsed = []
+    for where, text, found in rows:
+        numbers = found.get("numbers") or all_have and (found.get("blank") or found.get("before")) or ""
+        name = found["name"].strip().strip("\"'") if numbers else text
+        lacks_number = not numbers and some_have and re.search(GAP, name)  # such as the header name,value
+        values = list(bytes.fromhex(numbers[1:])) if numbers[:1] == "#" else list(map(int, re.findall(r"\d+", numbers)))
+        if NO_NAME.match(name) or lacks_number or "before" in found and not numbers or max(values, default=0) > 255:
+            raise UserError(
+                f"{where} is not clear; write name, name,value or name,red,green,blue with numbers from 0 to 255, or "
+                "remove the line if it is no class"
+            )
+        parsed.append((where, name, values))
+    return parsed
 
 
 def read_mask(path, table):
     """Read a mask as classes: uint8 array (H, W), with `IGNORED`.
 
     Raises:
-        ImageError: if it cannot be read, or has a value or colour that no class has.
+        ImageError: if it cannot be read, may have changed values, or has a value or colour that no class has.
     """
+    if is_another_kind(path):
+        raise ImageError(why_not(path))
     try:
-        with pillow_limits(), Image.open(path, formats=FORMATS[:6] + ("GIF", "PPM")) as image:
+        with pillow_limits(), open(path, "rb") as file, Image.open(file, formats=known_formats()) as image:
+            refuse_kind(path, image, Stored(path, image, file).raw_mode, table)
             image.load()
-            if image.mode == "P" and table.by_colour:
-                image = image.convert("RGB")
-            mode, pixels = image.mode, np.asarray(image)
+            mode, has_alpha = image.mode, image.mode in ("LA", "RGBA")
+            extrema = image.getextrema() if has_alpha else []
+            # Programs store colour masks that happen to be grey without colours.
+            pixels = np.asarray(image.convert("RGB") if table.by_colour else image)
+    except ImageError:
+        raise
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if Path(path).is_file():
-            reason = "it is empty" if not Path(path).stat().st_size else reason.replace(str(path), "it")
+            reason = "no image that Pillow reads" if isinstance(error, Image.UnidentifiedImageError) else reason
+            reason = "it is empty" if not Path(path).stat().st_size else reason
         raise ImageError(f"{path} cannot be read as a mask ({reason}); replace or remove it") from error
-    if mode in ("RGB", "RGBA") and table.by_colour:
-        return from_colours(path, pixels[..., :3], table.by_colour)
+    if has_alpha and extrema[-1] != (255, 255) and all(low == high for low, high in extrema[:-1]):
+        raise ImageError(f"{path} has its classes in the alpha channel; save them as grey values, without alpha")
+    if table.by_colour:
+        return from_colours(path, pixels, table.by_colour)
     if mode in ("RGB", "RGBA"):
         if not (pixels[..., :1] == pixels[..., 1:3]).all():
             raise ImageError(f"{path} has colours, but classes.txt has none; write them behind the classes' names")
         pixels = pixels[..., 0]
     elif mode == "LA":
         pixels = pixels[..., 0]
-    elif mode not in ("L", "P", "1") and not mode.startswith("I"):
-        raise ImageError(f"{path} has the mode {mode}; save it as a PNG with 8 bits")
-    if pixels.min() < 0 or pixels.max() > 255:
-        raise ImageError(f"{path} has the value {pixels.max()}, which no class has; values go from 0 to 255")
+    elif mode == "1":  # 0 and 255, or 0 and 1, as the table has it
+        pixels = pixels * np.uint8(255 if table.by_value[1] == UNKNOWN else 1)
+    extreme = pixels.min() if pixels.min() < 0 else pixels.max()
+    if not 0 <= extreme <= 255:
+        raise ImageError(f"{path} has the value {extreme}, which no class has; values go from 0 to 255")
     classes = table.by_value[pixels.astype(np.uint8)]
     if (classes == UNKNOWN).any():
         values, counts = np.unique(pixels[classes == UNKNOWN], return_counts=True)
-        raise ImageError(f"{path} has {describe_unknown(values, counts)}, which no class has; {REMEDY}")
+        text = str(int(values[np.argmax(counts)]))
+        raise ImageError(f"{path} has the value {describe_unknown(text, counts)}{other_value(values.tolist(), table)}")
     return classes
 
 
-REMEDY = "add it to classes.txt, or to IGNORE"
+def refuse_kind(path, image, raw_mode, table):
+    """ImageError if a mask is of a kind whose values may have been changed, or would be on reading.
+
+    Args:
+        path: the file.
+        image: Pillow's image of it, opened, not yet decoded.
+        raw_mode: how its values are stored, such as "RGB;16B".
+        table: a `ClassTable`.
+    """
+    kind = image.format if image.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp") else "JPEG in a TIFF"
+    if kind not in LOSSLESS:
+        raise ImageError(f"{path} is stored as {kind}; JPEG and its like change values: save masks as PNG")
+    plain = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") and ";16" not in raw_mode
+    if not plain and (table.by_colour or not image.mode.startswith("I")):
+        kind = "values of 16 bits" if ";16" in raw_mode else f"the mode {image.mode}"
+        raise ImageError(f"{path} has {kind}; save it as a PNG with 8 bits")
 
 
-def describe_unknown(values, counts):
-    """The most frequent of some values in words, such as "the value 7 in 120 pixels and 2 other values"."""
-    place = int(np.argmax(counts))
-    others = f" and {len(values) - 1} other value{'s' * (len(values) > 2)}" if len(values) > 1 else ""
-    return f"the value {int(values[place])} in {int(counts[place])} pixels{others}"
+def describe_unknown(most, counts):
+    """What a mask has that no class has, and what to do, such as "7 in 9 pixels and 2 others, which no class has; ...".
+
+    Args:
+        most: the most frequent value or colour.
+        counts: pixels of each.
+    """
+    others = f" and {len(counts) - 1} other{'s' * (len(counts) > 2)}" if len(counts) > 1 else ""
+    blurred = "; if edges were blurred, or it was a JPEG, save it as PNG and resize masks without interpolation"
+    remedy = f"add it to classes.txt, or to IGNORE{blurred * (len(counts) > 4)}"
+    return f"{most} in {counts.max()} pixels{others}, which no class has; {remedy}"
+
+
+def other_value(values, table):
+    """What to write into classes.txt where a mask has 1 in place of 255, or 255 in place of 1; else ""."""
+    other = {(1,): 255, (255,): 1}.get(tuple(values), 0)
+    own = table.by_value[other]
+    return f": {table.names[own]},{values[0]} in place of {other}" if other and own < len(table.names) else ""
 
 
 def from_colours(path, pixels, by_colour):
@@ -186,14 +282,22 @@ def from_colours(path, pixels, by_colour):
     own = np.array([known.get(int(code), UNKNOWN) for code in colours], np.uint8)
     unknown = np.flatnonzero(own == UNKNOWN)
     if len(unknown):
-        place = unknown[np.argmax(counts[unknown])]
-        code = int(colours[place])
-        others = f" and {len(unknown) - 1} other colours" if len(unknown) > 1 else ""
-        raise ImageError(
-            f"{path} has the colour {code >> 16},{code >> 8 & 255},{code & 255} in {counts[place]} pixels{others}, "
-            "which no class has; add it to classes.txt (a JPEG changes colours: masks must be PNG)"
-        )
+        code = int(colours[unknown[np.argmax(counts[unknown])]])
+        text = f"{code >> 16},{code >> 8 & 255},{code & 255}"
+        raise ImageError(f"{path} has the colour {describe_unknown(text, counts[unknown])}")
     return own[inverse].reshape(codes.shape)
+
+
+def describe_other_classes(table, other):
+    """Where two tables give a class another number, value or colour, such as "crop (2), not weed (2)"; "": nowhere."""
+
+    def describe(table):
+        codes = table.by_colour or dict(enumerate(table.by_value.tolist()))
+        found = [[str(code) for code, own in codes.items() if own == number] for number in range(len(table.names))]
+        return [f"{name} ({', '.join(sorted(texts))})" for name, texts in zip(table.names, found)] + ["no class"]
+
+    pairs = zip(describe(table), describe(other))
+    return next((f"{here}, not {there}" for here, there in pairs if here != there), "")
 
 
 def find_pairs(images, masks):
@@ -203,7 +307,8 @@ def find_pairs(images, masks):
         images, masks: the folders.
 
     Returns:
-        ([`Pair`, ...] sorted by name, [`Flaw`, ...] of images without a mask, and of masks without an image).
+        ([`Pair`, ...] sorted by name, [`Flaw`, ...] of images without a mask, masks without an image or beside another
+        one, and files of kinds that are not read).
 
     Raises:
         UserError: if a folder is missing.
@@ -211,26 +316,38 @@ def find_pairs(images, masks):
     for folder in (images, masks):
         if not Path(folder).is_dir():
             raise UserError(f"there is no folder {folder}; {LAYOUT}")
-    found = {}
+    offered = {}  # {name of an image: [(whether JPEG or its like, how far its name is from that, path of a mask), ...]}
     for path in list_files(masks, skip=is_hidden):
-        if path.suffix.lower() in (*MASK_EXTENSIONS, ".jpg", ".jpeg") and not is_hidden(path):
-            found.setdefault(path.relative_to(masks).with_suffix("").as_posix(), path)
-    pairs, flaws, used = {}, [], set()
-    for path in list_files(images, skip=is_hidden):
-        if not is_image(path):
-            continue
-        name = path.relative_to(images)
-        stem = name.with_suffix("").as_posix()
-        mask = next((stem + suffix for suffix in ("", *SUFFIXES) if stem + suffix in found), None)
-        if mask is None:
-            flaws.append(Flaw(str(path), f"has no mask {Path(masks, stem)}.png"))
-        elif stem in pairs:
-            flaws.append(Flaw(str(path), f"has the name, and so the mask, of {pairs[stem].image}"))
+        if is_image(path) or is_another_kind(path) and not is_hidden(path):
+            stem, is_lossy = stem_of(path, masks), path.suffix.lower() not in MASK_EXTENSIONS
+            for distance, name in enumerate(dict.fromkeys([stem, SUFFIX.sub("", stem)])):
+                offered.setdefault(name, []).append((is_lossy, distance, path))
+    files = list_files(images, skip=is_hidden)
+    flaws = [Flaw.of(path, why_not(path)) for path in files if is_another_kind(path) and not is_hidden(path)]
+    wanted, pairs, owners = [], [], {}
+    for path in filter(is_image, files):
+        stem = stem_of(path, images)
+        names = (f"{stem}{path.suffix}", stem, stem.removesuffix(IMAGE_SUFFIX))
+        offers = sorted({offer for name in names for offer in offered.get(name, ())})
+        wanted.append((offers[0][:2] if offers else (), path, [mask for *_, mask in offers]))
+    for _, path, offers in sorted(wanted):  # the nearest names first: a.jpg must not take the a_L.png of a_L.jpg
+        mask = next((mask for mask in offers if mask not in owners), None)
+        if mask is not None:
+            pairs.append(Pair(path.relative_to(images).as_posix(), str(path), str(mask)))
+            owners[mask] = path
+        elif offers:
+            flaws.append(Flaw(str(path), f"has no mask of its own: {offers[0]} is that of {owners[offers[0]]}"))
         else:
-            used.add(mask)
-            pairs[stem] = Pair(name.as_posix(), str(path), str(found[mask]))
-    flaws += [Flaw(str(path), "has no image") for stem, path in found.items() if stem not in used]
-    return sorted(pairs.values()), flaws
+            flaws.append(Flaw(str(path), f"has no mask {Path(masks, path.relative_to(images)).with_suffix('.png')}"))
+    images_of = {mask: path for _, path, offers in wanted for mask in offers}
+    for mask in dict.fromkeys(path for offers in offered.values() for *_, path in offers if path not in owners):
+        flaws.append(Flaw(str(mask), f"is a second mask of {images_of[mask]}" if mask in images_of else "has no image"))
+    return sorted(pairs), flaws
+
+
+def stem_of(path, folder):
+    """The name of a file below a folder, without its extension, in the form in which all systems write accents."""
+    return unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
 
 
 LAYOUT = (
@@ -240,36 +357,93 @@ LAYOUT = (
 
 
 def read_list(path):
-    """Read a table of images and masks: {part: [`Pair`, ...]}, [`Flaw`, ...].
+    """Read a table of images and masks: {part: ([`Pair`, ...] sorted by name, [`Flaw`, ...])}.
 
         image,mask,split
         photos/a.jpg,labels/a.png,train
 
     Args:
-        path: CSV file; its paths are relative to its folder, split is train, val or test.
+        path: CSV file, separated by commas, semicolons or tabs; its paths are relative to its folder, split is train,
+            val or test.
 
     Raises:
-        UserError: if it cannot be read or lacks a column; if a line has another split.
+        UserError: if it cannot be read or lacks a column; if a line has too few or many fields or another split.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}; a table with the columns image, mask and split is needed")
-    rows = list(csv.DictReader(io.StringIO(read_text(path))))
-    lacking = [name for name in ("image", "mask", "split") if not rows or name not in rows[0]]
+    lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
+    separator, rows = max(",;\t", key=lines[0][1].count) if lines else ",", []
+    for number, line in lines:  # one by one: a quotation mark too many would swallow the lines below it
+        try:
+            [cells] = csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {number}: {error}; correct its quotation marks") from error
+        rows.append((f"{path}, line {number}", list(map(str.strip, map(unguard, cells)))))
+    header = [cell.lower() for cell in rows[0][1]] if rows else []
+    lacking = [name for name in ("image", "mask", "split") if name not in header]
     if lacking:
         raise UserError(f"{path} lacks the column{'s' * (len(lacking) > 1)} {', '.join(lacking)}; add it to its header")
-    parts, flaws = dict(train=[], val=[]), []
-    for number, row in enumerate(rows, start=2):
-        cells = {name: unguard(row.get(name) or "").strip() for name in ("image", "mask", "split")}
-        if cells["split"] not in ("train", "val", "test"):
-            raise UserError(f"{path}, line {number}: split must be train, val or test, got {brief(cells['split'])}")
-        pair = Pair(cells["image"], *(str(path.parent / cells[name]) for name in ("image", "mask")))
-        missing = [name for name in ("image", "mask") if not os.path.isfile(getattr(pair, name))]
-        if missing:
-            flaws.append(Flaw(getattr(pair, missing[0]), f"is missing, though line {number} of {path} names it"))
+    parts = {}
+    for where, cells in rows[1:]:
+        if len(cells) != len(header):
+            raise UserError(f"{where}: expected {len(header)} fields, got {len(cells)}; correct this line")
+        row = dict(zip(header, cells))
+        part, files = row["split"].lower(), {name: str(path.parent / row[name]) for name in ("image", "mask")}
+        if part not in PARTS:
+            raise UserError(f"{where}: split must be train, val or test, got {brief(row['split'])}")
+        pairs, flaws = parts.setdefault(part, ([], []))
+        empty = [name for name in files if not row[name]]
+        missing = [file for file in files.values() if not os.path.isfile(file)]
+        if empty:
+            flaws.append(Flaw(where, f"names no {empty[0]}"))
+        elif missing:
+            flaws.append(Flaw(missing[0], f"is missing, though {where}, names it"))
         else:
-            parts.setdefault(cells["split"], []).append(pair)
-    return {part: sorted(pairs) for part, pairs in parts.items()}, flaws
+            pairs.append(Pair(row["image"], **files))
+    return {part: (sorted(pairs), flaws) for part, (pairs, flaws) in parts.items()}
+
+
+def find_part(data, list_file, part):
+    """The images of a part, "train", "val" or "test", with their masks: what `find_pairs` returns.
+
+    Args:
+        data: folder with images/<part>/ and masks/<part>/.
+        list_file: a table instead of these folders, see `read_list`; "": none.
+
+    Raises:
+        UserError: if there is no such part.
+    """
+    if not list_file:
+        return find_pairs(Path(data, "images", part), Path(data, "masks", part))
+    parts = read_list(list_file)
+    if part not in parts:
+        raise UserError(f"{list_file} has no line whose split is {part}, only {', '.join(parts) or 'its header'}")
+    return parts[part]
+
+
+def find_labelled(data, list_file, where):
+    """The images to evaluate on, with their masks: ([`Pair`, ...], [`Flaw`, ...], folder of their classes.txt).
+
+    Args:
+        data, list_file: see `find_part`.
+        where: a part of these, or a folder with images/ and masks/.
+
+    Raises:
+        UserError: if it is neither, or both, or a folder with several parts.
+    """
+    folder, is_part = Path(where), where == Path(where).name and Path(data, "images", where).is_dir()
+    is_folder = Path(folder, "images").is_dir()
+    if list_file or is_part and not is_folder:
+        return *find_part(data, list_file, where), Path(data)
+    if is_part:
+        raise UserError(f"{where} is a part of {data} and a folder; write {os.curdir}{os.sep}{where} for the folder")
+    parts = [part for part in PARTS if Path(folder, "images", part).is_dir()]
+    if len(parts) > 1:
+        raise UserError(f"{where} has the parts {', '.join(parts)}; name one: --data {where} --evaluate {parts[1]}")
+    if not is_folder:
+        raise UserError(f"{where} is no part of {data} and no folder with images and masks; {LAYOUT}")
+    return *find_pairs(Path(folder, "images"), Path(folder, "masks")), folder
 
 
 class Checked(NamedTuple):
@@ -278,38 +452,85 @@ class Checked(NamedTuple):
     pairs: list  # those that can be used
     pixels: np.ndarray  # int64 array (classes,): pixels of each class in their masks
     short_sides: list  # shorter side of each image, in pixels
-    flaws: list
+    contents: dict  # {hash of an image's file: its path}
+    flaws: list  # also those that were found before
 
 
-def check_pairs(pairs, table, description):
-    """Read every image and every mask once, and leave out what cannot be used: a `Checked`."""
+def check_pairs(pairs, flaws, table, description):
+    """Read every image and every mask once, and leave out what cannot be used: a `Checked`.
+
+    Args:
+        pairs, flaws: see `find_pairs`.
+        table: a `ClassTable`.
+        description: for the progress bar.
+    """
 
     def check(pair):
         try:
             image, classes = load_image(pair.image), read_mask(pair.mask, table)
         except ImageError as error:
-            path = pair.mask if str(error).startswith(pair.mask) else pair.image
-            return Flaw(path, str(error).removeprefix(path).strip()), 0
-        height, width = classes.shape
-        if image.size != (width, height):
-            size = f"{width} x {height} pixels, its image {image.size[0]} x {image.size[1]}"
-            return Flaw(pair.mask, f"has {size}; save it at the image's size, without interpolation"), 0
+            return Flaw.of(pair.mask if str(error).startswith(pair.mask) else pair.image, str(error)), 0, ""
+        if image.size != classes.shape[::-1]:
+            return Flaw(pair.mask, describe_sizes(pair, image.size, classes.shape[::-1])), 0, ""
         counts = np.bincount(classes.ravel(), minlength=256)[: len(table.names)]
         if not counts.any():
-            return Flaw(pair.mask, "has no pixel of a class, only ignored ones"), 0
-        return counts, min(image.size)
+            return Flaw(pair.mask, "has no pixel of a class, only ignored ones"), 0, ""
+        return counts, min(image.size), hash_file(pair.image)
 
-    good, flaws, sides, pixels = [], [], [], np.zeros(len(table.names), np.int64)
+    good, flaws, sides, contents, pixels = [], [*flaws], [], {}, np.zeros(len(table.names), np.int64)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         results = Progress(pool.map(check, pairs), desc=description, total=len(pairs), unit="image", leave=False)
-        for pair, (result, side) in zip(pairs, results):
+        for pair, (result, side, content) in zip(pairs, results):
             if isinstance(result, Flaw):
                 flaws.append(result)
-                continue
-            good.append(pair)
-            sides.append(side)
-            pixels += result
-    return Checked(good, pixels, sides, flaws)
+            elif content in contents:
+                flaws.append(Flaw(pair.image, f"is a repetition of {contents[content]}, which is used once"))
+            else:
+                good.append(pair)
+                sides.append(side)
+                contents[content] = pair.image
+                pixels += result
+    return Checked(good, pixels, sides, contents, flaws)
+
+
+def describe_sizes(pair, image_size, mask_size):
+    """How the sizes (width, height) of an image and its mask differ, and what to do."""
+    sizes = f"has {mask_size[0]} x {mask_size[1]} pixels, its image {image_size[0]} x {image_size[1]}"
+    turn = TURNS.get(read_orientation(pair.image))
+    if turn and mask_size == image_size[::-1]:
+        return f"{sizes} since it is {turn}, as its EXIF orientation says; turn the mask likewise"
+    return f"{sizes}; save it at the image's size, without interpolation"
+
+
+def read_orientation(path):
+    """The EXIF orientation of an image, 1 to 8; 0 where there is none."""
+    try:
+        with pillow_limits(), Image.open(path, formats=known_formats()) as image:
+            return image.getexif().get(ORIENTATION, 0)
+    except OSError:  # HEIC, which is turned by its own rules
+        return 0
+
+
+def check_parts(train_part, val_part):
+    """UserError if an image is in two parts, both `Checked`; shared masks are pointed out."""
+    common = sorted(train_part.contents.keys() & val_part.contents.keys(), key=train_part.contents.get)
+    if common:
+        names = " and ".join(part.contents[common[0]] for part in (train_part, val_part))
+        raise UserError(
+            f"{len(common)} images are in train and in val, such as {names}, so validation would mean nothing; take "
+            "them out of one part"
+        )
+    masks = Counter(pair.mask for part in (train_part, val_part) for pair in part.pairs)
+    shared = [mask for mask, count in masks.items() if count > 1]
+    if shared:
+        print(f"note: {len(shared)} masks belong to several images, such as {shared[0]}; is that right?")
+
+
+def refuse_empty(part, name):
+    """UserError if nothing in a `Checked` can be used."""
+    if not part.pairs:
+        why = f"the first: {' '.join(part.flaws[0])}" if part.flaws else LAYOUT
+        raise UserError(f"none of the images for {name} can be used; {why}")
 
 
 def print_flaws(flaws, used):
@@ -322,7 +543,7 @@ def print_flaws(flaws, used):
     for flaw in flaws[:LISTED]:
         print(f"left out    {flaw.path} {flaw.reason}")
     if flaws:
-        more = f", of which {LISTED} are named here and all in skipped.csv" if len(flaws) > LISTED else ""
+        more = f", of which the first {LISTED} are named here" if len(flaws) > LISTED else ""
         print(f"            {len(flaws)} files left out{more}; {used} images with their masks are used")
 
 
@@ -330,8 +551,31 @@ def write_flaws(flaws, path):
     """Write all files that are left out into a CSV file, or remove an earlier one where there are none."""
     if flaws:
         write_csv(path, [flaw._asdict() for flaw in flaws])
+        print(f"            all files left out are in {path}")
     else:
         Path(path).unlink(missing_ok=True)
+
+
+def refuse_overwriting(inputs, outputs):
+    """UserError if a file to write is one that is read, by whatever path, or stands in a folder with images that are.
+
+    Args:
+        inputs, outputs: paths; an empty one is none.
+    """
+    read = {identity_of(path) for path in inputs} - {None}
+    folders = {identity_of(folder) for folder in {Path(path).parent for path in inputs if is_image(path)}} - {None}
+    for path in outputs:
+        if identity_of(path) in read or identity_of(Path(path).parent) in folders:
+            raise UserError(f"{path} would be written over or among the files that are read; give another place for it")
+
+
+def identity_of(path):
+    """What all paths of one file or folder have in common, links included; None if it does not exist."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 class MaskedImages(Dataset):

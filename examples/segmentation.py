@@ -3,7 +3,7 @@
     python examples/segmentation.py --demo --epochs 10            draw fields with plants and train on them
     python examples/segmentation.py --data my_data                train on images/ and masks/ in my_data
     python examples/segmentation.py --data my_data --resume auto  resume what was interrupted
-    python examples/segmentation.py --evaluate other_data         evaluate on other images/ and masks/
+    python examples/segmentation.py --data my_data --evaluate test  evaluate on another part, or on a folder of its own
     python examples/segmentation.py --predict photos              predict the masks of new images
     python examples/segmentation.py --export model.onnx           write an ONNX file, compared with PyTorch
 
@@ -54,9 +54,9 @@ from common.dataset import ImageFiles, seed_everything
 from common.device import Normalise, choose_amp, choose_device, choose_layout, choose_workers, prepare_device
 from common.extras import require
 from common.faults import Interrupt, Stopped
-from common.file_checks import check_fields
+from common.file_checks import check_fields, check_kind
 from common.files import list_files, write_csv, written_whole
-from common.images import is_hidden, is_image
+from common.images import is_another_kind, is_hidden, is_image, why_not
 from common.loading import Loader
 from common.network import check_pretrained, read_weights
 from common.optimizer import create_optimizer
@@ -67,8 +67,9 @@ from common.progress import Progress
 from common.schedule import warmup_cosine
 from common.text import label
 from ema import ModelEma
-from examples.masks import IGNORED, LAYOUT, UNKNOWN, ClassTable, MaskedImages, check_pairs, find_pairs, print_flaws
-from examples.masks import read_classes, read_list, write_flaws
+from examples.masks import IGNORED, LAYOUT, LISTED, UNKNOWN, ClassTable, MaskedImages, check_pairs, check_parts
+from examples.masks import describe_other_classes, find_labelled, find_part, print_flaws, read_classes, refuse_empty
+from examples.masks import refuse_overwriting, write_flaws
 from examples.scene import write_scenes
 
 # --- what is changed most
@@ -91,7 +92,7 @@ SEED: Annotated[int, Limits(0, 2**32 - 1)] = 42  # of initial weights, order of 
 DEMO: bool = False  # draw fields with crops and weeds into DATA, if it is not there, and use them
 
 # --- instead of training
-EVALUATE: str = ""  # folder with images/ and masks/ to evaluate CHECKPOINT on; "": off
+EVALUATE: str = ""  # part of DATA or LIST, or folder with images/ and masks/, to evaluate CHECKPOINT on; "": off
 PREDICT: str = ""  # image, or folder of images, whose masks CHECKPOINT predicts; "": off
 EXPORT: str = ""  # ONNX file to write of CHECKPOINT; "": off
 EXPORT_SIZE: Annotated[list[ImageSize], Length(2)] | None = None  # height and width of EXPORT; None: shorter side x 4:3
@@ -123,6 +124,7 @@ SAVE_MINUTES: NonNegative = 10.0  # minutes between checkpoints inside an epoch;
 
 NOT_TRAINED = ("LIST", "DEMO", "EVALUATE", "PREDICT", "EXPORT", "CHECKPOINT", "RESULTS", "VALIDATE_EVERY")
 MAX_SHORT_SIDE = 512  # pixels, where SHORT_SIDE is None
+MAX_ASPECT = 8  # longer side of a resized image in shorter sides; a narrower image stays smaller than SHORT_SIDE
 SHOWN = 4  # images of sheet.png
 TOLERANCE = 1e-4  # accepted difference of a logit in an ONNX file, relative to the largest one
 # What a checkpoint holds besides REQUIRED of common/dense.py.
@@ -136,12 +138,16 @@ def main():
         raise ConstantError("EVALUATE, PREDICT and EXPORT are three different runs; set one of them")
     if EVALUATE or PREDICT or EXPORT:
         device = choose_device(DEVICE)
-        checkpoint = load_dense(find_dense(CHECKPOINT, OUTPUT), "segmentation", build, check_fields_of)
+        path = find_dense(CHECKPOINT, OUTPUT)
+        checkpoint = load_dense(path, "segmentation", build, check_fields_of)
         if EXPORT:
+            refuse_overwriting([path], [Path(EXPORT)])
             side = checkpoint["short_side"]
             return export(checkpoint, Path(EXPORT), EXPORT_SIZE or [side, round(side * 4 / 3)])
-        predictor = Predictor(checkpoint, device, choose_amp(AMP, device))
-        return use(predictor, PREDICT, EVALUATE, choose_workers(WORKERS, device), Path(RESULTS))
+        predictor, workers = Predictor(checkpoint, device, choose_amp(AMP, device)), choose_workers(WORKERS, device)
+        if PREDICT:
+            return predict(predictor, PREDICT, workers, Path(RESULTS))
+        return evaluate_on(predictor, DATA, LIST, EVALUATE, workers, Path(RESULTS))
     check_choices(arch, tag, OPTIMIZER, PRETRAINED, RESUME)
     device = choose_device(DEVICE)
     prepare_device(device)
@@ -155,6 +161,8 @@ def main():
             write_scenes(DATA, dict(train=48, val=12), IMG_SIZE[1], IMG_SIZE[0])
             print(f"demo        drew fields with crops and weeds into {DATA}")
         table = read_classes(Path(DATA, "classes.txt"), IGNORE) if Path(DATA).is_dir() else None
+        if table and checkpoint:
+            refuse_other_classes(checkpoint, table, f"cannot resume {folder.resumed}")
         train_part, val_part, flaws = open_data(DATA, LIST, table)
         short_side = SHORT_SIDE or min(MAX_SHORT_SIDE, max(32, round(float(np.median(train_part.short_sides)))))
         mean, std = (checkpoint["mean"], checkpoint["std"]) if checkpoint else choose_normalisation(weights)
@@ -256,22 +264,35 @@ def open_data(data, list_file, table):
     """
     if table is None:
         raise UserError(f"there is no folder {data}; {LAYOUT}")
-    names = ("train", "val")
-    if list_file:
-        parts, flaws = read_list(list_file)
-    else:
-        found = [find_pairs(Path(data, "images", name), Path(data, "masks", name)) for name in names]
-        parts, flaws = {name: pairs for name, (pairs, _) in zip(names, found)}, found[0][1] + found[1][1]
-    checked = [check_pairs(parts[name], table, f"checking {name}") for name in names]
-    flaws += [flaw for part in checked for flaw in part.flaws]
+    found = [(find_part(data, list_file, name), name) for name in ("train", "val")]
+    checked = [check_pairs(*pairs_and_flaws, table, f"checking {name}") for pairs_and_flaws, name in found]
+    flaws = [flaw for part in checked for flaw in part.flaws]
     print_flaws(flaws, sum(len(part.pairs) for part in checked))
-    for part, name in zip(checked, names):
-        if not part.pairs:
-            raise UserError(f"none of the {len(parts[name])} images for {name} can be used; {LAYOUT}")
+    for part, (_, name) in zip(checked, found):
+        refuse_empty(part, name)
+    check_parts(*checked)
     absent = [name for name, count in zip(table.names, checked[0].pixels) if not count]
+    if len(absent) == len(table.names) - 1:
+        raise UserError(
+            f"no training mask has the class {', '.join(absent[:10])}; correct its value in classes.txt (masks of 0 "
+            f"and 255 need {absent[0]},255)"
+        )
     if absent:
         print(f"note: no training mask has the class {', '.join(absent[:10])}; is its value right in classes.txt?")
     return *checked, flaws
+
+
+def refuse_other_classes(about, table, what):
+    """UserError if a `ClassTable` is not that of a checkpoint; `what` is not possible then."""
+    difference = describe_other_classes(table, table_of(about))
+    if difference:
+        raise UserError(f"{what}: classes.txt differs from the checkpoint's classes, {difference}; correct classes.txt")
+
+
+def table_of(about):
+    """The `ClassTable` of a checkpoint, or of what it holds besides the state."""
+    colours = {tuple(colour): own for *colour, own in about["colours"]}
+    return ClassTable(about["classes"], np.array(about["values"], np.uint8), colours)
 
 
 def train_transform(size, short_side, scale, hflip, color_jitter, mean):
@@ -284,7 +305,7 @@ def train_transform(size, short_side, scale, hflip, color_jitter, mean):
     """
     low, high = (max(1, round(factor * short_side)) for factor in scale)
     fill = {tv_tensors.Image: [round(255 * value) for value in mean], tv_tensors.Mask: IGNORED}
-    steps = [v2.RandomShortestSize(range(low, high + 1), antialias=True)]
+    steps = [v2.RandomShortestSize(range(low, high + 1), max_size=MAX_ASPECT * high, antialias=True)]
     steps.append(v2.RandomCrop(size, pad_if_needed=True, fill=fill))
     if hflip:
         steps.append(v2.RandomHorizontalFlip(hflip))
@@ -352,6 +373,7 @@ def build(checkpoint):
 def check_fields_of(checkpoint):
     """ValueError unless what only this script's checkpoints hold can be used."""
     check_fields(checkpoint, Fields)
+    check_kind(checkpoint["config"].get("IGNORE", []), list[str], "its IGNORE")
     known = {*range(len(checkpoint["classes"])), IGNORED, UNKNOWN}
     if not set(checkpoint["values"]) <= known:
         raise ValueError("its values name classes that it does not have")
@@ -418,7 +440,8 @@ def print_summary(about, state, train_part, val_part, class_weights, steps):
 class Predictor:
     """Function of an image, a uint8 tensor (3, H, W) -> logits (classes, H, W), float32 on `device`.
 
-    The image is resized to the shorter side of the training images, and the logits back to the image's size.
+    The image is resized to the shorter side of the training images, but see `MAX_ASPECT`, and the logits back to the
+    image's size.
 
     Args:
         about: a checkpoint, or what it holds besides the state.
@@ -433,15 +456,13 @@ class Predictor:
         self.amp_dtype = amp_dtype
         self.network = build_dense(about, build, device) if network is None else network
         self.normalise = Normalise(about["mean"], about["std"], device)
-        colours = [(row[:3], row[3]) for row in about["colours"]]
-        self.table = ClassTable(
-            about["classes"], np.array(about["values"], np.uint8), {tuple(colour): own for colour, own in colours}
-        )
+        self.table = table_of(about)
 
     @torch.inference_mode()
     def __call__(self, image):
         height, width = image.shape[1:]
-        factor = self.about["short_side"] / min(height, width)
+        short_side = self.about["short_side"]
+        factor = min(short_side / min(height, width), MAX_ASPECT * short_side / max(height, width))
         size = [max(32, round(factor * side)) for side in (height, width)]
         if size != [height, width]:
             image = v2.functional.resize(image, size, antialias=True)
@@ -572,42 +593,32 @@ def print_ious(names, ious):
         print(f"{names[number]:<{width}}  {'-' if math.isnan(ious[number]) else format(ious[number], '6.2f')}")
 
 
-def use(predictor, images, labelled, workers, folder):
-    """Predict new images, or evaluate on labelled ones; returns the exit status.
+def predict(predictor, source, workers, folder):
+    """Write the predicted mask and an overlay of each image; returns the exit status.
 
     Args:
-        images: an image or a folder of images; "": none.
-        labelled: folder with images/ and masks/; "": none.
+        source: an image or a folder of images.
         folder: for the results.
+
+    Raises:
+        UserError: if there is no image, or one would be overwritten.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if images:
-        return predict(predictor, images, workers, folder)
-    pairs, flaws = find_pairs(Path(labelled, "images"), Path(labelled, "masks"))
-    part = check_pairs(pairs, predictor.table, "checking")
-    flaws += part.flaws
-    print_flaws(flaws, len(part.pairs))
-    write_flaws(flaws, folder / "skipped.csv")
-    if not part.pairs:
-        raise UserError(f"none of the {len(pairs)} images in {labelled} can be used; {LAYOUT}")
-    dataset = MaskedImages(part.pairs, predictor.table)
-    results, ious = evaluate(predictor, dataset, workers, "evaluation")
-    write_results(predictor, dataset, ious, folder)
-    print_ious(predictor.table.names, ious)
-    print(f"mIoU {results['miou']:.2f} %, pixel accuracy {results['acc']:.2f} % on {len(dataset)} images; {len(flaws)} "
-          f"files left out; in {folder}")  # fmt: skip
-    return 3 if flaws else 0
-
-
-def predict(predictor, source, workers, folder):
-    """Write the predicted mask and an overlay of each image; returns the exit status."""
     root = Path(source)
     if not root.exists():
         raise UserError(f"there is no {source}; give an image or a folder of images")
-    files = [root] if root.is_file() else [path for path in list_files(root, skip=is_hidden) if is_image(path)]
+    found = [root] if root.is_file() else [path for path in list_files(root, skip=is_hidden) if not is_hidden(path)]
+    files = [path for path in found if is_image(path) or path == root]
+    others = [why_not(path) for path in found if is_another_kind(path) and path != root]
     if not files:
-        raise UserError(f"{source} holds no image; give an image or a folder of images")
+        raise UserError(f"{source} holds no image; {others[0] if others else 'give an image or a folder of images'}")
     base = root.parent if root.is_file() else root
+    same = Counter(path.with_suffix("") for path in files)  # of a.jpg and a.png, the masks are a.jpg.png and a.png.png
+    names = [path.stem if same[path.with_suffix("")] == 1 else path.name for path in files]
+    targets = [folder / path.relative_to(base).parent / f"{name}.png" for path, name in zip(files, names)]
+    overlays = [target.with_name(f"{target.stem}_overlay.jpg") for target in targets]
+    refuse_overwriting(files, targets + overlays)
+    for reason in others[:LISTED]:
+        print(f"left out    {reason}")
     colours, table = palette(predictor.table), predictor.table
     values = np.arange(256, dtype=np.uint8)  # the value in a mask of each class
     for value, own in reversed(list(enumerate(table.by_value))):
@@ -616,26 +627,54 @@ def predict(predictor, source, workers, folder):
     by_value = np.zeros((256, 3), np.uint8)
     by_value[values[: len(table.names)]] = colours[: len(table.names)]
     loader = Loader(ImageFiles(files, pil_to_tensor), None, num_workers=workers, what="images")
-    same = Counter(path.with_suffix("") for path in files)  # of a.jpg and a.png, the masks are a.jpg.png and a.png.png
-    done, skipped = 0, 0
-    for path, (image, reason) in zip(files, Progress(loader, desc="predicting", unit="image", leave=False)):
+    done, skipped = 0, len(others)
+    progress = Progress(loader, desc="predicting", unit="image", leave=False)
+    for target, overlay_path, (image, reason) in zip(targets, overlays, progress):
         if image is None:
             print(f"left out    {reason}")
             skipped += 1
             continue
         classes = predictor(image).argmax(0).cpu().numpy().astype(np.uint8)
-        name = path.stem if same[path.with_suffix("")] == 1 else path.name
-        target = folder / path.relative_to(base).parent / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         mask = Image.fromarray(values[classes])
         mask.putpalette(by_value.tobytes())
         overlay = Image.blend(Image.fromarray(image.permute(1, 2, 0).numpy()), Image.fromarray(colours[classes]), 0.5)
-        for one, place in ((mask, target), (overlay, target.with_name(f"{name}_overlay.jpg"))):
+        for one, place in ((mask, target), (overlay, overlay_path)):
             with written_whole(place) as partial_path:
                 one.save(partial_path, format="PNG" if place.suffix == ".png" else "JPEG", quality=92)
         done += 1
     print(f"{done} masks and overlays in {folder}; {skipped} files left out")
     return 3 if skipped else 0
+
+
+def evaluate_on(predictor, data, list_file, where, workers, folder):
+    """Evaluate on labelled images; returns the exit status.
+
+    Args:
+        data, list_file, where: see `find_labelled`.
+        folder: for the results.
+
+    Raises:
+        UserError: if nothing can be used, or classes.txt is another one than the checkpoint's.
+    """
+    pairs, flaws, place = find_labelled(data, list_file, where)
+    if (place / "classes.txt").is_file():
+        table = read_classes(place / "classes.txt", predictor.about["config"].get("IGNORE", []))
+        refuse_other_classes(predictor.about, table, f"cannot evaluate on {place}")
+    outputs = [folder / name for name in ("skipped.csv", "iou.csv", "sheet.png")]
+    refuse_overwriting([list_file, *(path for pair in pairs for path in (pair.image, pair.mask))], outputs)
+    part = check_pairs(pairs, flaws, predictor.table, "checking")
+    print_flaws(part.flaws, len(part.pairs))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_flaws(part.flaws, folder / "skipped.csv")
+    refuse_empty(part, where)
+    dataset = MaskedImages(part.pairs, predictor.table)
+    results, ious = evaluate(predictor, dataset, workers, "evaluation")
+    write_results(predictor, dataset, ious, folder)
+    print_ious(predictor.table.names, ious)
+    print(f"mIoU {results['miou']:.2f} %, pixel accuracy {results['acc']:.2f} % on {len(dataset)} images; "
+          f"{len(part.flaws)} files left out; in {folder}")  # fmt: skip
+    return 3 if part.flaws else 0
 
 
 def export(checkpoint, path, size):
