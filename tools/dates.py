@@ -18,6 +18,7 @@ ORDERS = ("dmy", "mdy", "ymd")
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 MONTH = timedelta(days=365.2425 / 12)
 DAY = timedelta(days=1)
+YEARS = range(1500, 2300)  # in which people measure
 
 _NAME = (
     "(?P<name>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|"
@@ -36,6 +37,7 @@ TEXTS = {
     "year-month-day": rf"{_YEAR}(?P<sep>[-/.])(?P<month>\d{{1,2}})(?P=sep)(?P<day>\d{{1,2}}){_TIME}",
     "year 年 month 月 day 日": rf"{_YEAR}\s*年(?:\s*(?P<month>\d{{1,2}})\s*月(?:\s*(?P<day>\d{{1,2}})\s*[日号]\s*"
     rf"(?:{_CLOCK})?)?)?",
+    "fiscal years": rf"(?:fy ?)?{_YEAR}[-/\u2013](?P<next>\d{{4}}|\d{{2}})",
     "three numbers": rf"(?P<a>\d{{1,2}})(?P<sep>[-/. ])(?P<b>\d{{1,2}})(?P=sep)(?P<c>\d{{4}}|\d{{2}}){_TIME}",
     "year-month": r"(?P<year>\d{4})[-/ ](?P<month>\d{1,2})",
     "month-year": r"(?P<month>\d{1,2})[-/ ](?P<year>\d{4})",
@@ -58,7 +60,7 @@ NUMBERS = {
     "yyyyww, ISO weeks": rf"{_YEAR}(?P<week>0[1-9]|[1-4]\d|5[0-3])",
     "Unix time in seconds": r"(?P<unix>\d{9,10})(?:\.0+)?",
     "Unix time in milliseconds": r"(?P<unix>\d{12,13})(?:\.0+)?",
-    "Unix time in nanoseconds": r"(?P<unix>\d{18,19})",
+    "Unix time in nanoseconds": r"(?P<unix>\d{19})",
     "years": r"(?P<year>\d{4})(?:\.0+)?",
     "year.month": r"(?P<year>\d{4})\.(?P<month>\d{2})",
     "years and fractions of a year": r"(?P<years>\d{4}(?:\.\d+)?)",
@@ -66,6 +68,12 @@ NUMBERS = {
 UNIX = {"Unix time in seconds": 10**6, "Unix time in milliseconds": 10**3, "Unix time in nanoseconds": 10**-3}
 PATTERNS = {name: re.compile(text, re.IGNORECASE) for name, text in (TEXTS | NUMBERS).items()}
 CLOCK = re.compile(_CLOCK.replace("(?::?(?P<minute>", "(?::(?P<minute>", 1), re.IGNORECASE)
+
+
+# An interval: its beginning, and its end, which may be a time of day alone and then look like a distance from UTC.
+INTERVAL = re.compile(
+    r"(?P<begin>.{8,}?)(?:\s*[-\u2013\u2014/~]\s*|\s+(?:to|bis)\s+)(?P<end>\d{1,2}:\d{2}.*|.{8,})", re.IGNORECASE
+)
 
 
 class Ambiguous(ValueError):
@@ -224,8 +232,8 @@ class Reading:
         return all(date is None or date.time() == datetime.min.time() for date in self.dates)
 
 
-def read_dates(cells, order="auto", numbers=False, anything=False, share=0.8):
-    """Read a column of dates.
+def read_dates(cells, order="auto", numbers=False, anything=False, share=0.8, gaps=0.0):
+    """Read a column of dates, or of intervals, of which the beginnings are read.
 
     Args:
         cells: texts without white space around them.
@@ -233,13 +241,27 @@ def read_dates(cells, order="auto", numbers=False, anything=False, share=0.8):
         numbers: try numbers instead of texts: years, yyyymmdd, Unix time.
         anything: numbers need not be at equal steps.
         share: of the cells must match a pattern.
+        gaps: fraction of the rows that may be missing where numbers are to be at equal steps.
 
     Returns:
         `Reading`; None if these are not dates.
 
     Raises:
-        Ambiguous: if several orders of the three numbers fit.
+        Ambiguous: if several orders of the three numbers fit, or nothing tells days from years.
     """
+    reading = read_points(cells, order, numbers, anything, share, gaps)
+    if not numbers and (reading is None or len({*reading.offsets} - {None}) > 4):  # no place changes its zone as often
+        pairs = [INTERVAL.fullmatch(cell) for cell in cells]
+        if sum(pair is not None for pair in pairs) > share * sum(map(bool, cells)):
+            begins = [pair["begin"] if pair else cell for pair, cell in zip(pairs, cells)]
+            reading = read_points(begins, order, share=share)
+            if reading:
+                reading.note += ", the beginnings of intervals"
+    return reading
+
+
+def read_points(cells, order, numbers=False, anything=False, share=0.8, gaps=0.0):
+    """`Reading` of points in time, see `read_dates`."""
     sample = [cell for cell in cells if cell]
     if not sample:
         return None
@@ -257,18 +279,20 @@ def read_dates(cells, order="auto", numbers=False, anything=False, share=0.8):
             continue
         if name.startswith("yyyyww") and len({date.isocalendar()[0] for date in known}) < 2:
             continue  # only a new year, where the numbers jump, tells weeks from numbers
-        if not numbers or anything or (len(known) == len(sample) and is_plausible(known)):
+        if not numbers or anything or (len(known) == len(sample) and is_plausible(known, gaps)):
             return reading
     return None
 
 
-def is_plausible(dates):
-    """Whether numbers are dates: at equal steps, and in years that people measure."""
-    return dates[0] != dates[-1] and 1500 <= min(dates).year and max(dates).year < 2300 and is_regular(dates)
+def is_plausible(dates, gaps=0.0):
+    """Whether numbers are dates: at equal steps but for the fraction `gaps`, and in years that people measure."""
+    return dates[0] != dates[-1] and min(dates).year in YEARS and max(dates).year in YEARS and is_regular(dates, gaps)
 
 
 def read_matches(name, matches, cells, order):
     """`Reading` of cells that one pattern matches; cells without a match are None."""
+    if name == "month's name, year":
+        check_short_years(matches)
     if name != "three numbers":
         return in_one_century(name, matches, cells)
     readings = {}
@@ -300,6 +324,15 @@ def read_matches(name, matches, cells, order):
     chosen = next(iter(fitting.values()))
     chosen.note += f" ({by}; DATE_ORDER sets another)"
     return chosen
+
+
+def check_short_years(matches):
+    """`Ambiguous` if what would be years of two digits behind a month's name follow each other as its days do."""
+    matches = [match for match in matches if match]
+    days = [(match["name"][:3].lower(), match["year"]) for match in matches if int(match["year"]) < 32]
+    steps = [int(later) - int(day) for (name, day), (then, later) in zip(days, days[1:]) if name == then]
+    if len(days) == len(matches) and 2 * len(steps) > len(days) > 2 and all(0 < abs(step) < 8 for step in steps):
+        raise Ambiguous(f"{matches[0][0]!r} is a day without its year, or a year of two digits; write years with four")
 
 
 def in_one_century(name, matches, cells, order=None):
@@ -356,6 +389,8 @@ def convert(name, groups, pivot):
         years, month = divmod(round(months), 12)
         return datetime(int(year) + years, month + 1, 1), None
     year = int(groups["year"])
+    if groups.get("next") and int(groups["next"]) not in (year + 1, (year + 1) % 100):
+        raise ValueError("the second year does not follow the first")
     if len(groups["year"]) == 2:
         year += 1900 if year >= pivot else 2000
     if groups.get("week"):
@@ -393,7 +428,7 @@ def read_offset(zone):
         return 0
     digits = zone[1:].replace(":", "")
     minutes = 60 * int(digits[:2]) + int(digits[2:] or 0)
-    if minutes >= 24 * 60:
+    if minutes > 14 * 60:
         raise ValueError(f"there is no time zone {zone}")
     return -minutes if zone[0] == "-" else minutes
 

@@ -19,12 +19,17 @@ import numpy as np
 
 from common.options import ConstantError, UserError
 from common.tables import unguard
-from common.text import read_text
-from tools.dates import DAY, MONTHS, Ambiguous, Step, find_step, is_regular, read_dates, read_times, to_standard_time
-from tools.dates import to_utc
+from common.text import label, read_text
+from tools.dates import DAY, MONTHS, NUMBERS, YEARS, Ambiguous, Step, find_step, is_regular, read_dates, read_times
+from tools.dates import to_standard_time, to_utc
 
 MISSING = {"", "na", "n/a", "n.a.", "#n/a", "nan", "null", "none", "nil", "?", "-", "--", "..", "...", ".", "*", "***"}
-MISSING |= {"#div/0!", "#null!", "#num!", "#ref!", "#value!"}  # as spreadsheets write errors
+MISSING |= {":", "/", "\u2013", "\u2014", "nd", "n.d.", "no data", "nodata", "missing", "unavailable", "not available"}
+MISSING |= {"k.a.", "<na>", "\\n", "(null)", "-nan", "-nan(ind)", "1.#qnan", "-1.#ind", "无", "缺失"}
+MISSING |= {"#div/0!", "#null!", "#num!", "#ref!", "#value!", "#name?"}  # as spreadsheets write errors
+MISSING |= {"#wert!", "#bezug!", "#zahl!", "#nv", "#valeur!"}
+# Numbers, as `str` writes them, by which programs mark missing values.
+SENTINEL = re.compile(r"-(?:99+|200|32767|32768)\.[09]+|(?:999+|32767|65535)\.[09]+|-?[\d.]+e\+[23]\d")
 INDEX = {"", "index", "id", "no", "no.", "nr", "nr.", "#", "row", "rowid", "row_id", "instant", "unnamed", "rownames"}
 PARTS = {  # names of columns that together are a date
     "year": ("year", "yr", "yyyy", "jahr", "年", "年份"),
@@ -35,6 +40,16 @@ PARTS = {  # names of columns that together are a date
 MONTH_NAMES = {"january", "february", "march", "april", "june", "july", "august", "september", "october", "november"}
 MONTH_NAMES |= {"december", "sept", *MONTHS}
 QUARTERS, WEEKS = ("quarter", "qtr", "q", "quartal", "季度"), ("week", "wk", "kw", "woche", "周")
+# Words in the names of columns that hold dates, and of columns that tell one series from another.
+DATE_WORDS = set(
+    "date datetime dteday time timestamp year yr month day week quarter period ds datum zeit fecha jahr monat mes data "
+    "日期 时间 年份 月份".split()
+)
+SERIES_WORDS = set(
+    "store shop station site sensor device meter machine country region state city county province district location "
+    "place product item sku symbol ticker company customer client household patient subject animal building house room "
+    "plant farm branch market series variable indicator entity group name id".split()
+)
 TIMES = ("time", "hour", "hr", "hh", "uhrzeit", "zeit", "stunde", "时间", "时", "小时")
 DATE_NAME = re.compile("date|time|year|month|day|week|quarter|datum|zeit|fecha|jahr|日期|时间|年|月", re.IGNORECASE)
 SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}  # the rarer in text the earlier
@@ -111,6 +126,7 @@ def read_series(
     zone=None,
     gaps="refuse",
     where=(),
+    missing=(),
 ):
     """Read a CSV file.
 
@@ -124,6 +140,7 @@ def read_series(
         zone: IANA time zone of local times, such as "Europe/Berlin".
         gaps: "refuse" missing rows and empty cells, or fill them: "carry" the last value forward, or "interpolate".
         where: texts "column=value"; only rows with these values are read.
+        missing: cells that mean a missing value, besides the usual ones.
 
     Returns:
         `Series`.
@@ -143,13 +160,15 @@ def read_series(
     drop_footer(table, dates)
     if len(table.rows) < 2:
         raise UserError(f"{path} has {len(table.rows)} rows of numbers; add more rows")
+    check_years(table, dates)
     problem = next((row for row, date in enumerate(dates.reading.dates) if date is None), None)
     if problem is not None:
         raise UserError(
             f"{path}, line {table.lines[problem]}, column {dates.columns[0]}: {dates.reading.problem}; correct it, or "
             "set DATE to another column"
         )
-    chosen, values = read_numbers(table, dates.columns, columns, decimal)
+    check_one_series(table, dates)
+    chosen, values = read_numbers(table, dates.columns, columns, decimal, missing)
     series = Series([], None, chosen, values, dates.columns[0], notes=table.notes)
     arrange(series, table, dates.columns, dates.reading, zone)
     drop_empty_ends(series, table)
@@ -206,12 +225,19 @@ def read_cells(path, encoding):
         notes.append(f"the first {skipped} lines are empty or begin with #, and are left out")
     separator = find_separator(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    rows, starts = [], [skipped + 1]
     try:
-        rows = [(reader.line_num + skipped, [cell.strip() for cell in row]) for row in reader]
-    except csv.Error as error:
-        line = reader.line_num + skipped
-        raise UserError(f"{path}, line {line}: not valid CSV ({error}); save the table as CSV") from error
+        for row in reader:
+            rows.append((reader.line_num + skipped, row))
+            starts.append(reader.line_num + skipped + 1)
+    except csv.Error as error:  # a field of more than 131,072 characters
+        hint = "a quotation mark is not closed, or this is no CSV file; remove it, or save the table as CSV"
+        raise UserError(f"{path}, line {starts[-1]}: not valid CSV ({error}): {hint}") from error
     above = count_above(rows)
+    for start, (_, row) in zip(starts, rows):
+        if has_open_quote(row, separator, len(rows[above][1])):
+            raise UserError(f"{path}, line {start}: a quotation mark is not closed; remove it")
+    rows = [(line, [cell.strip() for cell in row]) for line, row in rows]
     if above:
         lines = [line for line, row in rows[:above] if any(row)]
         notes.append(f"{some_of(lines, 'line')} above the header left out: fewer fields than the table")
@@ -223,6 +249,16 @@ def read_cells(path, encoding):
     table = Table(path, names, [row for _, row in rows], [line for line, _ in rows], separator, notes)
     level(table)
     return table
+
+
+def has_open_quote(row, separator, width):
+    """Whether a cell swallowed lines of the table: such a line has `width` fields or more, and a number among them."""
+    for cell in row:
+        if "\n" in cell:
+            inner = [line.split(separator) for line in cell.split("\n")[1:]]
+            if any(len(fields) >= max(width, 2) and any(map(number, fields)) for fields in inner):
+                return True
+    return False
 
 
 def count_above(rows, most=50):
@@ -276,7 +312,13 @@ def level(table):
     """Give each row of a table as many cells as there are names; UserError where that is impossible."""
     names, rows = table.names, table.rows
     width = len(names)
+    commas = "numbers seem to have commas, which separate fields here: put such numbers in quotes"
+    commas = commas if table.separator == "," else "fix the header"
     if rows and width and all(len(row) == width + 1 for row in rows) and any(row[-1] for row in rows):
+        dated = DATE_NAME.search(names[0]) and (is_date(rows[0][0]) or len(rows[0][0]) in (6, 8))
+        digits = table.separator == "," and all(row[-1].isdigit() for row in rows)
+        if digits if dated else len({row[0] for row in rows}) < len(rows):  # names of rows are different
+            raise UserError(f"{table.path}, line {table.lines[0]}: expected {width} fields, got {width + 1}; {commas}")
         if DATE_NAME.search(names[0]) and is_date(rows[0][0]) and not is_date(rows[0][1]):
             names.append("")
             table.notes.append("the header lacks a name, for the last column, as dates are in the first")
@@ -295,7 +337,8 @@ def level(table):
         if len(row) < width and not any(map(number, row)):
             row.extend([""] * (width - len(row)))  # may be a note below the table
         if len(row) != width:
-            raise UserError(f"{table.path}, line {line}: expected {width} fields, got {len(row)}; fix this line")
+            hint = commas if table.separator == "," and len(row) > width and row[-1].isdigit() else "fix this line"
+            raise UserError(f"{table.path}, line {line}: expected {width} fields, got {len(row)}; {hint}")
     for place in range(width - 1, -1, -1):
         if not names[place]:
             if any(row[place] for row in rows) or width == 1:
@@ -315,11 +358,16 @@ def is_date(cell):
 
 
 def date_run(names):
-    """(first, end) of the columns whose names are dates at equal steps, six or more and most of all; None."""
+    """(first, end) of the columns whose names are dates at equal steps, six or more and most of all; None.
+
+    Names that are no dates may precede and follow them.
+    """
     for numbers in (False, True):
-        for first in range(min(len(names), 12)):
-            run = [name for name in names[first:] if name]
-            if len(run) < 6 or 2 * len(run) < len(names) or not (number(run[0]) if numbers else is_date(run[0])):
+        dated = [number(name) if numbers else is_date(name) for name in names]
+        end = len(names) - dated[::-1].index(True) if True in dated else 0
+        for first in range(min(end, 12)):
+            run = [name for name in names[first:end] if name]
+            if len(run) < 6 or 2 * len(run) < len(names) or not dated[first]:
                 continue
             try:
                 reading = read_dates(run, numbers=numbers, share=1)
@@ -328,6 +376,19 @@ def date_run(names):
             if reading:
                 return first, first + len(run)
     return None
+
+
+def holds_dates(cells):
+    """Whether a column holds dates, most of them at equal steps, or numbers that are such dates."""
+    for numbers in (False, True):
+        try:
+            reading = read_dates(cells, numbers=numbers, gaps=0.2)
+        except Ambiguous:
+            return True
+        dates = {date for date in reading.dates if date} if reading else ()
+        if len(dates) > 2 and is_regular(dates, 0.5):
+            return True
+    return False
 
 
 def add_header(table):
@@ -396,6 +457,8 @@ def transpose(table, used):
     if not run or not table.rows:
         return
     first, end = run
+    if any(holds_dates(table.cells(name)) for name in [*table.names[:first], *table.names[end:]]):
+        return  # the names are numbers of sensors, say
     labels = [place for place in range(first) if any(not number(row[place]) for row in table.rows if row[place])]
     labels = [table.names.index(name) for name in used] + labels or list(range(first))
     names = None
@@ -484,13 +547,29 @@ def choose_dates(table, name, order):
     found = candidate = None
     try:
         if name is None:
-            for numbers in (False, True):
-                for candidate in names if not found else ():
-                    reading = read_dates(table.cells(candidate), order, numbers)
+            cells = {name: table.cells(name) for name in names}
+            fixed = [name for name in names if len(set(cells[name])) < 2]  # LAST UPDATE, say; or the date of one day
+            moving = [name for name in names if name not in fixed]
+            for candidate in moving:
+                reading = read_dates(cells[candidate], order)
+                if reading:
+                    found = Dates([candidate], reading)
+                    break
+            found = found or join_parts(table, order)
+            for candidate in sorted(moving, key=date_named, reverse=True) if not found else ():
+                named = date_named(candidate)
+                if not named and any(date_named(name) and looks_dated(cells[name]) for name in moving):
+                    break  # rather none than numbers beside a column that is called a date
+                if named or not is_index(candidate):
+                    reading = read_dates(cells[candidate], order, numbers=True, gaps=0.5 * named)
                     if reading:
                         found = Dates([candidate], reading)
                         break
-                found = found or join_parts(table, order)
+            for candidate in fixed if not found else ():
+                reading = read_dates(cells[candidate], order)
+                if reading:
+                    found = Dates([candidate], reading)
+                    break
         elif name in names:
             cells = table.cells(name)
             reading = read_dates(cells, order)
@@ -518,6 +597,76 @@ def choose_dates(table, name, order):
             "write dates as 2016-07-01 13:00:00 or 2016-07-01, or set DATE to another column"
         )
     return add_times(table, found)
+
+
+def name_words(name):
+    return re.findall(r"[^\W\d_]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower())
+
+
+def date_named(name):
+    return not DATE_WORDS.isdisjoint(name_words(name))
+
+
+def is_index(name):
+    """Whether a column is called a number of rows or things: id, No., customer_id."""
+    plain = name.lower().partition(":")[0].strip()
+    return plain in INDEX or not {"id", "no", "nr", "index", "number", "code"}.isdisjoint(name_words(name)[-1:])
+
+
+def looks_dated(cells):
+    """Whether cells that could not be read may be dates all the same: texts with digits, or different long numbers."""
+    known = [cell for cell in cells if cell]
+    if all(re.fullmatch(r"\d{4,}", cell) for cell in known):
+        return len(set(known)) > 0.9 * len(known)
+    return all(re.search(r"\d", cell) and not number(cell) for cell in known) and not read_times(known)
+
+
+def check_years(table, dates):
+    """UserError if most dates are in years in which nobody measures, as those of other calendars seem to be."""
+    reading = dates.reading
+    years = sorted(date.year for date in reading.dates if date)
+    if years and years[len(years) // 2] not in YEARS and reading.note not in NUMBERS:
+        row = next(row for row, date in enumerate(reading.dates) if date)
+        raise UserError(
+            f"{table.path}, line {table.lines[row]}, column {dates.columns[0]}: {table.cells(dates.columns[0])[row]!r} "
+            f"is in the year {reading.dates[row].year}, but years from {YEARS[0]} to {YEARS[-1]} are read; convert "
+            "dates of other calendars, such as the Buddhist or the Persian one, to the Gregorian calendar"
+        )
+
+
+def check_one_series(table, dates):
+    """UserError if a column tells several series apart that have no date in common, and so would be read as one.
+
+    Their rows are in blocks, or alternate. A column called like a station or a product is believed to tell series
+    apart, another one only if its blocks are where the dates go back.
+    """
+    clock = dates.reading.dates
+    if len(clock) > 1.2 * len(set(clock)):
+        return  # see `drop_doubles`
+    ascending = sum(later > earlier for earlier, later in zip(clock, clock[1:])) > len(clock) / 2
+    for name in table.names:
+        cells, words = table.cells(name), set(name_words(name))
+        kinds = len(set(cells))
+        if name in dates.columns or date_named(name) or not 1 < kinds <= len(cells) / 4:
+            continue
+        named = not words.isdisjoint(SERIES_WORDS)
+        if any(map(number, cells)) and not (named and words <= SERIES_WORDS | {"no", "nr", "number"}):
+            continue
+        changes = [row for row in range(1, len(cells)) if cells[row] != cells[row - 1]]
+        steps = [clock[row] - clock[row - 1] for row in changes]
+        back = all(abs(step) > DAY / 8 and (step > timedelta()) != ascending for step in steps)
+        if (len(changes) == kinds - 1 and (named or back)) or (named and cells[kinds:] == cells[:-kinds]):
+            raise UserError(
+                f"{table.path}: column {name} tells several series apart, {list_names(list(dict.fromkeys(cells)), 3)}; "
+                f'choose one with WHERE, such as --where "{name}={Counter(cells).most_common(1)[0][0]}", or delete the '
+                "column if all rows are one series"
+            )
+
+
+def list_names(names, most=8):
+    """Up to `most` names, each shortened, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(label, names[:most])) + more
 
 
 def number(cell):
@@ -619,18 +768,19 @@ def some_of(items, what, most=3):
     return f"{len(items):,} {what}s ({', '.join(map(str, items[:most]))}, ...)"
 
 
-def read_numbers(table, dates, columns, decimal):
+def read_numbers(table, dates, columns, decimal, missing=()):
     """Names and values of the number columns: (list, float64 array (rows, columns)), NaN for missing values.
 
     Args:
         dates: names of the columns that hold the dates.
         columns: names of the columns to read; empty: all that hold numbers that vary.
-        decimal: see `read_series`.
+        decimal, missing: see `read_series`.
     """
+    absent = MISSING | {whole(cell) for cell in missing} if missing else MISSING
     chosen = list(columns) or [name for name in table.names if name not in dates]
     texts, empty, cells, plain = [], [], {}, {}
     for name in chosen:
-        found = [clean(cell) for cell in table.cells(name)]
+        found = [clean(cell, absent) for cell in table.cells(name)]
         known = [cell for cell in found if cell is not None]
         values = to_plain_numbers(found)
         if values is not None and decimal != ",":
@@ -664,6 +814,8 @@ def read_numbers(table, dates, columns, decimal):
             f"{table.path} has no column of numbers that vary besides {', '.join(dates)}: {note or 'nothing'}; add "
             "columns of numbers, or name some with COLUMNS"
         )
+    for name, column in values.items() if not missing else ():
+        check_sentinels(table, name, column)
     if note:
         table.notes.append(f"columns left out: {note}; COLUMNS names those to read")
     return list(values), np.stack(list(values.values()), 1)
@@ -676,10 +828,34 @@ def is_row_number(name, column):
     return bool(named and len(column) > 1 and (np.abs(np.diff(column)) == 1).all() and len(set(np.diff(column))) == 1)
 
 
-def clean(cell):
-    """The text of a number without separators of thousands that are no sign; None if it is missing."""
+def check_sentinels(table, name, column):
+    """UserError if a column holds a number far outside the others by which programs mark missing values."""
+    kinds = np.unique(column[~np.isnan(column)])
+    marks = {value for value in (*kinds[:4], *kinds[-4:]) if SENTINEL.fullmatch(str(float(value)))}
+    others = [value for value in kinds if value not in marks] if marks else ()
+    for value in marks if len(others) else ():
+        low, high = others[0], others[-1]
+        if value > high + (high - low) or value < low - (high - low) / 2 or value < 0 <= low:
+            lines = [table.lines[row] for row in np.flatnonzero(column == value)]
+            raise UserError(
+                f"{table.path}, column {name}: {value:g} in {some_of(lines, 'line')} is far outside the other values, "
+                f"{low:g} to {high:g}; set MISSING_VALUES to {value:g} if it means a missing value, or to NA if it "
+                "is a value"
+            )
+
+
+def whole(cell):
+    """A text in small letters, or a number in one form of several."""
+    try:
+        return str(float(cell.replace(",", ".")))
+    except ValueError:
+        return cell.lower()
+
+
+def clean(cell, missing=MISSING):
+    """The text of a number without separators of thousands that are no sign; None if it is among `missing`."""
     cell = cell.replace("\u2212", "-")
-    if cell.lower() in MISSING:
+    if (cell.lower() if missing is MISSING else whole(cell)) in missing:
         return None
     return cell if cell.isascii() and " " not in cell and "'" not in cell else SPACED.sub("", cell)
 
@@ -764,8 +940,8 @@ def to_numbers(table, name, cells, sign):
         elif not re.fullmatch("[+-]?inf(inity)?", cell, re.IGNORECASE):
             hint = f" with the decimal sign {sign!r}" if number(cell) else ""
             raise UserError(
-                f"{where} is not a number{hint}; fix this cell, exclude the column with COLUMNS"
-                + (", or set DECIMAL" if hint else "")
+                f"{where} is not a number{hint}; fix this cell, exclude the column with COLUMNS, "
+                + ("or set DECIMAL" if hint else "or name it in MISSING_VALUES if it means a missing value")
             )
         raise UserError(f"{where} is not finite; fill it in, or exclude the column with COLUMNS")
     return result
