@@ -1,5 +1,6 @@
 """tools/series.py and tools/dates.py: files as people have them, made here kind by kind, and the values read."""
 
+from collections import Counter
 from datetime import datetime, timedelta, timezone
 from zoneinfo import ZoneInfo
 
@@ -727,7 +728,7 @@ def test_numbers_that_mark_missing_values_are_refused_or_named(mark, read):
         return mark if row in (5, 9, 30) else row / 4
 
     text = write(DAYS, str, number=cell)
-    with pytest.raises(UserError, match=r"column value: .* in lines 7, 11, 32 is far outside .* set MISSING_VALUES to"):
+    with pytest.raises(UserError, match=r"line 7, column value: .* .3 times. is far outside .* set MISSING_VALUES to"):
         read(text)
     check(read(text, missing=[mark], gaps="interpolate"), DAYS, [row / 4 for row in range(60)])
     check(read(text, missing=["NA"]), DAYS, [float(cell(row)) for row in range(60)])
@@ -791,3 +792,145 @@ def test_several_series_without_a_date_in_common_are_refused(read):
     for name, label in (("flag", lambda row: "AP"[row // 30]), ("weekday", lambda row: NAMES[row % 7]),
                         ("customers", lambda row: row // 20), ("store", lambda row: "A")):  # fmt: skip
         assert read(text(name, label)).dates == DAYS
+
+
+# --- parts of a date, which are no series to choose from with WHERE
+
+MONTH_HOURS = [datetime(2020, 1, 1) + HOUR * row for row in range(24 * 30)]
+HALVES = [datetime(2020, 1, 1) + HOUR / 2 * row for row in range(48 * 20)]
+GERMAN = "Januar Februar März April Mai Juni Juli August September Oktober November Dezember".split()
+SPANISH = "ene feb mar abr may jun jul ago sept oct nov dic".split()
+HOUR_FROM_1 = [date + HOUR for date in MONTH_HOURS]
+PART_COLUMNS = {  # header: (dates, what the columns hold)
+    "Date,Time": (MONTH_HOURS, lambda d: f"{d:%d/%m/%Y},{d:%H.%M.%S}"),
+    "<DATE>,<TIME>": (MONTH_HOURS, lambda d: f"{d:%Y%m%d},{d:%H%M%S}"),
+    "YEAR,MO,DY,HR": (MONTH_HOURS, lambda d: f"{d.year},{d.month},{d.day},{d.hour}"),
+    "YEAR,DOY": (DAYS, lambda d: f"{d.year},{d.timetuple().tm_yday}"),
+    "Year,Month,Day,Hour,Minute": (HALVES, lambda d: f"{d.year},{d.month},{d.day},{d.hour},{d.minute}"),
+    "SETTLEMENT_DATE,SETTLEMENT_PERIOD": (HALVES, lambda d: f"{d:%d-%b-%Y},{2 * d.hour + d.minute // 30 + 1}"),
+    "date,Hour Number": (HOUR_FROM_1, lambda d: f"{d - HOUR:%Y-%m-%d},{(d - HOUR).hour + 1}"),
+    "date,Hour of Day": (MONTH_HOURS, lambda d: f"{d:%Y-%m-%d},{d.hour}"),
+    "date,HHMM": (MONTH_HOURS, lambda d: f"{d:%Y-%m-%d},{100 * d.hour}"),
+    "date,Time HHMM": (HALVES, lambda d: f"{d:%Y-%m-%d},{d:%H%M}"),
+    "date,h": (MONTH_HOURS, lambda d: f"{d:%Y-%m-%d},{d.hour}h"),
+    "date,heure": (HALVES, lambda d: f"{d:%Y-%m-%d},{d:%Hh%M}"),
+    "date,interval": (MONTH_HOURS, lambda d: f"{d:%Y-%m-%d},{d:%H:%M} - {d + HOUR:%H:%M}"),
+    "Year,Month,Day,Period No": (HALVES, lambda d: f"{d.year},{d.month},{d.day},{2 * d.hour + d.minute // 30 + 1}"),
+    "Jahr,Monat": (MONTHS, lambda d: f"{d.year},{GERMAN[d.month - 1]}"),
+    "Año,Mes": (MONTHS, lambda d: f"{d.year},{SPANISH[d.month - 1]}"),
+    "ano,mês": (MONTHS, lambda d: f"{d.year},{d.month}"),
+    "Year,Period": (MONTHS, lambda d: f"{d.year},M{d.month:02}"),
+    "Year,period": (QUARTERS, lambda d: f"{d.year},Q{quarter(d):02}"),
+}
+
+
+@pytest.mark.parametrize("header", PART_COLUMNS)
+@pytest.mark.parametrize("above", ["", "x"])
+def test_a_part_of_the_date_in_a_column_of_its_own(header, above, read):
+    dates, form = PART_COLUMNS[header]
+    text = f"{header},what,value\n" + "".join(f"{form(date)},x,{row}\n" for row, date in enumerate(dates))
+    series = read(text)
+    check(series, dates, list(range(len(dates))))
+    assert read(text, date_column=series.date).dates == dates
+
+
+@pytest.mark.parametrize("first", [datetime(2019, 1, 31, 23), datetime(2019, 6, 30, 22)])
+@pytest.mark.parametrize("length", [HOUR, HOUR / 2])
+def test_numbered_hours_where_daylight_saving_changes(first, length, read):
+    utc = [first + length * row for row in range(int(330 * DAY / length))]
+    rows_of, lines = Counter(), []
+    for row, date in enumerate(utc):
+        day = date.replace(tzinfo=timezone.utc).astimezone(ZoneInfo("Europe/Berlin")).date()
+        rows_of[day] += 1
+        lines.append(f"{day},{rows_of[day]},{row * row % 17}")
+    text = "date,Hour,value\n" + "\n".join(lines)
+    values = [row * row % 17 for row in range(len(utc))]
+    standard = [date + HOUR + (HOUR if length == HOUR else 0 * HOUR) for date in utc]  # hours end then, halves begin
+    check(read(text), standard, values)
+    series = read(text, zone="Europe/Berlin")
+    assert series.clock == [date - HOUR for date in standard] and series.utc and series.values[:, 0].tolist() == values
+
+
+def test_what_is_no_time_of_day_is_not_taken_for_one(read):
+    lines = [f"{day:%Y-%m-%d},{store},{day.day * store}" for day in DAYS for store in range(1, 25)]
+    with pytest.raises(UserError, match='column store tells several series apart: choose one with WHERE'):
+        read("date,store,value\n" + "\n".join(lines))
+    lines = [f"{day:%Y-%m-%d},{'abc'[place]},{place * day.day}" for day in DAYS for place in range(3)]
+    with pytest.raises(UserError, match="if part is a part of the date, write it into column date; if it tells"):
+        read("date,part,value\n" + "\n".join(lines))
+    lines = [f"{date:%Y-%m-%d},{date},{row}" for row, date in enumerate(MONTH_HOURS)]
+    with pytest.raises(UserError, match="column valid has different dates: set DATE to valid"):
+        read("issued,valid,value\n" + "\n".join(lines))
+    lines = [f"{d:%Y-%m-%d},{store},{2 * d.hour + d.minute // 30 + 1},{d.day}" for store in "AB" for d in HALVES]
+    with pytest.raises(UserError, match='column store tells several series apart: .* --where "store=A"'):
+        read("date,store,period,value\n" + "\n".join(lines))
+
+
+# --- messages
+
+
+def test_a_file_without_a_date_column_is_told_the_likeliest(read):
+    days = [date for date in DAYS if date.day != 20]
+    for form, words in (("%Y%m%d", "'20191221': yyyymmdd"), ("%Y%m%d%H", "'2019122100': yyyymmdd")):
+        text = write(days, lambda d: f"{d:{form}}", name="n")
+        with pytest.raises(UserError, match=f"set DATE to n if these are dates with gaps .{words}., and GAPS"):
+            read(text)
+        assert read(text, date_column="n", gaps="carry").dates == DAYS[1:]
+    for name in ("date", "TIME_PERIOD"):  # whose name says so
+        assert read(write(days, lambda d: f"{d:%Y%m%d}", name=name), gaps="carry").dates == DAYS[1:]
+    kept = [date for date in HOURS if date.hour != 5]
+    with pytest.raises(UserError, match="3 rows are missing .* set GAPS"):
+        read(write(kept, lambda d: f"{d.replace(tzinfo=timezone.utc).timestamp():.0f}", "time"))
+    with pytest.raises(UserError, match="write dates as .* .'the 20th' in line 2, column when, is not read as one"):
+        read(write(DAYS, lambda d: f"the {d.day}th", "when"))
+    names = ",".join(f"a name of some length, number {row}".replace(",", "") for row in range(2000))
+    with pytest.raises(UserError) as error:
+        read(f"{names}\n{names}\n")
+    assert len(str(error.value)) < 800
+
+
+KINDS = {
+    "an Excel file": (b"PK\x03\x04", "series.xlsx"),
+    "a ZIP file": (b"PK\x03\x04", "series.csv"),
+    "a gzip file": (b"\x1f\x8b\x08", "series.csv.gz"),
+    "a Parquet file": (b"PAR1", "series.parquet"),
+    "a JSON file": (b'[{"date": "2020-01-01", "value": 1}]' * 9000, "series.json"),
+    "an HTML file": (b"<!DOCTYPE html>", "series.csv"),
+    "empty": (b"\xef\xbb\xbf\r\n", "series.csv"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_other_kinds_are_called_that(kind, tmp_path):
+    content, name = KINDS[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is {kind}"):
+        read_series(tmp_path / name)
+    with pytest.raises(UserError, match="is a folder"):
+        read_series(tmp_path)
+
+
+def test_a_cell_of_a_turned_table_is_named_as_in_the_file(read):
+    header = ",".join(map(str, range(1990, 2010)))
+    row = ",".join("x" if year == 5 else str(year) for year in range(20))
+    with pytest.raises(UserError, match="line 3, column 1995: 'x' is not a number"):
+        read(f"Country,{header}\nA,{header}\nB,{row}\n")
+
+
+def test_a_first_row_with_an_unreadable_date_is_no_header_with_doubled_names(read):
+    with pytest.raises(UserError, match="line 1: x1 y, 0.5, 0.5 is read as the header, but looks like a row"):
+        read("".join(f"x{day} y,0.5,{day / 2}\n" for day in range(1, 30)))
+
+
+def test_rows_at_no_equal_steps_get_a_true_sentence(read):
+    dates = [date + HOUR / 360 * (row * row % 7) for row, date in enumerate(HOURS)]
+    with pytest.raises(UserError, match="not at equal steps, but from 0:59:30 to 1:00:30 apart, half of them at most"):
+        read(write(dates, str))
+
+
+def test_an_hour_that_daylight_saving_may_skip(read):
+    dates = [datetime(2020, 3, 1) + HOUR * row for row in range(900)]
+    dates.remove(datetime(2020, 3, 29, 2))
+    with pytest.raises(UserError, match="1 row is missing .* if daylight saving skips these hours, set TIMEZONE; else"):
+        read(write(dates, str))
+    assert len(read(write(dates, str), zone="Europe/Berlin").clock) == 899

@@ -15,15 +15,32 @@ from datetime import datetime, timedelta, timezone
 import numpy as np
 
 ORDERS = ("dmy", "mdy", "ymd")
-MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+MONTHS = {  # English, German, French, Spanish, Italian and Portuguese
+    name: number
+    for number, names in enumerate(
+        (
+            "jan january januar jänner janv janvier ene enero gen gennaio janeiro",
+            "feb february februar fév févr février fevrier febrero febbraio fev fevereiro",
+            "mar march mär märz mrz maerz mars marzo março marco",
+            "apr april avr avril abr abril aprile",
+            "may mai mayo mag maggio maio",
+            "jun june juni juin junio giu giugno junho",
+            "jul july juli juil juillet julio lug luglio julho",
+            "aug august août aout ago agosto",
+            "sep sept september septembre septiembre setiembre set settembre setembro",
+            "oct october okt oktober octobre octubre ott ottobre out outubro",
+            "nov november novembre noviembre novembro",
+            "dec december dez dezember déc décembre decembre dic diciembre dicembre dezembro",
+        ),
+        1,
+    )
+    for name in names.split()
+}
 MONTH = timedelta(days=365.2425 / 12)
 DAY = timedelta(days=1)
 YEARS = range(1500, 2300)  # in which people measure
 
-_NAME = (
-    "(?P<name>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|"
-    r"oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
-)
+_NAME = rf"(?P<name>{'|'.join(sorted(MONTHS, key=len, reverse=True))})\.?"
 _WEEKDAY = r"(?:(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day)?\.?,?\s+)?"
 _CLOCK = (
     r"(?P<hour>\d{1,2})(?::?(?P<minute>\d{2})(?::?(?P<second>\d{2})(?:[.,](?P<fraction>\d+))?)?)?"
@@ -46,7 +63,7 @@ TEXTS = {
     "year, month's name, day": rf"{_YEAR}[-/. ]*{_NAME}[-/. ]*(?P<day>\d{{1,2}}){_TIME}",
     "year, month's name": rf"{_YEAR}[-/.: ]*{_NAME}",
     "month's name, year": rf"{_NAME}[-/., ']*{_ANY_YEAR}",
-    "year and quarter": rf"{_YEAR}[-/.: ]*q(?P<quarter>[1-4])",
+    "year and quarter": rf"{_YEAR}[-/.: ]*q0?(?P<quarter>[1-4])",
     "quarter and year": rf"q(?P<quarter>[1-4])[-/.: ']*{_ANY_YEAR}",
     "year 年 quarter 季度": rf"{_YEAR}\s*年\s*第?\s*(?P<quarter>[1-4])\s*季度?",
     "year and month M": rf"{_YEAR}[-: ]?m(?P<month>\d{{1,2}})",
@@ -329,7 +346,7 @@ def read_matches(name, matches, cells, order):
 def check_short_years(matches):
     """`Ambiguous` if what would be years of two digits behind a month's name follow each other as its days do."""
     matches = [match for match in matches if match]
-    days = [(match["name"][:3].lower(), match["year"]) for match in matches if int(match["year"]) < 32]
+    days = [(MONTHS[match["name"].lower()], match["year"]) for match in matches if int(match["year"]) < 32]
     steps = [int(later) - int(day) for (name, day), (then, later) in zip(days, days[1:]) if name == then]
     if len(days) == len(matches) and 2 * len(steps) > len(days) > 2 and all(0 < abs(step) < 8 for step in steps):
         raise Ambiguous(f"{matches[0][0]!r} is a day without its year, or a year of two digits; write years with four")
@@ -398,7 +415,7 @@ def convert(name, groups, pivot):
     else:
         month = int(groups.get("month") or 1)
         if groups.get("name"):
-            month = MONTHS.index(groups["name"][:3].lower()) + 1
+            month = MONTHS[groups["name"].lower()]
         if groups.get("quarter"):
             month = 3 * int(groups["quarter"]) - 2
         date = datetime(year, month, int(groups.get("day") or 1))
@@ -433,8 +450,19 @@ def read_offset(zone):
     return -minutes if zone[0] == "-" else minutes
 
 
+OTHER_TIMES = {  # of day, and how they are read
+    r"^(\d{1,2})\.(\d{2})\.(\d{2})$": r"\1:\2:\3",
+    r"^(\d{2})(\d{2})(\d{2})$": r"\1:\2:\3",
+    r"^(\d{1,2}) ?(?:h|uhr|时|時|点)$": r"\1:00",
+    r"^(\d{1,2}) ?(?:h|时|時|点)(\d{2})$": r"\1:\2",
+    r"^(\d{1,2}:\d{2}(?::\d{2})?)\s*(?:[-\u2013]|to)\s*\d.*": r"\1",  # 13:00 - 14:00
+}
+
+
 def read_times(cells):
     """Times of day as `timedelta`s, or hours from 0 to 23 or from 1 to 24; None if these are not."""
+    for pattern, time in OTHER_TIMES.items():
+        cells = [re.sub(pattern, time, cell, flags=re.IGNORECASE) for cell in cells]
     matches = [CLOCK.fullmatch(cell) for cell in cells]
     if not all(matches):
         return None
@@ -443,6 +471,49 @@ def read_times(cells):
     except ValueError:
         return None
     return times
+
+
+def read_numbered(cells, days, zone=None):
+    """Points in time from days, and numbers that count their hours, half or quarter hours, or are as 1330.
+
+    Where daylight saving changes, a day has an hour less or more.
+
+    Args:
+        cells: 0 to 23, 1 to 24 or 25 (the hour that ends then), 1 to 48 or 50, 1 to 96 or 100, or 0 to 2359.
+        days: a `datetime` without time zone for each.
+        zone: `ZoneInfo` of the days; None: days with an hour less or more show where daylight saving begins and ends.
+
+    Returns:
+        (`datetime`s, what they are: "", "UTC" or "standard time"); None if these are not such numbers.
+    """
+    if not all(re.fullmatch(r"\d{1,4}(?:\.0+)?", cell) for cell in cells):
+        return None
+    numbers = [int(float(cell)) for cell in cells]
+    low, high = min(numbers), max(numbers)
+    if 100 < high <= 2400 and all(number % 100 < 60 for number in numbers):
+        return [day + timedelta(hours=number // 100, minutes=number % 100) for day, number in zip(days, numbers)], ""
+    rows = next((rows for rows in (24, 48, 96) if high - low < rows + rows // 24), None)  # per day
+    if low > 1 or rows is None or high < 20:
+        return None
+    length = DAY / rows
+    ends = low == 1 and rows == 24
+    elapsed = [(number - low + ends) * length for number in numbers]
+    if zone:
+        starts = {day: day.replace(tzinfo=zone).astimezone(timezone.utc).replace(tzinfo=None) for day in set(days)}
+        return [starts[day] + time for day, time in zip(days, elapsed)], "UTC"
+    counts, last = Counter(days), {}
+    for day, number in zip(days, numbers):
+        last[day] = max(last.get(day, 0), number - low + 1)
+    hour = rows // 24
+    changes = {day: count - rows for day, count in counts.items() if count == last[day] and abs(count - rows) == hour}
+    if hour not in changes.values():
+        return [day + time for day, time in zip(days, elapsed)], ""
+    late = -hour if changes[min(changes)] == hour else 0
+    starts = {}
+    for day in sorted(counts):
+        starts[day] = day + late * length
+        late = max(-hour, min(0, late + changes.get(day, 0)))
+    return [starts[day] + time for day, time in zip(days, elapsed)], "standard time"
 
 
 def to_utc(dates, zone, where):

@@ -21,7 +21,7 @@ from common.options import ConstantError, UserError
 from common.tables import unguard
 from common.text import label, read_text
 from tools.dates import DAY, MONTHS, NUMBERS, YEARS, Ambiguous, Step, find_step, is_regular, read_dates, read_times
-from tools.dates import to_standard_time, to_utc
+from tools.dates import read_numbered, to_standard_time, to_utc
 
 MISSING = {"", "na", "n/a", "n.a.", "#n/a", "nan", "null", "none", "nil", "?", "-", "--", "..", "...", ".", "*", "***"}
 MISSING |= {":", "/", "\u2013", "\u2014", "nd", "n.d.", "no data", "nodata", "missing", "unavailable", "not available"}
@@ -32,14 +32,14 @@ MISSING |= {"#wert!", "#bezug!", "#zahl!", "#nv", "#valeur!"}
 SENTINEL = re.compile(r"-(?:99+|200|32767|32768)\.[09]+|(?:999+|32767|65535)\.[09]+|-?[\d.]+e\+[23]\d")
 INDEX = {"", "index", "id", "no", "no.", "nr", "nr.", "#", "row", "rowid", "row_id", "instant", "unnamed", "rownames"}
 PARTS = {  # names of columns that together are a date
-    "year": ("year", "yr", "yyyy", "jahr", "年", "年份"),
-    "month": ("month", "mon", "mo", "mm", "mnth", "monat", "月", "月份"),
-    "day": ("day", "dd", "tag", "日", "day_of_month", "date_of_month", "dayofmonth", "mday"),
-    "hour": ("hour", "hr", "hh", "stunde", "时", "小时"),
+    "year": ("year", "yr", "yyyy", "jahr", "año", "ano", "année", "annee", "anno", "年", "年份"),
+    "month": ("month", "mon", "mo", "mm", "mnth", "monat", "mes", "mês", "mois", "mese", "月", "月份"),
+    "day": ("day", "dd", "dy", "mday", "tag", "día", "dia", "jour", "日", "day_of_month", "dayofmonth"),
+    "hour": ("hour", "hr", "hh", "stunde", "hora", "heure", "时", "小时"),
+    "minute": ("minute", "min", "mi", "分", "分钟"),
 }
-MONTH_NAMES = {"january", "february", "march", "april", "june", "july", "august", "september", "october", "november"}
-MONTH_NAMES |= {"december", "sept", *MONTHS}
 QUARTERS, WEEKS = ("quarter", "qtr", "q", "quartal", "季度"), ("week", "wk", "kw", "woche", "周")
+DAYS_OF_YEAR, PERIODS = ("doy", "day_of_year", "dayofyear", "yday"), ("period",)  # M01 or Q01 behind a year
 # Words in the names of columns that hold dates, and of columns that tell one series from another.
 DATE_WORDS = set(
     "date datetime dteday time timestamp year yr month day week quarter period ds datum zeit fecha jahr monat mes data "
@@ -53,6 +53,21 @@ SERIES_WORDS = set(
 TIMES = ("time", "hour", "hr", "hh", "uhrzeit", "zeit", "stunde", "时间", "时", "小时")
 DATE_NAME = re.compile("date|time|year|month|day|week|quarter|datum|zeit|fecha|jahr|日期|时间|年|月", re.IGNORECASE)
 SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}  # the rarer in text the earlier
+
+OTHERS = {  # how files of other kinds begin
+    b"PK\x03\x04": "ZIP",
+    b"PAR1": "Parquet",
+    b"\x1f\x8b": "gzip",
+    b"\xd0\xcf\x11\xe0": "Excel (.xls)",
+    b"\x89HDF": "HDF5",
+    b"CDF\x01": "NetCDF",
+    b"SQLite format": "SQLite",
+    b"ARROW1": "Arrow",
+    b"%PDF": "PDF",
+    b"<!DOCTYPE": "HTML",
+    b"<html": "HTML",
+    b"<?xml": "XML",
+}
 
 # A number with a decimal point, or a decimal comma; thousands may be separated by the other one.
 NUMBER = {
@@ -152,10 +167,10 @@ def read_series(
     table = read_cells(path, encoding)
     add_header(table)
     if table.names and not table.rows:
-        raise UserError(f"{path} has no row below the header {', '.join(table.names)}; add rows, or give another file")
+        raise UserError(f"{path} has no row below the header {list_names(table.names)}; add rows, or give another file")
     transpose(table, select_rows(table, where))
     spread_months(table, columns)
-    dates = choose_dates(table, date_column, order)
+    dates = choose_dates(table, date_column, order, open_zone(zone))
     check_names(table, dates.columns, columns)
     drop_footer(table, dates)
     if len(table.rows) < 2:
@@ -187,6 +202,7 @@ class Table:
         lines: line number of each row.
         separator: a key of `SEPARATORS`.
         notes: see `Series`.
+        sources: {column: line} if the table was turned.
     """
 
     path: Path
@@ -195,6 +211,13 @@ class Table:
     lines: list
     separator: str
     notes: list
+    sources: dict = field(default_factory=dict)
+
+    def where(self, row, name):
+        """Where the file has a cell, for messages."""
+        if name in self.sources:
+            return f"line {self.sources[name]}, column {self.rows[row][0]}"
+        return f"line {self.lines[row]}, column {name}"
 
     def cells(self, name):
         place = self.names.index(name)
@@ -208,8 +231,11 @@ class Table:
 
 def read_cells(path, encoding):
     """`Table` of a CSV file; UserError if it is none."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; set CSV to the path of a CSV file in it")
     if not path.is_file():
         raise UserError(f"there is no file {path}; set CSV to the path of a CSV file")
+    refuse_others(path)
     try:
         text = read_text(path, encoding, "strict")
     except UnicodeError as error:
@@ -249,6 +275,22 @@ def read_cells(path, encoding):
     table = Table(path, names, [row for _, row in rows], [line for line, _ in rows], separator, notes)
     level(table)
     return table
+
+
+def refuse_others(path):
+    """UserError for a file that is empty, or of another kind than CSV."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if not head.strip(b"\xef\xbb\xbf \t\r\n"):
+        raise UserError(f"{path} is empty; give a CSV file with a header and rows")
+    kind = next((kind for start, kind in OTHERS.items() if head.startswith(start)), None)
+    if kind == "ZIP" and path.suffix.lower() in (".xlsx", ".xlsm", ".ods"):
+        kind = "Excel" if path.suffix.lower() != ".ods" else "OpenDocument"
+    if re.match(rb"\s*(\[\s*)?\{|\s*\[\s*[\[\"]", head.removeprefix(b"\xef\xbb\xbf")):
+        kind = "JSON"
+    if kind:
+        remedy = "unpack it" if kind in ("ZIP", "gzip") else "save its table as CSV"
+        raise UserError(f"{path} is {'an' if kind[0] in 'AEOHX' else 'a'} {kind} file, not CSV; {remedy}")
 
 
 def has_open_quote(row, separator, width):
@@ -428,7 +470,7 @@ def select_rows(table, where):
         if not names:
             raise UserError(
                 f"WHERE {part!r} must be a column and its value, such as Country=Norway; {table.path} has the columns "
-                f"{', '.join(table.names)}"
+                f"{list_names(table.names)}"
             )
         name = max(names, key=len)
         value = part[len(name) + 1 :].strip()
@@ -438,7 +480,7 @@ def select_rows(table, where):
             known = list(dict.fromkeys(cells))
             raise UserError(
                 f"no row of {table.path} has {value!r} in column {name}; set WHERE to one of its values, "
-                f"{', '.join(known[:5])}{', ...' if len(known) > 5 else ''}"
+                f"{list_names(known, 5)}"
             )
         table.drop(keep)
         used.append(name)
@@ -477,6 +519,7 @@ def transpose(table, used):
         f"dates in the header, so the table is turned: {len(names):,} column{'s' * (len(names) > 1)}, one for each line"
         + (f"; not read as numbers: {some_of(unused, 'column')}" if unused else "")
     )
+    table.sources = dict(zip(names, table.lines))
     table.rows = [[date, *(row[first + place] for row in table.rows)] for place, date in enumerate(dates)]
     table.lines = [1] * len(dates)
     date = "date"
@@ -495,8 +538,7 @@ def spread_months(table, columns):
     months = {}
     for place, name in enumerate(table.names):
         match = re.fullmatch(r"(0?[1-9]|1[0-2])\s*月?", name)
-        named = name.lower().rstrip(".") in MONTH_NAMES
-        month = int(match[1]) if match else 1 + MONTHS.index(name[:3].lower()) if named else None
+        month = int(match[1]) if match else MONTHS.get(name.lower().rstrip("."))
         if month in months or (number(name) and not numbered[place]):
             return
         if month:
@@ -523,11 +565,11 @@ def check_names(table, dates, columns):
     unknown = [name for name in columns if name not in names or name in dates]
     if unknown:
         raise UserError(
-            f"{path} has no number column {unknown[0]!r}, only {', '.join(names)}; choose among these, or give a file "
+            f"{path} has no number column {unknown[0]!r}, only {list_names(names)}; choose among these, or give a file "
             "that has it"
         )
     if not set(names) - set(dates):
-        raise UserError(f"{path} has no column besides {', '.join(dates)}; add columns of numbers")
+        raise UserError(f"{path} has no column besides {list_names(dates)}; add columns of numbers")
 
 
 @dataclass
@@ -538,12 +580,17 @@ class Dates:
     reading: object
 
 
-def choose_dates(table, name, order):
+def choose_dates(table, name, order, zone=None):
     """`Dates` of a table: of the column `name`, or the first that holds dates; UserError if there are none."""
     path, names = table.path, table.names
     duplicates = [name for name, count in Counter(names).items() if count > 1]
     if duplicates:
-        raise UserError(f"{path} has several columns named {duplicates[0]!r}; rename all but one")
+        if number(duplicates[0]):
+            raise UserError(
+                f"{path}, line 1: {list_names(names)} is read as the header, but looks like a row whose date is not "
+                "read; write dates as 2016-07-01 13:00:00 or 2016-07-01, and add a header"
+            )
+        raise UserError(f"{path} has several columns named {label(duplicates[0])!r}; rename all but one")
     found = candidate = None
     try:
         if name is None:
@@ -582,21 +629,35 @@ def choose_dates(table, name, order):
         raise UserError(f"{path}, column {column}: {error}") from error
     if name is not None and name not in names:
         raise UserError(
-            f"{path} has no date column {name!r}, only {', '.join(names) or 'an empty first line'}; set DATE to the "
-            "name of the date column"
+            f"{path} has no date column {name!r}, only {list_names(names)}; set DATE to the name of the date "
+            "column"
         )
     if not found and name is None:
-        raise UserError(
-            f"{path} has no date column, only {', '.join(names) or 'an empty first line'}; set DATE to the name of the "
-            "date column (docs/series.md lists the dates that are read)"
-        )
+        remedy = describe_likeliest(table, order)
+        raise UserError(f"{path} has no date column, only {list_names(names)}; set DATE {remedy}")
     if not found:
         line, cell = next(((line, cell) for line, cell in zip(table.lines, table.cells(name)) if cell), (1, ""))
         raise UserError(
-            f"{path}, line {line}, column {name}: {cell!r} is not a date, nor are most cells of the column; "
+            f"{path}, line {line}, column {name}: {label(cell)!r} is not a date, nor are most cells of the column; "
             "write dates as 2016-07-01 13:00:00 or 2016-07-01, or set DATE to another column"
         )
-    return add_times(table, found)
+    return add_times(table, found, zone)
+
+
+def describe_likeliest(table, order):
+    """The end of a sentence: to which column DATE may be set, and why it was not read."""
+    columns = sorted(table.names, key=lambda name: (not date_named(name), is_index(name)))
+    for name in columns:
+        cells = table.cells(name)
+        reading = read_dates(cells, order, numbers=True, anything=True)
+        known = sorted({date for date in reading.dates if date}) if reading else ()
+        if len(known) > len(cells) / 2 and known[0].year in YEARS and known[-1].year in YEARS:
+            return f"to {name} if these are dates with gaps ({cells[0]!r}: {reading.note}), and GAPS to fill these"
+    row, cell = next(((row, cell) for row, cell in enumerate(table.cells(columns[0])) if cell), (0, ""))
+    return (
+        f"to the name of the date column, and write dates as 2016-07-01 13:00:00 or 2016-07-01 ({label(cell)!r} in "
+        f"{table.where(row, columns[0])}, is not read as one; docs/series.md lists what is)"
+    )
 
 
 def name_words(name):
@@ -683,24 +744,31 @@ def join_parts(table, order, name=None):
             break
         parts[part] = column
     columns = list(parts.values())
-    quarter, week = (next((lower[name] for name in names if name in lower), None) for names in (QUARTERS, WEEKS))
     letter = ""
-    if len(parts) == 1 and (quarter or week):
-        columns.append(quarter or week)
-        letter = "Q" if quarter else "W"
+    for kind, spellings in dict(Q=QUARTERS, W=WEEKS, D=DAYS_OF_YEAR, P=PERIODS).items() if len(parts) == 1 else ():
+        column = next((lower[spelling] for spelling in spellings if spelling in lower), None)
+        if column is not None:
+            letter = kind
+            columns.append(column)
+            break
     if len(columns) < 2 or (name is not None and name not in columns):
         return None
     rows = list(zip(*(table.cells(column) for column in columns)))
-    cells = ["" if not all(row) else "-".join(row[:3]) + "".join(f" {hour}:00" for hour in row[3:]) for row in rows]
+    cells = ["" if not all(row) else "-".join(row[:3]) for row in rows]
+    cells = [f"{cell} {':'.join((*row[3:], '00')[:2])}" if row[3:] and cell else cell for cell, row in zip(cells, rows)]
     cells = [re.sub(r"\.0+(?=\D|$)", "", cell) for cell in cells]
-    kind = "quarters"
-    if letter:
-        pairs = [re.fullmatch(rf"(\d{{4}})-{letter}?(\d{{1,2}})", cell, re.IGNORECASE) for cell in cells]
+    cells = [re.sub(r":(\d)$", r":0\1", cell) for cell in cells]
+    kind = "periods"
+    if letter and letter != "P":
+        pairs = [re.fullmatch(rf"(\d{{4}})-{letter}?(\d{{1,3}})", cell, re.IGNORECASE) for cell in cells]
         pairs = [pair and (int(pair[1]), int(pair[2])) for pair in pairs]
         if letter == "W":
             kind, cells = number_weeks(pairs)
+        elif letter == "D":
+            kind, days = "days of the year", [pair and datetime(pair[0], 1, 1) + DAY * (pair[1] - 1) for pair in pairs]
+            cells = ["" if day is None else f"{day:%Y-%m-%d}" for day in days]
         else:
-            cells = [f"{pair[0]}-Q{pair[1]}" if pair else "" for pair in pairs]
+            kind, cells = "quarters", [f"{pair[0]}-Q{pair[1]}" if pair else "" for pair in pairs]
     reading = read_dates(cells, order)
     if reading is None:
         return None
@@ -730,20 +798,38 @@ def number_weeks(pairs):
     return "ISO weeks", found["ISO weeks"]
 
 
-def add_times(table, dates):
-    """`Dates` with the times of day of a column of their own, if there is one."""
+def add_times(table, dates, zone=None):
+    """`Dates` with the times of day of a column of their own, if there is one.
+
+    It is called like one, or makes the dates different and regular, and its times follow each other in each day.
+
+    Args:
+        zone: `ZoneInfo` of local times, or None.
+    """
     reading = dates.reading
-    if len(dates.columns) > 1 or not reading.days_only or len(set(reading.dates)) == len(reading.dates):
+    days = reading.dates
+    if None in days or not reading.days_only or len(set(days)) == len(days):
         return dates
-    for name in table.names:
-        cells = table.cells(name)
-        if name in dates.columns or not (name.lower() in TIMES or all(":" in cell for cell in cells)):
-            continue
-        times = read_times(cells)
-        if times and len(set(times)) > 1:
-            reading.dates = [date and date + time for date, time in zip(reading.dates, times)]
-            reading.note += f", times of day in column {name}"
-            return Dates([*dates.columns, name], reading)
+    others = {name: table.cells(name) for name in table.names if name not in dates.columns}
+    for name, cells in others.items():
+        if " ".join(name_words(name)) in TIMES or all(":" in cell for cell in cells):
+            times = read_times(cells)
+            if times and len(set(times)) > 1:
+                reading.dates = [day + time for day, time in zip(days, times)]
+                reading.note += f", times of day in column {name}"
+                return Dates([*dates.columns, name], reading)
+    for name, cells in others.items():
+        times = read_times(cells) if not all(map(number, cells)) else None
+        numbered = read_numbered(cells, days, zone) if times is None else None
+        points, kind = numbered or ([day + time for day, time in zip(days, times or ())], "")
+        if points and SERIES_WORDS.isdisjoint(name_words(name)) and len(set(points)) > 0.99 * len(points):
+            rising = sum(later > earlier for earlier, later in zip(points, points[1:]))
+            if not 0.1 * len(points) < rising < 0.9 * (len(points) - 1) and is_regular(points, 0.5):
+                reading.dates = points
+                reading.note += f", times of day in column {name}{kind and f', in {kind}'}"
+                if kind == "UTC":
+                    reading.offsets = [0] * len(points)
+                return Dates([*dates.columns, name], reading)
     return dates
 
 
@@ -836,9 +922,10 @@ def check_sentinels(table, name, column):
     for value in marks if len(others) else ():
         low, high = others[0], others[-1]
         if value > high + (high - low) or value < low - (high - low) / 2 or value < 0 <= low:
-            lines = [table.lines[row] for row in np.flatnonzero(column == value)]
+            rows = np.flatnonzero(column == value)
+            times = f" ({len(rows):,} times)" if len(rows) > 1 else ""
             raise UserError(
-                f"{table.path}, column {name}: {value:g} in {some_of(lines, 'line')} is far outside the other values, "
+                f"{table.path}, {table.where(rows[0], name)}: {value:g}{times} is far outside the other values, "
                 f"{low:g} to {high:g}; set MISSING_VALUES to {value:g} if it means a missing value, or to NA if it "
                 "is a value"
             )
@@ -932,7 +1019,7 @@ def to_numbers(table, name, cells, sign):
         if cell is None:
             result[row] = math.nan
             continue
-        where = f"{table.path}, line {table.lines[row]}, column {name}: {cell!r}"
+        where = f"{table.path}, {table.where(row, name)}: {cell!r}"
         if pattern.fullmatch(cell):
             result[row] = float(cell.replace(other, "").replace(",", "."))
             if math.isfinite(result[row]):
@@ -1022,6 +1109,12 @@ def arrange(series, table, columns, reading, name):
     step = series.step = find_step(series.clock)
     numbers = step.rows(series.clock)
     off = [place for place in range(len(numbers)) if numbers[place] < 0 or numbers[place] in numbers[place - 1 : place]]
+    if len(off) > len(numbers) / 2:
+        steps = sorted(later - earlier for earlier, later in zip(series.clock, series.clock[1:]))
+        raise UserError(
+            f"{path}: the rows are not at equal steps, but from {steps[0]} to {steps[-1]} apart, half of them at most "
+            f"{steps[len(steps) // 2]}; resample the series to equal steps"
+        )
     if off:
         examples = ", ".join(f"line {lines[place]} ({series.show(series.clock[place])})" for place in off[:3])
         raise UserError(
@@ -1062,11 +1155,19 @@ def drop_doubles(series, table, clock, rows):
         groups = len(clock) / len(set(clock))
         hint = "keep each date once"
         telling = find_telling(table, clock, rows, series.date) if groups > 1.2 else None
-        if telling:
+        other = next((name for name in table.names if name != series.date and is_different(table.cells(name))), None)
+        if other:
+            hint = f"column {other} has different dates: set DATE to {other}"
+        elif telling:
             names, values = telling
             each = f"column {names[0]} tells" if len(names) == 1 else f"columns {' and '.join(names)} tell"
             example = ",".join(f"{name}={value}" for name, value in zip(names, values))
             hint = f'{each} several series apart: choose one with WHERE, such as --where "{example}"'
+            in_file = [date for _, date in sorted(zip(rows, clock))]
+            follow = sum(date == then for date, then in zip(in_file, in_file[1:])) > 0.4 * len(in_file)
+            if follow and all(SERIES_WORDS.isdisjoint(name_words(name)) for name in names):
+                hint = f"if {' and '.join(names)} is a part of the date, write it into column {series.date}; if it "
+                hint += f'tells several series apart, choose one with WHERE, such as --where "{example}"'
         elif groups > 1.5:
             hint = "a file with several series needs a column of numbers for each, with each date once"
         elif len(different) < len(clock) / 100:
@@ -1084,6 +1185,15 @@ def drop_doubles(series, table, clock, rows):
     return keep
 
 
+def is_different(cells):
+    """Whether a column holds a date for each row that no other row has."""
+    try:
+        reading = read_dates(cells)
+    except Ambiguous:
+        return len(set(cells)) > 0.99 * len(cells)
+    return reading is not None and len(set(reading.dates)) > 0.99 * len(cells)
+
+
 def find_telling(table, clock, rows, date, most=3):
     """The fewest columns, up to `most`, that tell rows with the same date apart: (names, values of the longest series).
 
@@ -1094,19 +1204,22 @@ def find_telling(table, clock, rows, date, most=3):
         rows: row of the table for each date.
         date: name of the date column.
     """
-    columns = {}
+    columns, points = {}, [clock]
     for name in table.names:
         cells = table.cells(name)
         cells = [cells[row] for row in rows]
         kinds = len(set(cells))
         fractions = sum(number(cell) and re.search("[.,]", cell) is not None for cell in cells)
+        if kinds in (24, 25, 48, 50, 96, 100) and SERIES_WORDS.isdisjoint(name_words(name)):
+            points.append(cells)  # hours or parts of them
+            continue
         if name != date and 1 < kinds < len(cells) / 3 and fractions < len(cells) / 2:
             columns[name] = cells
     texts = [name for name, cells in columns.items() if not all(map(number, cells))]
     for count in range(1, most + 1):
         for names in [*combinations(texts, count), *combinations(columns, count)][:300]:
             keys = list(zip(*(columns[name] for name in names)))
-            if len(set(zip(clock, keys))) > 0.99 * len(clock):  # a few rows may be double
+            if len(set(zip(*points, keys))) > 0.99 * len(clock):  # a few rows may be double
                 return names, Counter(keys).most_common(1)[0][0]
     return None
 
@@ -1161,6 +1274,9 @@ def fill(series, path, gaps, chosen=False):
     if texts and gaps == "refuse":
         shown = "; ".join(texts[:4]) + (f"; and {len(texts) - 4} more columns" if len(texts) > 4 else "")
         choice = 'set GAPS to "carry" (the last value) or "interpolate"'
+        absent_dates = [clock[row] for row in np.flatnonzero(absent)]
+        if missing and not series.utc and all(may_be_skipped(date) for date in absent_dates):
+            choice = f"if daylight saving skips these hours, set TIMEZONE; else {choice}"
         raise UserError(f"{path}: {shown}; {choice}, fill them in, or exclude a column with COLUMNS")
     if late.all() or (late.any() and chosen):
         names = [name for name, begins_late in zip(series.columns, late) if begins_late]
@@ -1186,6 +1302,11 @@ def fill(series, path, gaps, chosen=False):
             last = np.maximum.accumulate(np.where(empty[:, place], 0, np.arange(len(values))))
             values[:, place] = values[last, place]
     series.values, series.clock = values[first:], clock[first:]
+
+
+def may_be_skipped(date):
+    """Whether daylight saving may skip a local time: a Sunday from midnight to three, in March, or in the south."""
+    return date.weekday() == 6 and date.hour < 4 and date.month in (3, 4, 9, 10) and date.time() != time()
 
 
 def describe_runs(missing, clock, series):
