@@ -12,6 +12,9 @@ from tools.dates import Step, describe_interval, find_step, read_dates
 from tools.series import drop_flat, find_separator, read_series
 
 NAMES = "January February March April May June July August September October November December".split()
+GERMAN = "Januar Februar März April Mai Juni Juli August September Oktober November Dezember".split()
+SPANISH = "ene feb mar abr may jun jul ago sept oct nov dic".split()
+FRENCH = "janv. févr. mars avr. mai juin juil. août sept. oct. nov. déc.".split()
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
 
@@ -141,6 +144,28 @@ FORMS = {
     "Q1-70": (QUARTERS, lambda d: f"Q{quarter(d)}-{d:%y}"),
     "1947": (YEARS, lambda d: str(d.year)),
     "1947.0": (YEARS, lambda d: f"{d.year}.0"),
+    "1991 [YR1991]": (YEARS, lambda d: f"{d.year} [YR{d.year}]"),
+    # as programs and other countries write them
+    "1Q1970": (QUARTERS, lambda d: f"{quarter(d)}Q{d.year}"),
+    "2016-W5": (WEEKS, lambda d: "{0}-W{1}".format(*d.isocalendar())),
+    "01.1949": (MONTHS, lambda d: f"{d:%m.%Y}"),
+    "31.12.2019.": (DAYS, lambda d: f"{d:%d.%m.%Y}."),
+    "2020. 1. 5": (DAYS, lambda d: f"{d.year}. {d.month}. {d.day}"),
+    "2020. 1. 5. 오후 1:00": (HOURS, lambda d: f"{d.year}. {d.month}. {d.day}. 오{'전후'[d.hour // 12]} {d:%I:%M}"),
+    "2020/1/5 下午1:00": (HOURS, lambda d: f"{d.year}/{d.month}/{d.day} {'上下'[d.hour // 12]}午{d:%I:%M}"),
+    "2020年1月3日13时": (HOURS, lambda d: f"{d.year}年{d.month}月{d.day}日{d.hour}时"),
+    "2020年1月3日 13时00分": (HOURS, lambda d: f"{d.year}年{d.month}月{d.day}日 {d:%H时%M分}"),
+    "Fri Jul  1 13:00:00 2016": (HOURS, datetime.ctime),
+    "Fri Jul 01 2016 13:00:00 GMT+0100": (HOURS, lambda d: f"{d:%a %b %d %Y %H:%M:%S GMT+0100}"),
+    "01/Jul/2016:13:00:00 +0000": (HOURS, lambda d: f"{d:%d/%b/%Y:%H:%M:%S} +0000"),
+    "20160701:1300": (HOURS, lambda d: f"{d:%Y%m%d:%H%M}"),
+    "2016-07-01 13:00 CET": (HOURS, lambda d: f"{d:%Y-%m-%d %H:%M} CET"),
+    "2016-07-01 13:00 UTC+01:00": (HOURS, lambda d: f"{d:%Y-%m-%d %H:%M} UTC+01:00"),
+    "1. Juli 1991": (DAYS, lambda d: f"{d.day}. {GERMAN[d.month - 1]} {d.year}"),
+    "Okt 91": (MONTHS, lambda d: f"{GERMAN[d.month - 1][:3]} {d:%y}"),
+    "sept. 1991": (MONTHS, lambda d: f"{FRENCH[d.month - 1]} {d.year}"),
+    "01-ene-1991": (DAYS, lambda d: f"{d.day:02}-{SPANISH[d.month - 1]}-{d.year}"),
+    "16 digits": (HOURS, lambda d: f"{d.replace(tzinfo=timezone.utc).timestamp():.0f}000000"),
     # seconds since 1970
     "Unix time in seconds": (HOURS, lambda d: str(int(d.replace(tzinfo=timezone.utc).timestamp()))),
     "Unix time in milliseconds": (HOURS, lambda d: str(1000 * int(d.replace(tzinfo=timezone.utc).timestamp()))),
@@ -522,7 +547,7 @@ def test_comments_above_notes_below_and_names_of_rows_from_r(read):
     notes = "Source: the office, in the town", "kept as it was"
     series = read("\n".join(["# made by x", "# of 2020", *lines, "", *notes]))
     check(series, DAYS)
-    assert any("first 2 lines are empty or begin with #" in note for note in series.notes)
+    assert any("first 2 lines are empty or a note that begins with #" in note for note in series.notes)
     assert any("lines 65, 66 below the table left out" in note for note in series.notes)
     rows = [lines[0], *(f'"{row}",{line}' for row, line in enumerate(lines[1:], 1))]
     check(read("\n".join(rows)), DAYS)
@@ -790,6 +815,8 @@ def test_several_series_without_a_date_in_common_are_refused(read):
     with pytest.raises(UserError, match="column x tells several"):
         read(text("x", lambda row: "AB"[row // 30], DAYS[30:] + DAYS[:30]))
     for name, label in (("flag", lambda row: "AP"[row // 30]), ("weekday", lambda row: NAMES[row % 7]),
+                        ("season name", lambda row: "winter spring summer autumn".split()[row // 15]),
+                        ("machine_status", lambda row: "on off".split()[row // 30]),
                         ("customers", lambda row: row // 20), ("store", lambda row: "A")):  # fmt: skip
         assert read(text(name, label)).dates == DAYS
 
@@ -798,8 +825,6 @@ def test_several_series_without_a_date_in_common_are_refused(read):
 
 MONTH_HOURS = [datetime(2020, 1, 1) + HOUR * row for row in range(24 * 30)]
 HALVES = [datetime(2020, 1, 1) + HOUR / 2 * row for row in range(48 * 20)]
-GERMAN = "Januar Februar März April Mai Juni Juli August September Oktober November Dezember".split()
-SPANISH = "ene feb mar abr may jun jul ago sept oct nov dic".split()
 HOUR_FROM_1 = [date + HOUR for date in MONTH_HOURS]
 PART_COLUMNS = {  # header: (dates, what the columns hold)
     "Date,Time": (MONTH_HOURS, lambda d: f"{d:%d/%m/%Y},{d:%H.%M.%S}"),
@@ -869,7 +894,7 @@ def test_what_is_no_time_of_day_is_not_taken_for_one(read):
 # --- messages
 
 
-def test_a_file_without_a_date_column_is_told_the_likeliest(read):
+def test_a_file_without_a_date_column_is_told_what_to_set(read):
     days = [date for date in DAYS if date.day != 20]
     for form, words in (("%Y%m%d", "'20191221': yyyymmdd"), ("%Y%m%d%H", "'2019122100': yyyymmdd")):
         text = write(days, lambda d: f"{d:{form}}", name="n")
@@ -934,3 +959,36 @@ def test_an_hour_that_daylight_saving_may_skip(read):
     with pytest.raises(UserError, match="1 row is missing .* if daylight saving skips these hours, set TIMEZONE; else"):
         read(write(dates, str))
     assert len(read(write(dates, str), zone="Europe/Berlin").clock) == 899
+
+
+# --- what stands beside numbers, and around the header
+
+
+def test_signs_of_currencies_and_percent_are_no_part_of_a_number(read):
+    for form in ("${}.50", "{}.50 %", "€ {}.50", "{}.50€"):
+        check(read(write(DAYS, str, number=form.format)), DAYS, [row + 0.5 for row in range(60)])
+
+
+def test_a_column_with_units_is_left_out_with_an_example(read):
+    lines = [f"{date},{row} kWh,({row}.5),{row}" for row, date in enumerate(DAYS)]
+    series = read("date,load,profit,value\n" + "\n".join(lines))
+    check(series, DAYS, list(range(60)))
+    assert any("columns left out: load: '0 kWh', profit: '(0.5)' (text)" in note for note in series.notes)
+
+
+@pytest.mark.parametrize(
+    ("above", "separator", "line"),
+    [("sep=;\ndate;value\n", ";", "first line is empty or a"), ("# x\n# date,value\n", ",", "first line"),
+     ("date,value\n,kW\n", ",", "line 2 below the header left out"), ("date,value\nTicker,A\nDate,\n", ",", "lines 2, 3")]
+)  # fmt: skip
+def test_lines_around_the_header(above, separator, line, read):
+    text = write(DAYS, lambda date: f"{date:%Y-%m-%d}", separator=separator, number=lambda row: row * row % 17)
+    series = read(above + text.partition("\n")[2])
+    check(series, DAYS, [row * row % 17 for row in range(60)])
+    assert any(line in note for note in series.notes)
+
+
+def test_zones_by_name_that_change_with_daylight_saving(read):
+    utc, dates = local("Europe/Berlin")
+    series = read(write(dates, lambda d: f"{d:%Y-%m-%d %H:%M %Z}"))
+    assert series.clock == utc and series.dates == [date.astimezone(timezone.utc) for date in dates]

@@ -42,47 +42,58 @@ YEARS = range(1500, 2300)  # in which people measure
 
 _NAME = rf"(?P<name>{'|'.join(sorted(MONTHS, key=len, reverse=True))})\.?"
 _WEEKDAY = r"(?:(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day)?\.?,?\s+)?"
+ZONES = dict(z=0, utc=0, gmt=0, wet=0, west=1, cet=1, cest=2, mez=1, mesz=2, eet=2, eest=3, jst=9, kst=9)  # hours
+ZONES |= dict(est=-5, edt=-4, mst=-7, mdt=-6, pst=-8, pdt=-7)  # CST is also that of China
 _CLOCK = (
-    r"(?P<hour>\d{1,2})(?::?(?P<minute>\d{2})(?::?(?P<second>\d{2})(?:[.,](?P<fraction>\d+))?)?)?"
+    r"(?:(?P<before>上午|下午|오전|오후)\s*)?(?P<hour>\d{1,2})(?::?(?P<minute>\d{2})(?::?(?P<second>\d{2})(?:[.,](?P<fraction>\d+))?)?)?"
     r"(?:\s*(?P<half>[ap])\.?m\.?)?"
 )
-_TIME = rf"(?:(?:t|,?\s+){_CLOCK}\s*(?P<zone>z|utc|gmt|[+-]\d{{2}}(?::?\d{{2}})?)?)?"
+_TIME = (
+    rf"(?:(?:t|,?\s+|:(?=\d\d)){_CLOCK}\s*"
+    rf"(?P<zone>(?:utc|gmt)?[+-]\d{{2}}(?::?\d{{2}})?|{'|'.join(sorted(ZONES, key=len, reverse=True))})?)?"
+)
 _YEAR, _ANY_YEAR = r"(?P<year>\d{4})", r"(?P<year>\d{4}|\d{2})"
 
 # Name of a pattern, as it is printed, and its regular expression. Texts first, then what could be plain numbers.
 TEXTS = {
-    "year-month-day": rf"{_YEAR}(?P<sep>[-/.])(?P<month>\d{{1,2}})(?P=sep)(?P<day>\d{{1,2}}){_TIME}",
+    "year-month-day": rf"{_YEAR}(?P<sep>[-/.]\s?)(?P<month>\d{{1,2}})(?P=sep)(?P<day>\d{{1,2}})\.?{_TIME}",
     "year 年 month 月 day 日": rf"{_YEAR}\s*年(?:\s*(?P<month>\d{{1,2}})\s*月(?:\s*(?P<day>\d{{1,2}})\s*[日号]\s*"
     rf"(?:{_CLOCK})?)?)?",
     "fiscal years": rf"(?:fy ?)?{_YEAR}[-/\u2013](?P<next>\d{{4}}|\d{{2}})",
-    "three numbers": rf"(?P<a>\d{{1,2}})(?P<sep>[-/. ])(?P<b>\d{{1,2}})(?P=sep)(?P<c>\d{{4}}|\d{{2}}){_TIME}",
+    "three numbers": r"(?P<a>\d{1,2})(?P<sep>[-/.]\s?| )(?P<b>\d{1,2})(?P=sep)(?P<c>\d{4}|\d{2})\.?" + _TIME,
     "year-month": r"(?P<year>\d{4})[-/ ](?P<month>\d{1,2})",
     "month-year": r"(?P<month>\d{1,2})[-/ ](?P<year>\d{4})",
+    "month.year": r"(?P<month>0[1-9]|1[0-2])\.(?P<year>(?:19|20)\d{2})",
     "day, month's name, year": rf"{_WEEKDAY}(?P<day>\d{{1,2}})(?:st|nd|rd|th)?[-/. ]*{_NAME}[-/., ]*{_ANY_YEAR}{_TIME}",
     "month's name, day, year": rf"{_WEEKDAY}{_NAME}[ -]*(?P<day>\d{{1,2}})(?:st|nd|rd|th)?,?[ -]+{_YEAR}{_TIME}",
+    "month's name, day, time, year": rf"{_WEEKDAY}{_NAME} +(?P<day>\d{{1,2}}) +{_CLOCK} +(?:(?P<zone>utc) +)?{_YEAR}",
     "year, month's name, day": rf"{_YEAR}[-/. ]*{_NAME}[-/. ]*(?P<day>\d{{1,2}}){_TIME}",
     "year, month's name": rf"{_YEAR}[-/.: ]*{_NAME}",
     "month's name, year": rf"{_NAME}[-/., ']*{_ANY_YEAR}",
     "year and quarter": rf"{_YEAR}[-/.: ]*q0?(?P<quarter>[1-4])",
     "quarter and year": rf"q(?P<quarter>[1-4])[-/.: ']*{_ANY_YEAR}",
+    "number of the quarter, year": rf"(?P<quarter>[1-4])q[-/.: ']*{_ANY_YEAR}",
     "year 年 quarter 季度": rf"{_YEAR}\s*年\s*第?\s*(?P<quarter>[1-4])\s*季度?",
     "year and month M": rf"{_YEAR}[-: ]?m(?P<month>\d{{1,2}})",
-    "ISO week": rf"{_YEAR}-?w(?P<week>\d{{2}})(?:-?(?P<weekday>[1-7]){_TIME})?",
-    "yyyymmddThhmm": rf"{_YEAR}(?P<month>\d{{2}})(?P<day>\d{{2}})(?=[t ]){_TIME}",
+    "ISO week": rf"{_YEAR}-?w(?P<week>\d{{1,2}})(?:-?(?P<weekday>[1-7]){_TIME})?",
+    "yyyymmddThhmm": rf"{_YEAR}(?P<month>\d{{2}})(?P<day>\d{{2}})(?=[t :]){_TIME}",
+    "year [YR year]": rf"{_YEAR} ?\[yr(?P=year)\]",
 }
 NUMBERS = {
     "yyyymmdd": rf"{_YEAR}(?P<month>\d{{2}})(?P<day>\d{{2}})(?:(?P<hour>\d{{2}})(?:(?P<minute>\d{{2}})"
     r"(?P<second>\d{2})?)?)?",
     "yyyymm": rf"{_YEAR}(?P<month>\d{{2}})",
     "yyyyww, ISO weeks": rf"{_YEAR}(?P<week>0[1-9]|[1-4]\d|5[0-3])",
-    "Unix time in seconds": r"(?P<unix>\d{9,10})(?:\.0+)?",
+    "Unix time in seconds": r"(?P<unix>\d{9,10})(?:\.(?P<fraction>\d+))?",
     "Unix time in milliseconds": r"(?P<unix>\d{12,13})(?:\.0+)?",
+    "Unix time in microseconds": r"(?P<unix>\d{16})",
     "Unix time in nanoseconds": r"(?P<unix>\d{19})",
     "years": r"(?P<year>\d{4})(?:\.0+)?",
     "year.month": r"(?P<year>\d{4})\.(?P<month>\d{2})",
     "years and fractions of a year": r"(?P<years>\d{4}(?:\.\d+)?)",
 }
-UNIX = {"Unix time in seconds": 10**6, "Unix time in milliseconds": 10**3, "Unix time in nanoseconds": 10**-3}
+UNIX = {"Unix time in seconds": 10**6, "Unix time in milliseconds": 10**3, "Unix time in microseconds": 1}
+UNIX |= {"Unix time in nanoseconds": 10**-3}
 PATTERNS = {name: re.compile(text, re.IGNORECASE) for name, text in (TEXTS | NUMBERS).items()}
 CLOCK = re.compile(_CLOCK.replace("(?::?(?P<minute>", "(?::(?P<minute>", 1), re.IGNORECASE)
 
@@ -279,6 +290,8 @@ def read_dates(cells, order="auto", numbers=False, anything=False, share=0.8, ga
 
 def read_points(cells, order, numbers=False, anything=False, share=0.8, gaps=0.0):
     """`Reading` of points in time, see `read_dates`."""
+    if re.search("[时時]", "".join(cells[:1])):  # 13时, 13时30分
+        cells = [re.sub(":$", ":00", re.sub(r"[时時](?:(\d\d)分?)?$", r":\1", cell)) for cell in cells]
     sample = [cell for cell in cells if cell]
     if not sample:
         return None
@@ -397,7 +410,8 @@ def convert(name, groups, pivot):
     Years of two digits from `pivot` on are those of the 20th century.
     """
     if "unix" in groups:
-        return datetime(1970, 1, 1) + timedelta(microseconds=int(int(groups["unix"]) * UNIX[name])), 0
+        micro = int((groups.get("fraction") or "0")[:6].ljust(6, "0"))
+        return datetime(1970, 1, 1) + timedelta(microseconds=int(int(groups["unix"]) * UNIX[name]) + micro), 0
     if "years" in groups:
         year, fraction = divmod(float(groups["years"]), 1)
         months = 12 * fraction
@@ -427,10 +441,11 @@ def read_clock(groups):
     if not groups.get("hour"):
         return timedelta()
     hour = int(groups["hour"])
-    if groups.get("half"):
+    half = {"上午": "a", "오전": "a", "下午": "p", "오후": "p"}.get(groups.get("before"), groups.get("half"))
+    if half:
         if not 1 <= hour <= 12:
             raise ValueError("an hour with AM or PM is from 1 to 12")
-        hour = hour % 12 + 12 * (groups["half"].lower() == "p")
+        hour = hour % 12 + 12 * (half.lower() == "p")
     minute, second = int(groups.get("minute") or 0), int(groups.get("second") or 0)
     fraction = int((groups.get("fraction") or "0")[:6].ljust(6, "0"))
     if hour > 24 or minute > 59 or second > 59 or (hour == 24 and (minute or second or fraction)):
@@ -441,8 +456,9 @@ def read_clock(groups):
 def read_offset(zone):
     if not zone:
         return None
-    if zone.lower() in ("z", "utc", "gmt"):
-        return 0
+    if zone.lower() in ZONES:
+        return 60 * ZONES[zone.lower()]
+    zone = zone.lower().removeprefix("utc").removeprefix("gmt")
     digits = zone[1:].replace(":", "")
     minutes = 60 * int(digits[:2]) + int(digits[2:] or 0)
     if minutes > 14 * 60:

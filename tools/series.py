@@ -48,7 +48,7 @@ DATE_WORDS = set(
 SERIES_WORDS = set(
     "store shop station site sensor device meter machine country region state city county province district location "
     "place product item sku symbol ticker company customer client household patient subject animal building house room "
-    "plant farm branch market series variable indicator entity group name id".split()
+    "plant farm branch market series variable indicator entity".split()
 )
 TIMES = ("time", "hour", "hr", "hh", "uhrzeit", "zeit", "stunde", "时间", "时", "小时")
 DATE_NAME = re.compile("date|time|year|month|day|week|quarter|datum|zeit|fecha|jahr|日期|时间|年|月", re.IGNORECASE)
@@ -168,6 +168,7 @@ def read_series(
     add_header(table)
     if table.names and not table.rows:
         raise UserError(f"{path} has no row below the header {list_names(table.names)}; add rows, or give another file")
+    drop_units(table)
     transpose(table, select_rows(table, where))
     spread_months(table, columns)
     dates = choose_dates(table, date_column, order, open_zone(zone))
@@ -244,11 +245,15 @@ def read_cells(path, encoding):
             f"{path} is not encoded in {encoding} ({reason}); save it as UTF-8, or set ENCODING to its encoding, such "
             "as gb18030, cp1252 or utf-16"
         ) from error
-    notes, skipped = [], 0
-    while text.startswith("#") or text.partition("\n")[0].strip(" \t,;|") == "" and text:
-        skipped, text = skipped + 1, text.partition("\n")[2]
+    notes, skipped, line = [], 0, ""
+    while re.match("#|sep=.\n", text) or text.partition("\n")[0].strip(" \t,;|") == "" and text:
+        line, _, text = text.partition("\n")
+        skipped += 1
+    if line.startswith("#") and is_header(line[1:], text):
+        text, skipped = f"{line[1:]}\n{text}", skipped - 1
     if skipped:
-        notes.append(f"the first {skipped} lines are empty or begin with #, and are left out")
+        lines_are = f"{skipped} lines are" if skipped > 1 else "line is"
+        notes.append(f"the first {lines_are} empty or a note that begins with # or sep=, left out")
     separator = find_separator(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     rows, starts = [], [skipped + 1]
@@ -275,6 +280,23 @@ def read_cells(path, encoding):
     table = Table(path, names, [row for _, row in rows], [line for line, _ in rows], separator, notes)
     level(table)
     return table
+
+
+def is_header(line, text):
+    """Whether a line, written as a comment, names the columns of a table that begins with the first line of `text`."""
+    below = text.partition("\n")[0]
+    separator = find_separator(text)
+    names, cells = (next(csv.reader([row], delimiter=separator), []) for row in (line, below))
+    return len(names) == len(cells) > 1 and not any(map(number, names)) and any(map(number, cells))
+
+
+def drop_units(table, most=3):
+    """Leave out rows below the header without a number or a date, such as units, if those below have numbers."""
+    rows = [row for row in table.rows[: most + 1]]
+    units = next((place for place, row in enumerate(rows) if any(number(cell) or is_date(cell) for cell in row)), 0)
+    if units and any(map(number, rows[units])):
+        table.notes.append(f"{some_of(table.lines[:units], 'line')} below the header left out: no date and no numbers")
+        table.drop(range(units, len(table.rows)))
 
 
 def refuse_others(path):
@@ -355,11 +377,13 @@ def level(table):
     names, rows = table.names, table.rows
     width = len(names)
     commas = "numbers seem to have commas, which separate fields here: put such numbers in quotes"
-    commas = commas if table.separator == "," else "fix the header"
     if rows and width and all(len(row) == width + 1 for row in rows) and any(row[-1] for row in rows):
-        dated = DATE_NAME.search(names[0]) and (is_date(rows[0][0]) or len(rows[0][0]) in (6, 8))
-        digits = table.separator == "," and all(row[-1].isdigit() for row in rows)
-        if digits if dated else len({row[0] for row in rows}) < len(rows):  # names of rows are different
+        if table.separator == "," and DATE_NAME.search(names[0]) and (is_date(rows[0][0]) or len(rows[0][0]) in (6, 8)):
+            halves = all(row[-1].isdigit() for row in rows)
+        else:  # names of rows, as in tables from R, are different
+            halves = table.separator == "," and all(row[0].isdigit() for row in rows)
+            halves = halves and len({row[0] for row in rows}) < len(rows)
+        if halves:
             raise UserError(f"{table.path}, line {table.lines[0]}: expected {width} fields, got {width + 1}; {commas}")
         if DATE_NAME.search(names[0]) and is_date(rows[0][0]) and not is_date(rows[0][1]):
             names.append("")
@@ -420,9 +444,9 @@ def date_run(names):
     return None
 
 
-def holds_dates(cells):
-    """Whether a column holds dates, most of them at equal steps, or numbers that are such dates."""
-    for numbers in (False, True):
+def holds_dates(cells, index=False):
+    """Whether a column holds dates, most of them at equal steps, or numbers that are such dates if no `index`."""
+    for numbers in (False, True)[: 2 - index]:
         try:
             reading = read_dates(cells, numbers=numbers, gaps=0.2)
         except Ambiguous:
@@ -499,7 +523,7 @@ def transpose(table, used):
     if not run or not table.rows:
         return
     first, end = run
-    if any(holds_dates(table.cells(name)) for name in [*table.names[:first], *table.names[end:]]):
+    if any(holds_dates(table.cells(name), is_index(name)) for name in [*table.names[:first], *table.names[end:]]):
         return  # the names are numbers of sensors, say
     labels = [place for place in range(first) if any(not number(row[place]) for row in table.rows if row[place])]
     labels = [table.names.index(name) for name in used] + labels or list(range(first))
@@ -633,7 +657,7 @@ def choose_dates(table, name, order, zone=None):
             "column"
         )
     if not found and name is None:
-        remedy = describe_likeliest(table, order)
+        remedy = advise_date(table, order)
         raise UserError(f"{path} has no date column, only {list_names(names)}; set DATE {remedy}")
     if not found:
         line, cell = next(((line, cell) for line, cell in zip(table.lines, table.cells(name)) if cell), (1, ""))
@@ -644,7 +668,7 @@ def choose_dates(table, name, order, zone=None):
     return add_times(table, found, zone)
 
 
-def describe_likeliest(table, order):
+def advise_date(table, order):
     """The end of a sentence: to which column DATE may be set, and why it was not read."""
     columns = sorted(table.names, key=lambda name: (not date_named(name), is_index(name)))
     for name in columns:
@@ -668,6 +692,14 @@ def date_named(name):
     return not DATE_WORDS.isdisjoint(name_words(name))
 
 
+def tells_series(name):
+    """Whether a column is called like stations or products: store, station_name, Item ID, but not store_type."""
+    words = name_words(name)
+    if len(words) > 1 and words[-1] in ("id", "no", "nr", "number", "name", "code"):
+        words.pop()
+    return bool(words) and words[-1] in SERIES_WORDS
+
+
 def is_index(name):
     """Whether a column is called a number of rows or things: id, No., customer_id."""
     plain = name.lower().partition(":")[0].strip()
@@ -678,7 +710,7 @@ def looks_dated(cells):
     """Whether cells that could not be read may be dates all the same: texts with digits, or different long numbers."""
     known = [cell for cell in cells if cell]
     if all(re.fullmatch(r"\d{4,}", cell) for cell in known):
-        return len(set(known)) > 0.9 * len(known)
+        return sorted(set(known), key=int) in (known, known[::-1])
     return all(re.search(r"\d", cell) and not number(cell) for cell in known) and not read_times(known)
 
 
@@ -706,12 +738,11 @@ def check_one_series(table, dates):
         return  # see `drop_doubles`
     ascending = sum(later > earlier for earlier, later in zip(clock, clock[1:])) > len(clock) / 2
     for name in table.names:
-        cells, words = table.cells(name), set(name_words(name))
+        cells, named = table.cells(name), tells_series(name)
         kinds = len(set(cells))
         if name in dates.columns or date_named(name) or not 1 < kinds <= len(cells) / 4:
             continue
-        named = not words.isdisjoint(SERIES_WORDS)
-        if any(map(number, cells)) and not (named and words <= SERIES_WORDS | {"no", "nr", "number"}):
+        if not named and any(map(number, cells)):
             continue
         changes = [row for row in range(1, len(cells)) if cells[row] != cells[row - 1]]
         steps = [clock[row] - clock[row - 1] for row in changes]
@@ -822,7 +853,7 @@ def add_times(table, dates, zone=None):
         times = read_times(cells) if not all(map(number, cells)) else None
         numbered = read_numbered(cells, days, zone) if times is None else None
         points, kind = numbered or ([day + time for day, time in zip(days, times or ())], "")
-        if points and SERIES_WORDS.isdisjoint(name_words(name)) and len(set(points)) > 0.99 * len(points):
+        if points and not tells_series(name) and len(set(points)) > 0.99 * len(points):
             rising = sum(later > earlier for earlier, later in zip(points, points[1:]))
             if not 0.1 * len(points) < rising < 0.9 * (len(points) - 1) and is_regular(points, 0.5):
                 reading.dates = points
@@ -875,7 +906,8 @@ def read_numbers(table, dates, columns, decimal, missing=()):
         if columns or numbers > 0.5 * len(known):
             cells[name] = found
         else:
-            (texts if known else empty).append(name)
+            example = next((cell for cell in known if re.search(r"\d", cell)), "")
+            (texts if known else empty).append(f"{name}: {label(example)!r}" if example else name)
     signs = decimal_signs(table, cells, decimal, plain)
     values = {
         name: plain[name] if name in plain else to_numbers(table, name, cells[name], signs[name]) for name in cells
@@ -941,7 +973,7 @@ def whole(cell):
 
 def clean(cell, missing=MISSING):
     """The text of a number without separators of thousands that are no sign; None if it is among `missing`."""
-    cell = cell.replace("\u2212", "-")
+    cell = cell.replace("\u2212", "-").strip("$€£¥% ")
     if (cell.lower() if missing is MISSING else whole(cell)) in missing:
         return None
     return cell if cell.isascii() and " " not in cell and "'" not in cell else SPACED.sub("", cell)
@@ -1165,7 +1197,7 @@ def drop_doubles(series, table, clock, rows):
             hint = f'{each} several series apart: choose one with WHERE, such as --where "{example}"'
             in_file = [date for _, date in sorted(zip(rows, clock))]
             follow = sum(date == then for date, then in zip(in_file, in_file[1:])) > 0.4 * len(in_file)
-            if follow and all(SERIES_WORDS.isdisjoint(name_words(name)) for name in names):
+            if follow and not any(map(tells_series, names)):
                 hint = f"if {' and '.join(names)} is a part of the date, write it into column {series.date}; if it "
                 hint += f'tells several series apart, choose one with WHERE, such as --where "{example}"'
         elif groups > 1.5:
@@ -1210,7 +1242,7 @@ def find_telling(table, clock, rows, date, most=3):
         cells = [cells[row] for row in rows]
         kinds = len(set(cells))
         fractions = sum(number(cell) and re.search("[.,]", cell) is not None for cell in cells)
-        if kinds in (24, 25, 48, 50, 96, 100) and SERIES_WORDS.isdisjoint(name_words(name)):
+        if kinds in (24, 25, 48, 50, 96, 100) and not tells_series(name):
             points.append(cells)  # hours or parts of them
             continue
         if name != date and 1 < kinds < len(cells) / 3 and fractions < len(cells) / 2:
