@@ -978,8 +978,8 @@ def test_a_column_with_units_is_left_out_with_an_example(read):
 
 @pytest.mark.parametrize(
     ("above", "separator", "line"),
-    [("sep=;\ndate;value\n", ";", "first line is empty or a"), ("# x\n# date,value\n", ",", "first line"),
-     ("date,value\n,kW\n", ",", "line 2 below the header left out"), ("date,value\nTicker,A\nDate,\n", ",", "lines 2, 3")]
+    [("sep=;\ndate;value\n", ";", "first line is empty"), ("# x\n# date,value\n", ",", "first line"),
+     ("date,value\n,kW\n", ",", "line 2 below the header"), ("date,value\nTicker,A\nDate,\n", ",", "lines 2, 3")]
 )  # fmt: skip
 def test_lines_around_the_header(above, separator, line, read):
     text = write(DAYS, lambda date: f"{date:%Y-%m-%d}", separator=separator, number=lambda row: row * row % 17)

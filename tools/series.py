@@ -292,7 +292,7 @@ def is_header(line, text):
 
 def drop_units(table, most=3):
     """Leave out rows below the header without a number or a date, such as units, if those below have numbers."""
-    rows = [row for row in table.rows[: most + 1]]
+    rows = table.rows[: most + 1]
     units = next((place for place, row in enumerate(rows) if any(number(cell) or is_date(cell) for cell in row)), 0)
     if units and any(map(number, rows[units])):
         table.notes.append(f"{some_of(table.lines[:units], 'line')} below the header left out: no date and no numbers")
@@ -951,7 +951,7 @@ def check_sentinels(table, name, column):
     kinds = np.unique(column[~np.isnan(column)])
     marks = {value for value in (*kinds[:4], *kinds[-4:]) if SENTINEL.fullmatch(str(float(value)))}
     others = [value for value in kinds if value not in marks] if marks else ()
-    for value in marks if len(others) else ():
+    for value in sorted(marks) if len(others) else ():
         low, high = others[0], others[-1]
         if value > high + (high - low) or value < low - (high - low) / 2 or value < 0 <= low:
             rows = np.flatnonzero(column == value)
