@@ -313,7 +313,7 @@ def change(line, text):
 
 
 BAD = {
-    "empty": (lambda lines: [], "no date column, only an empty first line"),
+    "empty": (lambda lines: [], "sine.csv is empty; give a CSV file"),
     "only a header": (lambda lines: lines[:1], "sine.csv has no row below the header date, north, south; add rows"),
     "no date column": (
         lambda lines: [line.partition(",")[2] for line in lines],

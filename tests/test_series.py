@@ -1,5 +1,6 @@
 """tools/series.py and tools/dates.py: files as people have them, made here kind by kind, and the values read."""
 
+from collections import Counter
 from datetime import datetime, timedelta, timezone
 from zoneinfo import ZoneInfo
 
@@ -11,6 +12,9 @@ from tools.dates import Step, describe_interval, find_step, read_dates
 from tools.series import drop_flat, find_separator, read_series
 
 NAMES = "January February March April May June July August September October November December".split()
+GERMAN = "Januar Februar März April Mai Juni Juli August September Oktober November Dezember".split()
+SPANISH = "ene feb mar abr may jun jul ago sept oct nov dic".split()
+FRENCH = "janv. févr. mars avr. mai juin juil. août sept. oct. nov. déc.".split()
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
 
@@ -140,6 +144,28 @@ FORMS = {
     "Q1-70": (QUARTERS, lambda d: f"Q{quarter(d)}-{d:%y}"),
     "1947": (YEARS, lambda d: str(d.year)),
     "1947.0": (YEARS, lambda d: f"{d.year}.0"),
+    "1991 [YR1991]": (YEARS, lambda d: f"{d.year} [YR{d.year}]"),
+    # as programs and other countries write them
+    "1Q1970": (QUARTERS, lambda d: f"{quarter(d)}Q{d.year}"),
+    "2016-W5": (WEEKS, lambda d: "{0}-W{1}".format(*d.isocalendar())),
+    "01.1949": (MONTHS, lambda d: f"{d:%m.%Y}"),
+    "31.12.2019.": (DAYS, lambda d: f"{d:%d.%m.%Y}."),
+    "2020. 1. 5": (DAYS, lambda d: f"{d.year}. {d.month}. {d.day}"),
+    "2020. 1. 5. 오후 1:00": (HOURS, lambda d: f"{d.year}. {d.month}. {d.day}. 오{'전후'[d.hour // 12]} {d:%I:%M}"),
+    "2020/1/5 下午1:00": (HOURS, lambda d: f"{d.year}/{d.month}/{d.day} {'上下'[d.hour // 12]}午{d:%I:%M}"),
+    "2020年1月3日13时": (HOURS, lambda d: f"{d.year}年{d.month}月{d.day}日{d.hour}时"),
+    "2020年1月3日 13时00分": (HOURS, lambda d: f"{d.year}年{d.month}月{d.day}日 {d:%H时%M分}"),
+    "Fri Jul  1 13:00:00 2016": (HOURS, datetime.ctime),
+    "Fri Jul 01 2016 13:00:00 GMT+0100": (HOURS, lambda d: f"{d:%a %b %d %Y %H:%M:%S GMT+0100}"),
+    "01/Jul/2016:13:00:00 +0000": (HOURS, lambda d: f"{d:%d/%b/%Y:%H:%M:%S} +0000"),
+    "20160701:1300": (HOURS, lambda d: f"{d:%Y%m%d:%H%M}"),
+    "2016-07-01 13:00 CET": (HOURS, lambda d: f"{d:%Y-%m-%d %H:%M} CET"),
+    "2016-07-01 13:00 UTC+01:00": (HOURS, lambda d: f"{d:%Y-%m-%d %H:%M} UTC+01:00"),
+    "1. Juli 1991": (DAYS, lambda d: f"{d.day}. {GERMAN[d.month - 1]} {d.year}"),
+    "Okt 91": (MONTHS, lambda d: f"{GERMAN[d.month - 1][:3]} {d:%y}"),
+    "sept. 1991": (MONTHS, lambda d: f"{FRENCH[d.month - 1]} {d.year}"),
+    "01-ene-1991": (DAYS, lambda d: f"{d.day:02}-{SPANISH[d.month - 1]}-{d.year}"),
+    "16 digits": (HOURS, lambda d: f"{d.replace(tzinfo=timezone.utc).timestamp():.0f}000000"),
     # seconds since 1970
     "Unix time in seconds": (HOURS, lambda d: str(int(d.replace(tzinfo=timezone.utc).timestamp()))),
     "Unix time in milliseconds": (HOURS, lambda d: str(1000 * int(d.replace(tzinfo=timezone.utc).timestamp()))),
@@ -163,9 +189,9 @@ def test_a_date_column_is_found_behind_others_and_below_a_strange_name(form, rea
 
 
 def test_date_names_another_column(read):
-    text = "made,valid,value\n" + "".join(f"2020-01-01,{date:%d.%m.%Y},{date.day}\n" for date in DAYS)
+    text = "made,valid,value\n" + "".join(f"2020-01-0{date.day % 9 + 1},{date:%d.%m.%Y},{date.day}\n" for date in DAYS)
     check(read(text, date_column="valid"), DAYS, [date.day for date in DAYS])
-    with pytest.raises(UserError, match="58 rows have a date that another row has"):
+    with pytest.raises(UserError, match="42 rows have a date that another row has"):
         read(text)
     with pytest.raises(UserError, match="no date column 'when', only made, valid, value; set DATE"):
         read(text, date_column="when")
@@ -521,7 +547,7 @@ def test_comments_above_notes_below_and_names_of_rows_from_r(read):
     notes = "Source: the office, in the town", "kept as it was"
     series = read("\n".join(["# made by x", "# of 2020", *lines, "", *notes]))
     check(series, DAYS)
-    assert any("first 2 lines are empty or begin with #" in note for note in series.notes)
+    assert any("first 2 lines are empty or a note that begins with #" in note for note in series.notes)
     assert any("lines 65, 66 below the table left out" in note for note in series.notes)
     rows = [lines[0], *(f'"{row}",{line}' for row, line in enumerate(lines[1:], 1))]
     check(read("\n".join(rows)), DAYS)
@@ -614,7 +640,7 @@ def test_quarters_and_weeks_beside_a_year(read):
 
 
 def test_a_header_without_its_last_name(read):
-    lines = [f"{date:%Y-%m},{row},{row % 5}" for row, date in enumerate(MONTHS)]
+    lines = [f"{date:%Y-%m},{row},{row % 5 / 2}" for row, date in enumerate(MONTHS)]
     series = read("Date,Price\n" + "\n".join(lines))
     assert series.date == "Date" and series.columns == ["Price", "column 3"]
 
@@ -638,3 +664,331 @@ def test_days_whose_midnight_daylight_saving_skips(read):
     series = read(write(dates, str))
     check(series, days)
     assert any("line 158 at 01:00 count as the whole day" in note for note in series.notes)
+
+
+# --- what was once read as something else
+
+LINES = [f"{date:%Y-%m-%d},{row},ok" for row, date in enumerate(DAYS)]
+
+
+@pytest.mark.parametrize("line", ['{},3,"12 inch', '"{},3,12 inch', '{},"3,12 inch', '{},3, "12 inch'])
+@pytest.mark.parametrize("again", [None, 40])
+def test_a_quotation_mark_that_is_not_closed_is_refused_with_its_line(line, again, read):
+    lines = list(LINES)
+    for place in (20, again):
+        if place:
+            lines[place] = line.format(f"{DAYS[place]:%Y-%m-%d}")
+    with pytest.raises(UserError, match="line 22: a quotation mark is not closed; remove it"):
+        read("date,value,note\n" + "\n".join(lines))
+    lines = [*LINES[:20], LINES[20].replace("ok", '"two\nlines, of 3"'), *LINES[21:]]
+    check(read("date,value,note\n" + "\n".join(lines)), DAYS, list(range(60)))
+
+
+INTERVALS = {
+    "2020-01-01 08:00-09:00": lambda d: f"{d:%Y-%m-%d %H:%M}-{d + HOUR:%H:%M}",
+    "2020-01-01 08:00 - 09:00": lambda d: f"{d:%Y-%m-%d %H:%M} - {d + HOUR:%H:%M}",
+    "01.01.2020 00:00 - 01.01.2020 01:00": lambda d: f"{d:%d.%m.%Y %H:%M} - {d + HOUR:%d.%m.%Y %H:%M}",
+    "2020-01-01T00:00Z/2020-01-01T01:00Z": lambda d: f"{d:%Y-%m-%dT%H:%MZ}/{d + HOUR:%Y-%m-%dT%H:%MZ}",
+    "1/31/2020 1:00 PM to 1/31/2020 2:00 PM": lambda d: f"{d:%m/%d/%Y %I:%M %p} to {d + HOUR:%m/%d/%Y %I:%M %p}",
+}
+
+
+@pytest.mark.parametrize("form", INTERVALS)
+def test_intervals_are_read_by_their_beginnings(form, read):
+    series = read(write(HOURS, INTERVALS[form]))
+    check(series, HOURS)
+    assert "the beginnings of intervals" in series.notes[0]
+
+
+@pytest.mark.parametrize("form", ["{0}/{2:02}", "{0}-{2:02}", "{0}/{1}", "FY{0}-{2:02}", "{0}\u2013{1}"])
+@pytest.mark.parametrize("last", [2011, 2014])
+def test_fiscal_years(form, last, read):
+    years = [datetime(year, 1, 1) for year in range(2000, last)]
+    check(read(write(years, lambda d: form.format(d.year, d.year + 1, (d.year + 1) % 100))), years)
+
+
+@pytest.mark.parametrize("names", [range(2001, 2011), range(1601, 1609), [f"2001{month:02}" for month in range(1, 13)]])
+@pytest.mark.parametrize("form", ["%Y-%m-%d", "%Y%m%d", "%d.%m.%Y"])
+@pytest.mark.parametrize("first", [True, False])
+def test_names_of_sensors_that_look_like_years_do_not_turn_a_table(names, form, first, read):
+    columns = [["date", *(f"{date:{form}}" for date in DAYS)]]
+    columns += [[str(name), *(str(row * place % 13) for row in range(60))] for place, name in enumerate(names, 1)]
+    series = read("\n".join(map(",".join, zip(*(columns if first else reversed(columns))))))
+    assert series.dates == DAYS and sorted(series.columns) == [str(name) for name in names]
+
+
+def test_columns_behind_the_dates_of_the_header(read):
+    header = ",".join(map(str, range(1990, 2010)))
+    rows = [f"{name},{','.join(str(year * place % 11) for year in range(20))},{2013 + place % 3},7,"
+            for place, name in enumerate("ABCDEFGHIJ", 1)]  # fmt: skip
+    series = read(f"Country,{header},Estimates Start After,Total,Unnamed: 66\n" + "\n".join(rows))
+    assert series.columns == list("ABCDEFGHIJ") and [date.year for date in series.dates] == list(range(1990, 2010))
+    assert any("Country, Estimates Start After, Total" in note for note in series.notes)
+
+
+@pytest.mark.parametrize("numbers", [range(2001, 2100), range(100000001, 100000100), range(20200101, 20200132)])
+@pytest.mark.parametrize("name", ["id", "customer_id", "Nr.", "key"])
+def test_numbers_are_no_dates_beside_a_column_of_that_name(numbers, name, read):
+    header = f"{name},date,value\n"
+    with pytest.raises(UserError, match="no date column"):
+        read(header + "".join(f"{n},{n % 7}th day of {n},{n % 5}\n" for n in numbers))
+    days = [date for date in DAYS if date.weekday() < 5 and date != datetime(2020, 1, 1)]
+    text = header + "".join(f"{n},{date:%Y%m%d},{n % 5}\n" for n, date in zip(numbers, days))
+    with pytest.raises(UserError, match="1 row is missing .2020-01-01 00:00:00.; set GAPS"):
+        read(text)
+    assert read(text, gaps="carry").date == "date"
+
+
+def test_a_date_that_is_the_same_in_all_rows_is_not_the_column(read):
+    lines = [f"15/02/24 23:00:00,DE,{1990 + row},{row % 7}" for row in range(30)]
+    series = read("LAST UPDATE,geo,TIME_PERIOD,OBS_VALUE\n" + "\n".join(lines))
+    assert series.date == "TIME_PERIOD" and series.dates[0].year == 1990
+    lines = [f"2020-01-01,{hour}:00,{hour % 7}" for hour in range(24)]  # unless the rows are those of one day
+    assert read("date,time,value\n" + "\n".join(lines)).dates[23] == datetime(2020, 1, 1, 23)
+
+
+@pytest.mark.parametrize("mark", ["-200", "-9999", "-999.0", "9999.9", "-99", "99999", "-99.90", "1e20", "-32768"])
+def test_numbers_that_mark_missing_values_are_refused_or_named(mark, read):
+    def cell(row):
+        return mark if row in (5, 9, 30) else row / 4
+
+    text = write(DAYS, str, number=cell)
+    with pytest.raises(UserError, match=r"line 7, column value: .* .3 times. is far outside .* set MISSING_VALUES to"):
+        read(text)
+    check(read(text, missing=[mark], gaps="interpolate"), DAYS, [row / 4 for row in range(60)])
+    check(read(text, missing=["NA"]), DAYS, [float(cell(row)) for row in range(60)])
+    values = [999 if row in (5, 30) else row * 25 for row in range(60)]
+    check(read(write(DAYS, str, number=lambda row: values[row])), DAYS, values)
+
+
+@pytest.mark.parametrize(
+    "mark", "ND : / \u2013 No\tData unavailable <NA> \\N -nan (null) #WERT! n.d. 缺失".replace("\t", "_").split()
+)
+def test_texts_that_mark_missing_values(mark, read):
+    text = write(DAYS, str, number=lambda row: mark.replace("_", " ") if row == 5 else row)
+    check(read(text, gaps="interpolate"), DAYS, list(range(60)))
+    other = write(DAYS, str, number=lambda row: "<1" if row == 5 else row)
+    with pytest.raises(UserError, match="line 7, column value: '<1' is not a number; .* name it in MISSING_VALUES"):
+        read(other)
+    check(read(other, gaps="interpolate", missing=["<1"]), DAYS, list(range(60)))
+
+
+@pytest.mark.parametrize(
+    ("header", "row"), [("date,price", "{0:%Y-%m-%d},1,{1}"), ("date,price", "{0:%Y%m%d},1,{1}"),
+                        ("price,date", "1,{1},{0:%Y-%m-%d}"), ("date,a,b", "{0:%Y-%m-%d},1,{1},2,{1}")]
+)  # fmt: skip
+def test_decimal_commas_that_separate_fields_are_refused(header, row, read):
+    lines = [row.format(date, place % 50 + 10) for place, date in enumerate(DAYS)]
+    with pytest.raises(UserError, match="line 2: expected . fields, got .; numbers seem to have commas"):
+        read(header + "\n" + "\n".join(lines))
+
+
+@pytest.mark.parametrize("first", [637134336000000000, 132223104000000000])
+def test_ticks_of_windows_are_no_unix_time(first, read):
+    with pytest.raises(UserError, match="no date column"):
+        read("ticks,value\n" + "".join(f"{first + 600000000 * row},{row % 7}\n" for row in range(50)))
+
+
+@pytest.mark.parametrize("years", [543, -621, -1800])
+def test_other_calendars_are_refused(years, read):
+    cells = [f"{date.year + years:04}-{date:%m-%d}" for date in DAYS]
+    with pytest.raises(UserError, match=f"line 2, column date: .* is in the year {2019 + years}, .* Gregorian"):
+        read("date,value\n" + "".join(f"{cell},{row}\n" for row, cell in enumerate(cells)))
+
+
+def test_days_without_a_year_are_refused(read):
+    for days in (DAYS[:31], DAYS, DAYS[::7]):
+        with pytest.raises(UserError, match="'Dec 20' is a day without its year, or a year of two digits"):
+            read(write(days, lambda d: f"{d:%b %d}"))
+    months = [month(12 * 2001 + row) for row in range(240)]
+    check(read(write(months, lambda d: f"{d:%b %y}")), months)
+
+
+def test_several_series_without_a_date_in_common_are_refused(read):
+    def text(name, label, dates=DAYS):
+        return f"date,{name},value\n" + "".join(f"{d:%Y-%m-%d},{label(row)},{row}\n" for row, d in enumerate(dates))
+
+    for name, label in (("store", lambda row: "AB"[row // 30]), ("Station ID", lambda row: row // 20),
+                        ("country", lambda row: "ABC"[row % 3])):  # fmt: skip
+        with pytest.raises(UserError, match=f'column {name} tells several series apart, .* --where "{name}='):
+            read(text(name, label))
+    with pytest.raises(UserError, match="column x tells several"):
+        read(text("x", lambda row: "AB"[row // 30], DAYS[30:] + DAYS[:30]))
+    for name, label in (("flag", lambda row: "AP"[row // 30]), ("weekday", lambda row: NAMES[row % 7]),
+                        ("season name", lambda row: "winter spring summer autumn".split()[row // 15]),
+                        ("machine_status", lambda row: "on off".split()[row // 30]),
+                        ("customers", lambda row: row // 20), ("store", lambda row: "A")):  # fmt: skip
+        assert read(text(name, label)).dates == DAYS
+
+
+# --- parts of a date, which are no series to choose from with WHERE
+
+MONTH_HOURS = [datetime(2020, 1, 1) + HOUR * row for row in range(24 * 30)]
+HALVES = [datetime(2020, 1, 1) + HOUR / 2 * row for row in range(48 * 20)]
+HOUR_FROM_1 = [date + HOUR for date in MONTH_HOURS]
+PART_COLUMNS = {  # header: (dates, what the columns hold)
+    "Date,Time": (MONTH_HOURS, lambda d: f"{d:%d/%m/%Y},{d:%H.%M.%S}"),
+    "<DATE>,<TIME>": (MONTH_HOURS, lambda d: f"{d:%Y%m%d},{d:%H%M%S}"),
+    "YEAR,MO,DY,HR": (MONTH_HOURS, lambda d: f"{d.year},{d.month},{d.day},{d.hour}"),
+    "YEAR,DOY": (DAYS, lambda d: f"{d.year},{d.timetuple().tm_yday}"),
+    "Year,Month,Day,Hour,Minute": (HALVES, lambda d: f"{d.year},{d.month},{d.day},{d.hour},{d.minute}"),
+    "SETTLEMENT_DATE,SETTLEMENT_PERIOD": (HALVES, lambda d: f"{d:%d-%b-%Y},{2 * d.hour + d.minute // 30 + 1}"),
+    "date,Hour Number": (HOUR_FROM_1, lambda d: f"{d - HOUR:%Y-%m-%d},{(d - HOUR).hour + 1}"),
+    "date,Hour of Day": (MONTH_HOURS, lambda d: f"{d:%Y-%m-%d},{d.hour}"),
+    "date,HHMM": (MONTH_HOURS, lambda d: f"{d:%Y-%m-%d},{100 * d.hour}"),
+    "date,Time HHMM": (HALVES, lambda d: f"{d:%Y-%m-%d},{d:%H%M}"),
+    "date,h": (MONTH_HOURS, lambda d: f"{d:%Y-%m-%d},{d.hour}h"),
+    "date,heure": (HALVES, lambda d: f"{d:%Y-%m-%d},{d:%Hh%M}"),
+    "date,interval": (MONTH_HOURS, lambda d: f"{d:%Y-%m-%d},{d:%H:%M} - {d + HOUR:%H:%M}"),
+    "Year,Month,Day,Period No": (HALVES, lambda d: f"{d.year},{d.month},{d.day},{2 * d.hour + d.minute // 30 + 1}"),
+    "Jahr,Monat": (MONTHS, lambda d: f"{d.year},{GERMAN[d.month - 1]}"),
+    "Año,Mes": (MONTHS, lambda d: f"{d.year},{SPANISH[d.month - 1]}"),
+    "ano,mês": (MONTHS, lambda d: f"{d.year},{d.month}"),
+    "Year,Period": (MONTHS, lambda d: f"{d.year},M{d.month:02}"),
+    "Year,period": (QUARTERS, lambda d: f"{d.year},Q{quarter(d):02}"),
+}
+
+
+@pytest.mark.parametrize("header", PART_COLUMNS)
+@pytest.mark.parametrize("above", ["", "x"])
+def test_a_part_of_the_date_in_a_column_of_its_own(header, above, read):
+    dates, form = PART_COLUMNS[header]
+    text = f"{header},what,value\n" + "".join(f"{form(date)},x,{row}\n" for row, date in enumerate(dates))
+    series = read(text)
+    check(series, dates, list(range(len(dates))))
+    assert read(text, date_column=series.date).dates == dates
+
+
+@pytest.mark.parametrize("first", [datetime(2019, 1, 31, 23), datetime(2019, 6, 30, 22)])
+@pytest.mark.parametrize("length", [HOUR, HOUR / 2])
+def test_numbered_hours_where_daylight_saving_changes(first, length, read):
+    utc = [first + length * row for row in range(int(330 * DAY / length))]
+    rows_of, lines = Counter(), []
+    for row, date in enumerate(utc):
+        day = date.replace(tzinfo=timezone.utc).astimezone(ZoneInfo("Europe/Berlin")).date()
+        rows_of[day] += 1
+        lines.append(f"{day},{rows_of[day]},{row * row % 17}")
+    text = "date,Hour,value\n" + "\n".join(lines)
+    values = [row * row % 17 for row in range(len(utc))]
+    standard = [date + HOUR + (HOUR if length == HOUR else 0 * HOUR) for date in utc]  # hours end then, halves begin
+    check(read(text), standard, values)
+    series = read(text, zone="Europe/Berlin")
+    assert series.clock == [date - HOUR for date in standard] and series.utc and series.values[:, 0].tolist() == values
+
+
+def test_what_is_no_time_of_day_is_not_taken_for_one(read):
+    lines = [f"{day:%Y-%m-%d},{store},{day.day * store}" for day in DAYS for store in range(1, 25)]
+    with pytest.raises(UserError, match='column store tells several series apart: choose one with WHERE'):
+        read("date,store,value\n" + "\n".join(lines))
+    lines = [f"{day:%Y-%m-%d},{'abc'[place]},{place * day.day}" for day in DAYS for place in range(3)]
+    with pytest.raises(UserError, match="if part is a part of the date, write it into column date; if it tells"):
+        read("date,part,value\n" + "\n".join(lines))
+    lines = [f"{date:%Y-%m-%d},{date},{row}" for row, date in enumerate(MONTH_HOURS)]
+    with pytest.raises(UserError, match="column valid has different dates: set DATE to valid"):
+        read("issued,valid,value\n" + "\n".join(lines))
+    lines = [f"{d:%Y-%m-%d},{store},{2 * d.hour + d.minute // 30 + 1},{d.day}" for store in "AB" for d in HALVES]
+    with pytest.raises(UserError, match='column store tells several series apart: .* --where "store=A"'):
+        read("date,store,period,value\n" + "\n".join(lines))
+
+
+# --- messages
+
+
+def test_a_file_without_a_date_column_is_told_what_to_set(read):
+    days = [date for date in DAYS if date.day != 20]
+    for form, words in (("%Y%m%d", "'20191221': yyyymmdd"), ("%Y%m%d%H", "'2019122100': yyyymmdd")):
+        text = write(days, lambda d: f"{d:{form}}", name="n")
+        with pytest.raises(UserError, match=f"set DATE to n if these are dates with gaps .{words}., and GAPS"):
+            read(text)
+        assert read(text, date_column="n", gaps="carry").dates == DAYS[1:]
+    for name in ("date", "TIME_PERIOD"):  # whose name says so
+        assert read(write(days, lambda d: f"{d:%Y%m%d}", name=name), gaps="carry").dates == DAYS[1:]
+    kept = [date for date in HOURS if date.hour != 5]
+    with pytest.raises(UserError, match="3 rows are missing .* set GAPS"):
+        read(write(kept, lambda d: f"{d.replace(tzinfo=timezone.utc).timestamp():.0f}", "time"))
+    with pytest.raises(UserError, match="write dates as .* .'the 20th' in line 2, column when, is not read as one"):
+        read(write(DAYS, lambda d: f"the {d.day}th", "when"))
+    names = ",".join(f"a name of some length, number {row}".replace(",", "") for row in range(2000))
+    with pytest.raises(UserError) as error:
+        read(f"{names}\n{names}\n")
+    assert len(str(error.value)) < 800
+
+
+KINDS = {
+    "an Excel file": (b"PK\x03\x04", "series.xlsx"),
+    "a ZIP file": (b"PK\x03\x04", "series.csv"),
+    "a gzip file": (b"\x1f\x8b\x08", "series.csv.gz"),
+    "a Parquet file": (b"PAR1", "series.parquet"),
+    "a JSON file": (b'[{"date": "2020-01-01", "value": 1}]' * 9000, "series.json"),
+    "an HTML file": (b"<!DOCTYPE html>", "series.csv"),
+    "empty": (b"\xef\xbb\xbf\r\n", "series.csv"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_other_kinds_are_called_that(kind, tmp_path):
+    content, name = KINDS[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is {kind}"):
+        read_series(tmp_path / name)
+    with pytest.raises(UserError, match="is a folder"):
+        read_series(tmp_path)
+
+
+def test_a_cell_of_a_turned_table_is_named_as_in_the_file(read):
+    header = ",".join(map(str, range(1990, 2010)))
+    row = ",".join("x" if year == 5 else str(year) for year in range(20))
+    with pytest.raises(UserError, match="line 3, column 1995: 'x' is not a number"):
+        read(f"Country,{header}\nA,{header}\nB,{row}\n")
+
+
+def test_a_first_row_with_an_unreadable_date_is_no_header_with_doubled_names(read):
+    with pytest.raises(UserError, match="line 1: x1 y, 0.5, 0.5 is read as the header, but looks like a row"):
+        read("".join(f"x{day} y,0.5,{day / 2}\n" for day in range(1, 30)))
+
+
+def test_rows_at_no_equal_steps_get_a_true_sentence(read):
+    dates = [date + HOUR / 360 * (row * row % 7) for row, date in enumerate(HOURS)]
+    with pytest.raises(UserError, match="not at equal steps, but from 0:59:30 to 1:00:30 apart, half of them at most"):
+        read(write(dates, str))
+
+
+def test_an_hour_that_daylight_saving_may_skip(read):
+    dates = [datetime(2020, 3, 1) + HOUR * row for row in range(900)]
+    dates.remove(datetime(2020, 3, 29, 2))
+    with pytest.raises(UserError, match="1 row is missing .* if daylight saving skips these hours, set TIMEZONE; else"):
+        read(write(dates, str))
+    assert len(read(write(dates, str), zone="Europe/Berlin").clock) == 899
+
+
+# --- what stands beside numbers, and around the header
+
+
+def test_signs_of_currencies_and_percent_are_no_part_of_a_number(read):
+    for form in ("${}.50", "{}.50 %", "€ {}.50", "{}.50€"):
+        check(read(write(DAYS, str, number=form.format)), DAYS, [row + 0.5 for row in range(60)])
+
+
+def test_a_column_with_units_is_left_out_with_an_example(read):
+    lines = [f"{date},{row} kWh,({row}.5),{row}" for row, date in enumerate(DAYS)]
+    series = read("date,load,profit,value\n" + "\n".join(lines))
+    check(series, DAYS, list(range(60)))
+    assert any("columns left out: load: '0 kWh', profit: '(0.5)' (text)" in note for note in series.notes)
+
+
+@pytest.mark.parametrize(
+    ("above", "separator", "line"),
+    [("sep=;\ndate;value\n", ";", "first line is empty"), ("# x\n# date,value\n", ",", "first line"),
+     ("date,value\n,kW\n", ",", "line 2 below the header"), ("date,value\nTicker,A\nDate,\n", ",", "lines 2, 3")]
+)  # fmt: skip
+def test_lines_around_the_header(above, separator, line, read):
+    text = write(DAYS, lambda date: f"{date:%Y-%m-%d}", separator=separator, number=lambda row: row * row % 17)
+    series = read(above + text.partition("\n")[2])
+    check(series, DAYS, [row * row % 17 for row in range(60)])
+    assert any(line in note for note in series.notes)
+
+
+def test_zones_by_name_that_change_with_daylight_saving(read):
+    utc, dates = local("Europe/Berlin")
+    series = read(write(dates, lambda d: f"{d:%Y-%m-%d %H:%M %Z}"))
+    assert series.clock == utc and series.dates == [date.astimezone(timezone.utc) for date in dates]

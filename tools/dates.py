@@ -15,57 +15,93 @@ from datetime import datetime, timedelta, timezone
 import numpy as np
 
 ORDERS = ("dmy", "mdy", "ymd")
-MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+MONTHS = {  # English, German, French, Spanish, Italian and Portuguese
+    name: number
+    for number, names in enumerate(
+        (
+            "jan january januar jänner janv janvier ene enero gen gennaio janeiro",
+            "feb february februar fév févr février fevrier febrero febbraio fev fevereiro",
+            "mar march mär märz mrz maerz mars marzo março marco",
+            "apr april avr avril abr abril aprile",
+            "may mai mayo mag maggio maio",
+            "jun june juni juin junio giu giugno junho",
+            "jul july juli juil juillet julio lug luglio julho",
+            "aug august août aout ago agosto",
+            "sep sept september septembre septiembre setiembre set settembre setembro",
+            "oct october okt oktober octobre octubre ott ottobre out outubro",
+            "nov november novembre noviembre novembro",
+            "dec december dez dezember déc décembre decembre dic diciembre dicembre dezembro",
+        ),
+        1,
+    )
+    for name in names.split()
+}
 MONTH = timedelta(days=365.2425 / 12)
 DAY = timedelta(days=1)
+YEARS = range(1500, 2300)  # in which people measure
 
-_NAME = (
-    "(?P<name>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|"
-    r"oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
-)
+_NAME = rf"(?P<name>{'|'.join(sorted(MONTHS, key=len, reverse=True))})\.?"
 _WEEKDAY = r"(?:(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day)?\.?,?\s+)?"
+ZONES = dict(z=0, utc=0, gmt=0, wet=0, west=1, cet=1, cest=2, mez=1, mesz=2, eet=2, eest=3, jst=9, kst=9)  # hours
+ZONES |= dict(est=-5, edt=-4, mst=-7, mdt=-6, pst=-8, pdt=-7)  # CST is also that of China
 _CLOCK = (
-    r"(?P<hour>\d{1,2})(?::?(?P<minute>\d{2})(?::?(?P<second>\d{2})(?:[.,](?P<fraction>\d+))?)?)?"
+    r"(?:(?P<before>上午|下午|오전|오후)\s*)?(?P<hour>\d{1,2})(?::?(?P<minute>\d{2})(?::?(?P<second>\d{2})(?:[.,](?P<fraction>\d+))?)?)?"
     r"(?:\s*(?P<half>[ap])\.?m\.?)?"
 )
-_TIME = rf"(?:(?:t|,?\s+){_CLOCK}\s*(?P<zone>z|utc|gmt|[+-]\d{{2}}(?::?\d{{2}})?)?)?"
+_TIME = (
+    rf"(?:(?:t|,?\s+|:(?=\d\d)){_CLOCK}\s*"
+    rf"(?P<zone>(?:utc|gmt)?[+-]\d{{2}}(?::?\d{{2}})?|{'|'.join(sorted(ZONES, key=len, reverse=True))})?)?"
+)
 _YEAR, _ANY_YEAR = r"(?P<year>\d{4})", r"(?P<year>\d{4}|\d{2})"
 
 # Name of a pattern, as it is printed, and its regular expression. Texts first, then what could be plain numbers.
 TEXTS = {
-    "year-month-day": rf"{_YEAR}(?P<sep>[-/.])(?P<month>\d{{1,2}})(?P=sep)(?P<day>\d{{1,2}}){_TIME}",
+    "year-month-day": rf"{_YEAR}(?P<sep>[-/.]\s?)(?P<month>\d{{1,2}})(?P=sep)(?P<day>\d{{1,2}})\.?{_TIME}",
     "year 年 month 月 day 日": rf"{_YEAR}\s*年(?:\s*(?P<month>\d{{1,2}})\s*月(?:\s*(?P<day>\d{{1,2}})\s*[日号]\s*"
     rf"(?:{_CLOCK})?)?)?",
-    "three numbers": rf"(?P<a>\d{{1,2}})(?P<sep>[-/. ])(?P<b>\d{{1,2}})(?P=sep)(?P<c>\d{{4}}|\d{{2}}){_TIME}",
+    "fiscal years": rf"(?:fy ?)?{_YEAR}[-/\u2013](?P<next>\d{{4}}|\d{{2}})",
+    "three numbers": r"(?P<a>\d{1,2})(?P<sep>[-/.]\s?| )(?P<b>\d{1,2})(?P=sep)(?P<c>\d{4}|\d{2})\.?" + _TIME,
     "year-month": r"(?P<year>\d{4})[-/ ](?P<month>\d{1,2})",
     "month-year": r"(?P<month>\d{1,2})[-/ ](?P<year>\d{4})",
+    "month.year": r"(?P<month>0[1-9]|1[0-2])\.(?P<year>(?:19|20)\d{2})",
     "day, month's name, year": rf"{_WEEKDAY}(?P<day>\d{{1,2}})(?:st|nd|rd|th)?[-/. ]*{_NAME}[-/., ]*{_ANY_YEAR}{_TIME}",
     "month's name, day, year": rf"{_WEEKDAY}{_NAME}[ -]*(?P<day>\d{{1,2}})(?:st|nd|rd|th)?,?[ -]+{_YEAR}{_TIME}",
+    "month's name, day, time, year": rf"{_WEEKDAY}{_NAME} +(?P<day>\d{{1,2}}) +{_CLOCK} +(?:(?P<zone>utc) +)?{_YEAR}",
     "year, month's name, day": rf"{_YEAR}[-/. ]*{_NAME}[-/. ]*(?P<day>\d{{1,2}}){_TIME}",
     "year, month's name": rf"{_YEAR}[-/.: ]*{_NAME}",
     "month's name, year": rf"{_NAME}[-/., ']*{_ANY_YEAR}",
-    "year and quarter": rf"{_YEAR}[-/.: ]*q(?P<quarter>[1-4])",
+    "year and quarter": rf"{_YEAR}[-/.: ]*q0?(?P<quarter>[1-4])",
     "quarter and year": rf"q(?P<quarter>[1-4])[-/.: ']*{_ANY_YEAR}",
+    "number of the quarter, year": rf"(?P<quarter>[1-4])q[-/.: ']*{_ANY_YEAR}",
     "year 年 quarter 季度": rf"{_YEAR}\s*年\s*第?\s*(?P<quarter>[1-4])\s*季度?",
     "year and month M": rf"{_YEAR}[-: ]?m(?P<month>\d{{1,2}})",
-    "ISO week": rf"{_YEAR}-?w(?P<week>\d{{2}})(?:-?(?P<weekday>[1-7]){_TIME})?",
-    "yyyymmddThhmm": rf"{_YEAR}(?P<month>\d{{2}})(?P<day>\d{{2}})(?=[t ]){_TIME}",
+    "ISO week": rf"{_YEAR}-?w(?P<week>\d{{1,2}})(?:-?(?P<weekday>[1-7]){_TIME})?",
+    "yyyymmddThhmm": rf"{_YEAR}(?P<month>\d{{2}})(?P<day>\d{{2}})(?=[t :]){_TIME}",
+    "year [YR year]": rf"{_YEAR} ?\[yr(?P=year)\]",
 }
 NUMBERS = {
     "yyyymmdd": rf"{_YEAR}(?P<month>\d{{2}})(?P<day>\d{{2}})(?:(?P<hour>\d{{2}})(?:(?P<minute>\d{{2}})"
     r"(?P<second>\d{2})?)?)?",
     "yyyymm": rf"{_YEAR}(?P<month>\d{{2}})",
     "yyyyww, ISO weeks": rf"{_YEAR}(?P<week>0[1-9]|[1-4]\d|5[0-3])",
-    "Unix time in seconds": r"(?P<unix>\d{9,10})(?:\.0+)?",
+    "Unix time in seconds": r"(?P<unix>\d{9,10})(?:\.(?P<fraction>\d+))?",
     "Unix time in milliseconds": r"(?P<unix>\d{12,13})(?:\.0+)?",
-    "Unix time in nanoseconds": r"(?P<unix>\d{18,19})",
+    "Unix time in microseconds": r"(?P<unix>\d{16})",
+    "Unix time in nanoseconds": r"(?P<unix>\d{19})",
     "years": r"(?P<year>\d{4})(?:\.0+)?",
     "year.month": r"(?P<year>\d{4})\.(?P<month>\d{2})",
     "years and fractions of a year": r"(?P<years>\d{4}(?:\.\d+)?)",
 }
-UNIX = {"Unix time in seconds": 10**6, "Unix time in milliseconds": 10**3, "Unix time in nanoseconds": 10**-3}
+UNIX = {"Unix time in seconds": 10**6, "Unix time in milliseconds": 10**3, "Unix time in microseconds": 1}
+UNIX |= {"Unix time in nanoseconds": 10**-3}
 PATTERNS = {name: re.compile(text, re.IGNORECASE) for name, text in (TEXTS | NUMBERS).items()}
 CLOCK = re.compile(_CLOCK.replace("(?::?(?P<minute>", "(?::(?P<minute>", 1), re.IGNORECASE)
+
+
+# An interval: its beginning, and its end, which may be a time of day alone and then look like a distance from UTC.
+INTERVAL = re.compile(
+    r"(?P<begin>.{8,}?)(?:\s*[-\u2013\u2014/~]\s*|\s+(?:to|bis)\s+)(?P<end>\d{1,2}:\d{2}.*|.{8,})", re.IGNORECASE
+)
 
 
 class Ambiguous(ValueError):
@@ -224,8 +260,8 @@ class Reading:
         return all(date is None or date.time() == datetime.min.time() for date in self.dates)
 
 
-def read_dates(cells, order="auto", numbers=False, anything=False, share=0.8):
-    """Read a column of dates.
+def read_dates(cells, order="auto", numbers=False, anything=False, share=0.8, gaps=0.0):
+    """Read a column of dates, or of intervals, of which the beginnings are read.
 
     Args:
         cells: texts without white space around them.
@@ -233,13 +269,29 @@ def read_dates(cells, order="auto", numbers=False, anything=False, share=0.8):
         numbers: try numbers instead of texts: years, yyyymmdd, Unix time.
         anything: numbers need not be at equal steps.
         share: of the cells must match a pattern.
+        gaps: fraction of the rows that may be missing where numbers are to be at equal steps.
 
     Returns:
         `Reading`; None if these are not dates.
 
     Raises:
-        Ambiguous: if several orders of the three numbers fit.
+        Ambiguous: if several orders of the three numbers fit, or nothing tells days from years.
     """
+    reading = read_points(cells, order, numbers, anything, share, gaps)
+    if not numbers and (reading is None or len({*reading.offsets} - {None}) > 4):  # no place changes its zone as often
+        pairs = [INTERVAL.fullmatch(cell) for cell in cells]
+        if sum(pair is not None for pair in pairs) > share * sum(map(bool, cells)):
+            begins = [pair["begin"] if pair else cell for pair, cell in zip(pairs, cells)]
+            reading = read_points(begins, order, share=share)
+            if reading:
+                reading.note += ", the beginnings of intervals"
+    return reading
+
+
+def read_points(cells, order, numbers=False, anything=False, share=0.8, gaps=0.0):
+    """`Reading` of points in time, see `read_dates`."""
+    if re.search("[时時]", "".join(cells[:1])):  # 13时, 13时30分
+        cells = [re.sub(":$", ":00", re.sub(r"[时時](?:(\d\d)分?)?$", r":\1", cell)) for cell in cells]
     sample = [cell for cell in cells if cell]
     if not sample:
         return None
@@ -257,18 +309,20 @@ def read_dates(cells, order="auto", numbers=False, anything=False, share=0.8):
             continue
         if name.startswith("yyyyww") and len({date.isocalendar()[0] for date in known}) < 2:
             continue  # only a new year, where the numbers jump, tells weeks from numbers
-        if not numbers or anything or (len(known) == len(sample) and is_plausible(known)):
+        if not numbers or anything or (len(known) == len(sample) and is_plausible(known, gaps)):
             return reading
     return None
 
 
-def is_plausible(dates):
-    """Whether numbers are dates: at equal steps, and in years that people measure."""
-    return dates[0] != dates[-1] and 1500 <= min(dates).year and max(dates).year < 2300 and is_regular(dates)
+def is_plausible(dates, gaps=0.0):
+    """Whether numbers are dates: at equal steps but for the fraction `gaps`, and in years that people measure."""
+    return dates[0] != dates[-1] and min(dates).year in YEARS and max(dates).year in YEARS and is_regular(dates, gaps)
 
 
 def read_matches(name, matches, cells, order):
     """`Reading` of cells that one pattern matches; cells without a match are None."""
+    if name == "month's name, year":
+        check_short_years(matches)
     if name != "three numbers":
         return in_one_century(name, matches, cells)
     readings = {}
@@ -300,6 +354,15 @@ def read_matches(name, matches, cells, order):
     chosen = next(iter(fitting.values()))
     chosen.note += f" ({by}; DATE_ORDER sets another)"
     return chosen
+
+
+def check_short_years(matches):
+    """`Ambiguous` if what would be years of two digits behind a month's name follow each other as its days do."""
+    matches = [match for match in matches if match]
+    days = [(MONTHS[match["name"].lower()], match["year"]) for match in matches if int(match["year"]) < 32]
+    steps = [int(later) - int(day) for (name, day), (then, later) in zip(days, days[1:]) if name == then]
+    if len(days) == len(matches) and 2 * len(steps) > len(days) > 2 and all(0 < abs(step) < 8 for step in steps):
+        raise Ambiguous(f"{matches[0][0]!r} is a day without its year, or a year of two digits; write years with four")
 
 
 def in_one_century(name, matches, cells, order=None):
@@ -347,7 +410,8 @@ def convert(name, groups, pivot):
     Years of two digits from `pivot` on are those of the 20th century.
     """
     if "unix" in groups:
-        return datetime(1970, 1, 1) + timedelta(microseconds=int(int(groups["unix"]) * UNIX[name])), 0
+        micro = int((groups.get("fraction") or "0")[:6].ljust(6, "0"))
+        return datetime(1970, 1, 1) + timedelta(microseconds=int(int(groups["unix"]) * UNIX[name]) + micro), 0
     if "years" in groups:
         year, fraction = divmod(float(groups["years"]), 1)
         months = 12 * fraction
@@ -356,6 +420,8 @@ def convert(name, groups, pivot):
         years, month = divmod(round(months), 12)
         return datetime(int(year) + years, month + 1, 1), None
     year = int(groups["year"])
+    if groups.get("next") and int(groups["next"]) not in (year + 1, (year + 1) % 100):
+        raise ValueError("the second year does not follow the first")
     if len(groups["year"]) == 2:
         year += 1900 if year >= pivot else 2000
     if groups.get("week"):
@@ -363,7 +429,7 @@ def convert(name, groups, pivot):
     else:
         month = int(groups.get("month") or 1)
         if groups.get("name"):
-            month = MONTHS.index(groups["name"][:3].lower()) + 1
+            month = MONTHS[groups["name"].lower()]
         if groups.get("quarter"):
             month = 3 * int(groups["quarter"]) - 2
         date = datetime(year, month, int(groups.get("day") or 1))
@@ -375,10 +441,11 @@ def read_clock(groups):
     if not groups.get("hour"):
         return timedelta()
     hour = int(groups["hour"])
-    if groups.get("half"):
+    half = {"上午": "a", "오전": "a", "下午": "p", "오후": "p"}.get(groups.get("before"), groups.get("half"))
+    if half:
         if not 1 <= hour <= 12:
             raise ValueError("an hour with AM or PM is from 1 to 12")
-        hour = hour % 12 + 12 * (groups["half"].lower() == "p")
+        hour = hour % 12 + 12 * (half.lower() == "p")
     minute, second = int(groups.get("minute") or 0), int(groups.get("second") or 0)
     fraction = int((groups.get("fraction") or "0")[:6].ljust(6, "0"))
     if hour > 24 or minute > 59 or second > 59 or (hour == 24 and (minute or second or fraction)):
@@ -389,17 +456,29 @@ def read_clock(groups):
 def read_offset(zone):
     if not zone:
         return None
-    if zone.lower() in ("z", "utc", "gmt"):
-        return 0
+    if zone.lower() in ZONES:
+        return 60 * ZONES[zone.lower()]
+    zone = zone.lower().removeprefix("utc").removeprefix("gmt")
     digits = zone[1:].replace(":", "")
     minutes = 60 * int(digits[:2]) + int(digits[2:] or 0)
-    if minutes >= 24 * 60:
+    if minutes > 14 * 60:
         raise ValueError(f"there is no time zone {zone}")
     return -minutes if zone[0] == "-" else minutes
 
 
+OTHER_TIMES = {  # of day, and how they are read
+    r"^(\d{1,2})\.(\d{2})\.(\d{2})$": r"\1:\2:\3",
+    r"^(\d{2})(\d{2})(\d{2})$": r"\1:\2:\3",
+    r"^(\d{1,2}) ?(?:h|uhr|时|時|点)$": r"\1:00",
+    r"^(\d{1,2}) ?(?:h|时|時|点)(\d{2})$": r"\1:\2",
+    r"^(\d{1,2}:\d{2}(?::\d{2})?)\s*(?:[-\u2013]|to)\s*\d.*": r"\1",  # 13:00 - 14:00
+}
+
+
 def read_times(cells):
     """Times of day as `timedelta`s, or hours from 0 to 23 or from 1 to 24; None if these are not."""
+    for pattern, time in OTHER_TIMES.items():
+        cells = [re.sub(pattern, time, cell, flags=re.IGNORECASE) for cell in cells]
     matches = [CLOCK.fullmatch(cell) for cell in cells]
     if not all(matches):
         return None
@@ -408,6 +487,49 @@ def read_times(cells):
     except ValueError:
         return None
     return times
+
+
+def read_numbered(cells, days, zone=None):
+    """Points in time from days, and numbers that count their hours, half or quarter hours, or are as 1330.
+
+    Where daylight saving changes, a day has an hour less or more.
+
+    Args:
+        cells: 0 to 23, 1 to 24 or 25 (the hour that ends then), 1 to 48 or 50, 1 to 96 or 100, or 0 to 2359.
+        days: a `datetime` without time zone for each.
+        zone: `ZoneInfo` of the days; None: days with an hour less or more show where daylight saving begins and ends.
+
+    Returns:
+        (`datetime`s, what they are: "", "UTC" or "standard time"); None if these are not such numbers.
+    """
+    if not all(re.fullmatch(r"\d{1,4}(?:\.0+)?", cell) for cell in cells):
+        return None
+    numbers = [int(float(cell)) for cell in cells]
+    low, high = min(numbers), max(numbers)
+    if 100 < high <= 2400 and all(number % 100 < 60 for number in numbers):
+        return [day + timedelta(hours=number // 100, minutes=number % 100) for day, number in zip(days, numbers)], ""
+    rows = next((rows for rows in (24, 48, 96) if high - low < rows + rows // 24), None)  # per day
+    if low > 1 or rows is None or high < 20:
+        return None
+    length = DAY / rows
+    ends = low == 1 and rows == 24
+    elapsed = [(number - low + ends) * length for number in numbers]
+    if zone:
+        starts = {day: day.replace(tzinfo=zone).astimezone(timezone.utc).replace(tzinfo=None) for day in set(days)}
+        return [starts[day] + time for day, time in zip(days, elapsed)], "UTC"
+    counts, last = Counter(days), {}
+    for day, number in zip(days, numbers):
+        last[day] = max(last.get(day, 0), number - low + 1)
+    hour = rows // 24
+    changes = {day: count - rows for day, count in counts.items() if count == last[day] and abs(count - rows) == hour}
+    if hour not in changes.values():
+        return [day + time for day, time in zip(days, elapsed)], ""
+    late = -hour if changes[min(changes)] == hour else 0
+    starts = {}
+    for day in sorted(counts):
+        starts[day] = day + late * length
+        late = max(-hour, min(0, late + changes.get(day, 0)))
+    return [starts[day] + time for day, time in zip(days, elapsed)], "standard time"
 
 
 def to_utc(dates, zone, where):

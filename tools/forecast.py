@@ -124,6 +124,7 @@ TIMEZONE: Name | None = None  # of local times with daylight saving, such as Eur
 DECIMAL: Literal["auto", ".", ","] = "auto"  # decimal sign; "auto": the columns decide
 GAPS: Literal["refuse", "carry", "interpolate"] = "refuse"  # missing rows, empty cells: last value, or a line
 WHERE: list[str] = []  # column=value: read only rows with these, one series of several; []: all rows
+MISSING_VALUES: list[str] = []  # cells that mean a missing value, such as -9999; []: the usual texts and empty cells
 COLUMNS: list[str] = []  # number columns to train on; []: all that vary
 TARGETS: list[str] = []  # columns among COLUMNS to forecast and evaluate; []: all
 ENCODING: Name = "utf-8-sig"  # text encoding of the file; utf-8-sig is UTF-8 with or without a byte order mark
@@ -175,7 +176,7 @@ RESULTS: Name = "results"  # folder for the forecasts of CHECKPOINT; existing fi
 # Constants that have no effect on what is trained, or only through the series, which is compared itself, so that a run
 # may be resumed with others.
 NO_EFFECT = ("CSV", "CHECKPOINT", "DEVICE", "SEEDS", "HORIZONS", "RESUME", "OUTPUT", "RESULTS")
-NO_EFFECT += ("CLASSIC", "DATE_ORDER", "TIMEZONE", "DECIMAL", "GAPS", "WHERE")
+NO_EFFECT += ("CLASSIC", "DATE_ORDER", "TIMEZONE", "DECIMAL", "GAPS", "WHERE", "MISSING_VALUES")
 DEFAULT_SPLIT = [0.6, 0.2, 0.2]
 LOSSES = dict(mae=F.l1_loss, mse=F.mse_loss, huber=F.smooth_l1_loss)
 QUANTILES = (0.1, 0.9)  # the band around a forecast
@@ -239,6 +240,7 @@ def main():
     config = {name: globals()[name] for name in read_constants(__file__) if name not in NO_EFFECT}
     device = choose_device(DEVICE)
     reading = dict(encoding=ENCODING, order=DATE_ORDER, decimal=DECIMAL, zone=TIMEZONE, gaps=GAPS, where=WHERE)
+    reading["missing"] = MISSING_VALUES
     if CHECKPOINT:
         return forecast(CHECKPOINT, CSV, DATE, reading, config | dict(HORIZONS=HORIZONS), device, Path(RESULTS))
     if CLASSIC:

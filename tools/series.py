@@ -19,25 +19,55 @@ import numpy as np
 
 from common.options import ConstantError, UserError
 from common.tables import unguard
-from common.text import read_text
-from tools.dates import DAY, MONTHS, Ambiguous, Step, find_step, is_regular, read_dates, read_times, to_standard_time
-from tools.dates import to_utc
+from common.text import label, read_text
+from tools.dates import DAY, MONTHS, NUMBERS, YEARS, Ambiguous, Step, find_step, is_regular, read_dates, read_times
+from tools.dates import read_numbered, to_standard_time, to_utc
 
 MISSING = {"", "na", "n/a", "n.a.", "#n/a", "nan", "null", "none", "nil", "?", "-", "--", "..", "...", ".", "*", "***"}
-MISSING |= {"#div/0!", "#null!", "#num!", "#ref!", "#value!"}  # as spreadsheets write errors
+MISSING |= {":", "/", "\u2013", "\u2014", "nd", "n.d.", "no data", "nodata", "missing", "unavailable", "not available"}
+MISSING |= {"k.a.", "<na>", "\\n", "(null)", "-nan", "-nan(ind)", "1.#qnan", "-1.#ind", "无", "缺失"}
+MISSING |= {"#div/0!", "#null!", "#num!", "#ref!", "#value!", "#name?"}  # as spreadsheets write errors
+MISSING |= {"#wert!", "#bezug!", "#zahl!", "#nv", "#valeur!"}
+# Numbers, as `str` writes them, by which programs mark missing values.
+SENTINEL = re.compile(r"-(?:99+|200|32767|32768)\.[09]+|(?:999+|32767|65535)\.[09]+|-?[\d.]+e\+[23]\d")
 INDEX = {"", "index", "id", "no", "no.", "nr", "nr.", "#", "row", "rowid", "row_id", "instant", "unnamed", "rownames"}
 PARTS = {  # names of columns that together are a date
-    "year": ("year", "yr", "yyyy", "jahr", "年", "年份"),
-    "month": ("month", "mon", "mo", "mm", "mnth", "monat", "月", "月份"),
-    "day": ("day", "dd", "tag", "日", "day_of_month", "date_of_month", "dayofmonth", "mday"),
-    "hour": ("hour", "hr", "hh", "stunde", "时", "小时"),
+    "year": ("year", "yr", "yyyy", "jahr", "año", "ano", "année", "annee", "anno", "年", "年份"),
+    "month": ("month", "mon", "mo", "mm", "mnth", "monat", "mes", "mês", "mois", "mese", "月", "月份"),
+    "day": ("day", "dd", "dy", "mday", "tag", "día", "dia", "jour", "日", "day_of_month", "dayofmonth"),
+    "hour": ("hour", "hr", "hh", "stunde", "hora", "heure", "时", "小时"),
+    "minute": ("minute", "min", "mi", "分", "分钟"),
 }
-MONTH_NAMES = {"january", "february", "march", "april", "june", "july", "august", "september", "october", "november"}
-MONTH_NAMES |= {"december", "sept", *MONTHS}
 QUARTERS, WEEKS = ("quarter", "qtr", "q", "quartal", "季度"), ("week", "wk", "kw", "woche", "周")
+DAYS_OF_YEAR, PERIODS = ("doy", "day_of_year", "dayofyear", "yday"), ("period",)  # M01 or Q01 behind a year
+# Words in the names of columns that hold dates, and of columns that tell one series from another.
+DATE_WORDS = set(
+    "date datetime dteday time timestamp year yr month day week quarter period ds datum zeit fecha jahr monat mes data "
+    "日期 时间 年份 月份".split()
+)
+SERIES_WORDS = set(
+    "store shop station site sensor device meter machine country region state city county province district location "
+    "place product item sku symbol ticker company customer client household patient subject animal building house room "
+    "plant farm branch market series variable indicator entity".split()
+)
 TIMES = ("time", "hour", "hr", "hh", "uhrzeit", "zeit", "stunde", "时间", "时", "小时")
 DATE_NAME = re.compile("date|time|year|month|day|week|quarter|datum|zeit|fecha|jahr|日期|时间|年|月", re.IGNORECASE)
 SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}  # the rarer in text the earlier
+
+OTHERS = {  # how files of other kinds begin
+    b"PK\x03\x04": "ZIP",
+    b"PAR1": "Parquet",
+    b"\x1f\x8b": "gzip",
+    b"\xd0\xcf\x11\xe0": "Excel (.xls)",
+    b"\x89HDF": "HDF5",
+    b"CDF\x01": "NetCDF",
+    b"SQLite format": "SQLite",
+    b"ARROW1": "Arrow",
+    b"%PDF": "PDF",
+    b"<!DOCTYPE": "HTML",
+    b"<html": "HTML",
+    b"<?xml": "XML",
+}
 
 # A number with a decimal point, or a decimal comma; thousands may be separated by the other one.
 NUMBER = {
@@ -111,6 +141,7 @@ def read_series(
     zone=None,
     gaps="refuse",
     where=(),
+    missing=(),
 ):
     """Read a CSV file.
 
@@ -124,6 +155,7 @@ def read_series(
         zone: IANA time zone of local times, such as "Europe/Berlin".
         gaps: "refuse" missing rows and empty cells, or fill them: "carry" the last value forward, or "interpolate".
         where: texts "column=value"; only rows with these values are read.
+        missing: cells that mean a missing value, besides the usual ones.
 
     Returns:
         `Series`.
@@ -135,21 +167,24 @@ def read_series(
     table = read_cells(path, encoding)
     add_header(table)
     if table.names and not table.rows:
-        raise UserError(f"{path} has no row below the header {', '.join(table.names)}; add rows, or give another file")
+        raise UserError(f"{path} has no row below the header {list_names(table.names)}; add rows, or give another file")
+    drop_units(table)
     transpose(table, select_rows(table, where))
     spread_months(table, columns)
-    dates = choose_dates(table, date_column, order)
+    dates = choose_dates(table, date_column, order, open_zone(zone))
     check_names(table, dates.columns, columns)
     drop_footer(table, dates)
     if len(table.rows) < 2:
         raise UserError(f"{path} has {len(table.rows)} rows of numbers; add more rows")
+    check_years(table, dates)
     problem = next((row for row, date in enumerate(dates.reading.dates) if date is None), None)
     if problem is not None:
         raise UserError(
             f"{path}, line {table.lines[problem]}, column {dates.columns[0]}: {dates.reading.problem}; correct it, or "
             "set DATE to another column"
         )
-    chosen, values = read_numbers(table, dates.columns, columns, decimal)
+    check_one_series(table, dates)
+    chosen, values = read_numbers(table, dates.columns, columns, decimal, missing)
     series = Series([], None, chosen, values, dates.columns[0], notes=table.notes)
     arrange(series, table, dates.columns, dates.reading, zone)
     drop_empty_ends(series, table)
@@ -168,6 +203,7 @@ class Table:
         lines: line number of each row.
         separator: a key of `SEPARATORS`.
         notes: see `Series`.
+        sources: {column: line} if the table was turned.
     """
 
     path: Path
@@ -176,6 +212,13 @@ class Table:
     lines: list
     separator: str
     notes: list
+    sources: dict = field(default_factory=dict)
+
+    def where(self, row, name):
+        """Where the file has a cell, for messages."""
+        if name in self.sources:
+            return f"line {self.sources[name]}, column {self.rows[row][0]}"
+        return f"line {self.lines[row]}, column {name}"
 
     def cells(self, name):
         place = self.names.index(name)
@@ -189,8 +232,11 @@ class Table:
 
 def read_cells(path, encoding):
     """`Table` of a CSV file; UserError if it is none."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; set CSV to the path of a CSV file in it")
     if not path.is_file():
         raise UserError(f"there is no file {path}; set CSV to the path of a CSV file")
+    refuse_others(path)
     try:
         text = read_text(path, encoding, "strict")
     except UnicodeError as error:
@@ -199,19 +245,30 @@ def read_cells(path, encoding):
             f"{path} is not encoded in {encoding} ({reason}); save it as UTF-8, or set ENCODING to its encoding, such "
             "as gb18030, cp1252 or utf-16"
         ) from error
-    notes, skipped = [], 0
-    while text.startswith("#") or text.partition("\n")[0].strip(" \t,;|") == "" and text:
-        skipped, text = skipped + 1, text.partition("\n")[2]
+    notes, skipped, line = [], 0, ""
+    while re.match("#|sep=.\n", text) or text.partition("\n")[0].strip(" \t,;|") == "" and text:
+        line, _, text = text.partition("\n")
+        skipped += 1
+    if line.startswith("#") and is_header(line[1:], text):
+        text, skipped = f"{line[1:]}\n{text}", skipped - 1
     if skipped:
-        notes.append(f"the first {skipped} lines are empty or begin with #, and are left out")
+        lines_are = f"{skipped} lines are" if skipped > 1 else "line is"
+        notes.append(f"the first {lines_are} empty or a note that begins with # or sep=, left out")
     separator = find_separator(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    rows, starts = [], [skipped + 1]
     try:
-        rows = [(reader.line_num + skipped, [cell.strip() for cell in row]) for row in reader]
-    except csv.Error as error:
-        line = reader.line_num + skipped
-        raise UserError(f"{path}, line {line}: not valid CSV ({error}); save the table as CSV") from error
+        for row in reader:
+            rows.append((reader.line_num + skipped, row))
+            starts.append(reader.line_num + skipped + 1)
+    except csv.Error as error:  # a field of more than 131,072 characters
+        hint = "a quotation mark is not closed, or this is no CSV file; remove it, or save the table as CSV"
+        raise UserError(f"{path}, line {starts[-1]}: not valid CSV ({error}): {hint}") from error
     above = count_above(rows)
+    for start, (_, row) in zip(starts, rows):
+        if has_open_quote(row, separator, len(rows[above][1])):
+            raise UserError(f"{path}, line {start}: a quotation mark is not closed; remove it")
+    rows = [(line, [cell.strip() for cell in row]) for line, row in rows]
     if above:
         lines = [line for line, row in rows[:above] if any(row)]
         notes.append(f"{some_of(lines, 'line')} above the header left out: fewer fields than the table")
@@ -223,6 +280,49 @@ def read_cells(path, encoding):
     table = Table(path, names, [row for _, row in rows], [line for line, _ in rows], separator, notes)
     level(table)
     return table
+
+
+def is_header(line, text):
+    """Whether a line, written as a comment, names the columns of a table that begins with the first line of `text`."""
+    below = text.partition("\n")[0]
+    separator = find_separator(text)
+    names, cells = (next(csv.reader([row], delimiter=separator), []) for row in (line, below))
+    return len(names) == len(cells) > 1 and not any(map(number, names)) and any(map(number, cells))
+
+
+def drop_units(table, most=3):
+    """Leave out rows below the header without a number or a date, such as units, if those below have numbers."""
+    rows = table.rows[: most + 1]
+    units = next((place for place, row in enumerate(rows) if any(number(cell) or is_date(cell) for cell in row)), 0)
+    if units and any(map(number, rows[units])):
+        table.notes.append(f"{some_of(table.lines[:units], 'line')} below the header left out: no date and no numbers")
+        table.drop(range(units, len(table.rows)))
+
+
+def refuse_others(path):
+    """UserError for a file that is empty, or of another kind than CSV."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if not head.strip(b"\xef\xbb\xbf \t\r\n"):
+        raise UserError(f"{path} is empty; give a CSV file with a header and rows")
+    kind = next((kind for start, kind in OTHERS.items() if head.startswith(start)), None)
+    if kind == "ZIP" and path.suffix.lower() in (".xlsx", ".xlsm", ".ods"):
+        kind = "Excel" if path.suffix.lower() != ".ods" else "OpenDocument"
+    if re.match(rb"\s*(\[\s*)?\{|\s*\[\s*[\[\"]", head.removeprefix(b"\xef\xbb\xbf")):
+        kind = "JSON"
+    if kind:
+        remedy = "unpack it" if kind in ("ZIP", "gzip") else "save its table as CSV"
+        raise UserError(f"{path} is {'an' if kind[0] in 'AEOHX' else 'a'} {kind} file, not CSV; {remedy}")
+
+
+def has_open_quote(row, separator, width):
+    """Whether a cell swallowed lines of the table: such a line has `width` fields or more, and a number among them."""
+    for cell in row:
+        if "\n" in cell:
+            inner = [line.split(separator) for line in cell.split("\n")[1:]]
+            if any(len(fields) >= max(width, 2) and any(map(number, fields)) for fields in inner):
+                return True
+    return False
 
 
 def count_above(rows, most=50):
@@ -276,7 +376,15 @@ def level(table):
     """Give each row of a table as many cells as there are names; UserError where that is impossible."""
     names, rows = table.names, table.rows
     width = len(names)
+    commas = "numbers seem to have commas, which separate fields here: put such numbers in quotes"
     if rows and width and all(len(row) == width + 1 for row in rows) and any(row[-1] for row in rows):
+        if table.separator == "," and DATE_NAME.search(names[0]) and (is_date(rows[0][0]) or len(rows[0][0]) in (6, 8)):
+            halves = all(row[-1].isdigit() for row in rows)
+        else:  # names of rows, as in tables from R, are different
+            halves = table.separator == "," and all(row[0].isdigit() for row in rows)
+            halves = halves and len({row[0] for row in rows}) < len(rows)
+        if halves:
+            raise UserError(f"{table.path}, line {table.lines[0]}: expected {width} fields, got {width + 1}; {commas}")
         if DATE_NAME.search(names[0]) and is_date(rows[0][0]) and not is_date(rows[0][1]):
             names.append("")
             table.notes.append("the header lacks a name, for the last column, as dates are in the first")
@@ -295,7 +403,8 @@ def level(table):
         if len(row) < width and not any(map(number, row)):
             row.extend([""] * (width - len(row)))  # may be a note below the table
         if len(row) != width:
-            raise UserError(f"{table.path}, line {line}: expected {width} fields, got {len(row)}; fix this line")
+            hint = commas if table.separator == "," and len(row) > width and row[-1].isdigit() else "fix this line"
+            raise UserError(f"{table.path}, line {line}: expected {width} fields, got {len(row)}; {hint}")
     for place in range(width - 1, -1, -1):
         if not names[place]:
             if any(row[place] for row in rows) or width == 1:
@@ -315,11 +424,16 @@ def is_date(cell):
 
 
 def date_run(names):
-    """(first, end) of the columns whose names are dates at equal steps, six or more and most of all; None."""
+    """(first, end) of the columns whose names are dates at equal steps, six or more and most of all; None.
+
+    Names that are no dates may precede and follow them.
+    """
     for numbers in (False, True):
-        for first in range(min(len(names), 12)):
-            run = [name for name in names[first:] if name]
-            if len(run) < 6 or 2 * len(run) < len(names) or not (number(run[0]) if numbers else is_date(run[0])):
+        dated = [number(name) if numbers else is_date(name) for name in names]
+        end = len(names) - dated[::-1].index(True) if True in dated else 0
+        for first in range(min(end, 12)):
+            run = [name for name in names[first:end] if name]
+            if len(run) < 6 or 2 * len(run) < len(names) or not dated[first]:
                 continue
             try:
                 reading = read_dates(run, numbers=numbers, share=1)
@@ -328,6 +442,19 @@ def date_run(names):
             if reading:
                 return first, first + len(run)
     return None
+
+
+def holds_dates(cells, index=False):
+    """Whether a column holds dates, most of them at equal steps, or numbers that are such dates if no `index`."""
+    for numbers in (False, True)[: 2 - index]:
+        try:
+            reading = read_dates(cells, numbers=numbers, gaps=0.2)
+        except Ambiguous:
+            return True
+        dates = {date for date in reading.dates if date} if reading else ()
+        if len(dates) > 2 and is_regular(dates, 0.5):
+            return True
+    return False
 
 
 def add_header(table):
@@ -367,7 +494,7 @@ def select_rows(table, where):
         if not names:
             raise UserError(
                 f"WHERE {part!r} must be a column and its value, such as Country=Norway; {table.path} has the columns "
-                f"{', '.join(table.names)}"
+                f"{list_names(table.names)}"
             )
         name = max(names, key=len)
         value = part[len(name) + 1 :].strip()
@@ -377,7 +504,7 @@ def select_rows(table, where):
             known = list(dict.fromkeys(cells))
             raise UserError(
                 f"no row of {table.path} has {value!r} in column {name}; set WHERE to one of its values, "
-                f"{', '.join(known[:5])}{', ...' if len(known) > 5 else ''}"
+                f"{list_names(known, 5)}"
             )
         table.drop(keep)
         used.append(name)
@@ -396,6 +523,8 @@ def transpose(table, used):
     if not run or not table.rows:
         return
     first, end = run
+    if any(holds_dates(table.cells(name), is_index(name)) for name in [*table.names[:first], *table.names[end:]]):
+        return  # the names are numbers of sensors, say
     labels = [place for place in range(first) if any(not number(row[place]) for row in table.rows if row[place])]
     labels = [table.names.index(name) for name in used] + labels or list(range(first))
     names = None
@@ -414,6 +543,7 @@ def transpose(table, used):
         f"dates in the header, so the table is turned: {len(names):,} column{'s' * (len(names) > 1)}, one for each line"
         + (f"; not read as numbers: {some_of(unused, 'column')}" if unused else "")
     )
+    table.sources = dict(zip(names, table.lines))
     table.rows = [[date, *(row[first + place] for row in table.rows)] for place, date in enumerate(dates)]
     table.lines = [1] * len(dates)
     date = "date"
@@ -432,8 +562,7 @@ def spread_months(table, columns):
     months = {}
     for place, name in enumerate(table.names):
         match = re.fullmatch(r"(0?[1-9]|1[0-2])\s*月?", name)
-        named = name.lower().rstrip(".") in MONTH_NAMES
-        month = int(match[1]) if match else 1 + MONTHS.index(name[:3].lower()) if named else None
+        month = int(match[1]) if match else MONTHS.get(name.lower().rstrip("."))
         if month in months or (number(name) and not numbered[place]):
             return
         if month:
@@ -460,11 +589,11 @@ def check_names(table, dates, columns):
     unknown = [name for name in columns if name not in names or name in dates]
     if unknown:
         raise UserError(
-            f"{path} has no number column {unknown[0]!r}, only {', '.join(names)}; choose among these, or give a file "
+            f"{path} has no number column {unknown[0]!r}, only {list_names(names)}; choose among these, or give a file "
             "that has it"
         )
     if not set(names) - set(dates):
-        raise UserError(f"{path} has no column besides {', '.join(dates)}; add columns of numbers")
+        raise UserError(f"{path} has no column besides {list_names(dates)}; add columns of numbers")
 
 
 @dataclass
@@ -475,22 +604,43 @@ class Dates:
     reading: object
 
 
-def choose_dates(table, name, order):
+def choose_dates(table, name, order, zone=None):
     """`Dates` of a table: of the column `name`, or the first that holds dates; UserError if there are none."""
     path, names = table.path, table.names
     duplicates = [name for name, count in Counter(names).items() if count > 1]
     if duplicates:
-        raise UserError(f"{path} has several columns named {duplicates[0]!r}; rename all but one")
+        if number(duplicates[0]):
+            raise UserError(
+                f"{path}, line 1: {list_names(names)} is read as the header, but looks like a row whose date is not "
+                "read; write dates as 2016-07-01 13:00:00 or 2016-07-01, and add a header"
+            )
+        raise UserError(f"{path} has several columns named {label(duplicates[0])!r}; rename all but one")
     found = candidate = None
     try:
         if name is None:
-            for numbers in (False, True):
-                for candidate in names if not found else ():
-                    reading = read_dates(table.cells(candidate), order, numbers)
+            cells = {name: table.cells(name) for name in names}
+            fixed = [name for name in names if len(set(cells[name])) < 2]  # LAST UPDATE, say; or the date of one day
+            moving = [name for name in names if name not in fixed]
+            for candidate in moving:
+                reading = read_dates(cells[candidate], order)
+                if reading:
+                    found = Dates([candidate], reading)
+                    break
+            found = found or join_parts(table, order)
+            for candidate in sorted(moving, key=date_named, reverse=True) if not found else ():
+                named = date_named(candidate)
+                if not named and any(date_named(name) and looks_dated(cells[name]) for name in moving):
+                    break  # rather none than numbers beside a column that is called a date
+                if named or not is_index(candidate):
+                    reading = read_dates(cells[candidate], order, numbers=True, gaps=0.5 * named)
                     if reading:
                         found = Dates([candidate], reading)
                         break
-                found = found or join_parts(table, order)
+            for candidate in fixed if not found else ():
+                reading = read_dates(cells[candidate], order)
+                if reading:
+                    found = Dates([candidate], reading)
+                    break
         elif name in names:
             cells = table.cells(name)
             reading = read_dates(cells, order)
@@ -503,21 +653,112 @@ def choose_dates(table, name, order):
         raise UserError(f"{path}, column {column}: {error}") from error
     if name is not None and name not in names:
         raise UserError(
-            f"{path} has no date column {name!r}, only {', '.join(names) or 'an empty first line'}; set DATE to the "
-            "name of the date column"
+            f"{path} has no date column {name!r}, only {list_names(names)}; set DATE to the name of the date "
+            "column"
         )
     if not found and name is None:
-        raise UserError(
-            f"{path} has no date column, only {', '.join(names) or 'an empty first line'}; set DATE to the name of the "
-            "date column (docs/series.md lists the dates that are read)"
-        )
+        remedy = advise_date(table, order)
+        raise UserError(f"{path} has no date column, only {list_names(names)}; set DATE {remedy}")
     if not found:
         line, cell = next(((line, cell) for line, cell in zip(table.lines, table.cells(name)) if cell), (1, ""))
         raise UserError(
-            f"{path}, line {line}, column {name}: {cell!r} is not a date, nor are most cells of the column; "
+            f"{path}, line {line}, column {name}: {label(cell)!r} is not a date, nor are most cells of the column; "
             "write dates as 2016-07-01 13:00:00 or 2016-07-01, or set DATE to another column"
         )
-    return add_times(table, found)
+    return add_times(table, found, zone)
+
+
+def advise_date(table, order):
+    """The end of a sentence: to which column DATE may be set, and why it was not read."""
+    columns = sorted(table.names, key=lambda name: (not date_named(name), is_index(name)))
+    for name in columns:
+        cells = table.cells(name)
+        reading = read_dates(cells, order, numbers=True, anything=True)
+        known = sorted({date for date in reading.dates if date}) if reading else ()
+        if len(known) > len(cells) / 2 and known[0].year in YEARS and known[-1].year in YEARS:
+            return f"to {name} if these are dates with gaps ({cells[0]!r}: {reading.note}), and GAPS to fill these"
+    row, cell = next(((row, cell) for row, cell in enumerate(table.cells(columns[0])) if cell), (0, ""))
+    return (
+        f"to the name of the date column, and write dates as 2016-07-01 13:00:00 or 2016-07-01 ({label(cell)!r} in "
+        f"{table.where(row, columns[0])}, is not read as one; docs/series.md lists what is)"
+    )
+
+
+def name_words(name):
+    return re.findall(r"[^\W\d_]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower())
+
+
+def date_named(name):
+    return not DATE_WORDS.isdisjoint(name_words(name))
+
+
+def tells_series(name):
+    """Whether a column is called like stations or products: store, station_name, Item ID, but not store_type."""
+    words = name_words(name)
+    if len(words) > 1 and words[-1] in ("id", "no", "nr", "number", "name", "code"):
+        words.pop()
+    return bool(words) and words[-1] in SERIES_WORDS
+
+
+def is_index(name):
+    """Whether a column is called a number of rows or things: id, No., customer_id."""
+    plain = name.lower().partition(":")[0].strip()
+    return plain in INDEX or not {"id", "no", "nr", "index", "number", "code"}.isdisjoint(name_words(name)[-1:])
+
+
+def looks_dated(cells):
+    """Whether cells that could not be read may be dates all the same: texts with digits, or different long numbers."""
+    known = [cell for cell in cells if cell]
+    if all(re.fullmatch(r"\d{4,}", cell) for cell in known):
+        return sorted(set(known), key=int) in (known, known[::-1])
+    return all(re.search(r"\d", cell) and not number(cell) for cell in known) and not read_times(known)
+
+
+def check_years(table, dates):
+    """UserError if most dates are in years in which nobody measures, as those of other calendars seem to be."""
+    reading = dates.reading
+    years = sorted(date.year for date in reading.dates if date)
+    if years and years[len(years) // 2] not in YEARS and reading.note not in NUMBERS:
+        row = next(row for row, date in enumerate(reading.dates) if date)
+        raise UserError(
+            f"{table.path}, line {table.lines[row]}, column {dates.columns[0]}: {table.cells(dates.columns[0])[row]!r} "
+            f"is in the year {reading.dates[row].year}, but years from {YEARS[0]} to {YEARS[-1]} are read; convert "
+            "dates of other calendars, such as the Buddhist or the Persian one, to the Gregorian calendar"
+        )
+
+
+def check_one_series(table, dates):
+    """UserError if a column tells several series apart that have no date in common, and so would be read as one.
+
+    Their rows are in blocks, or alternate. A column called like a station or a product is believed to tell series
+    apart, another one only if its blocks are where the dates go back.
+    """
+    clock = dates.reading.dates
+    if len(clock) > 1.2 * len(set(clock)):
+        return  # see `drop_doubles`
+    ascending = sum(later > earlier for earlier, later in zip(clock, clock[1:])) > len(clock) / 2
+    for name in table.names:
+        cells, named = table.cells(name), tells_series(name)
+        kinds = len(set(cells))
+        if name in dates.columns or date_named(name) or not 1 < kinds <= len(cells) / 4:
+            continue
+        if not named and any(map(number, cells)):
+            continue
+        changes = [row for row in range(1, len(cells)) if cells[row] != cells[row - 1]]
+        steps = [clock[row] - clock[row - 1] for row in changes]
+        back = all(abs(step) > DAY / 8 and (step > timedelta()) != ascending for step in steps)
+        if (len(changes) == kinds - 1 and (named or back)) or (named and cells[kinds:] == cells[:-kinds]):
+            raise UserError(
+                f"{table.path}: column {name} tells several series apart, {list_names(list(dict.fromkeys(cells)), 3)}; "
+                f'choose one with WHERE, such as --where "{name}={Counter(cells).most_common(1)[0][0]}", or delete the '
+                "column if all rows are one series"
+            )
+
+
+def list_names(names, most=8):
+    """Up to `most` names, each shortened, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(label, names[:most])) + more
 
 
 def number(cell):
@@ -534,24 +775,31 @@ def join_parts(table, order, name=None):
             break
         parts[part] = column
     columns = list(parts.values())
-    quarter, week = (next((lower[name] for name in names if name in lower), None) for names in (QUARTERS, WEEKS))
     letter = ""
-    if len(parts) == 1 and (quarter or week):
-        columns.append(quarter or week)
-        letter = "Q" if quarter else "W"
+    for kind, spellings in dict(Q=QUARTERS, W=WEEKS, D=DAYS_OF_YEAR, P=PERIODS).items() if len(parts) == 1 else ():
+        column = next((lower[spelling] for spelling in spellings if spelling in lower), None)
+        if column is not None:
+            letter = kind
+            columns.append(column)
+            break
     if len(columns) < 2 or (name is not None and name not in columns):
         return None
     rows = list(zip(*(table.cells(column) for column in columns)))
-    cells = ["" if not all(row) else "-".join(row[:3]) + "".join(f" {hour}:00" for hour in row[3:]) for row in rows]
+    cells = ["" if not all(row) else "-".join(row[:3]) for row in rows]
+    cells = [f"{cell} {':'.join((*row[3:], '00')[:2])}" if row[3:] and cell else cell for cell, row in zip(cells, rows)]
     cells = [re.sub(r"\.0+(?=\D|$)", "", cell) for cell in cells]
-    kind = "quarters"
-    if letter:
-        pairs = [re.fullmatch(rf"(\d{{4}})-{letter}?(\d{{1,2}})", cell, re.IGNORECASE) for cell in cells]
+    cells = [re.sub(r":(\d)$", r":0\1", cell) for cell in cells]
+    kind = "periods"
+    if letter and letter != "P":
+        pairs = [re.fullmatch(rf"(\d{{4}})-{letter}?(\d{{1,3}})", cell, re.IGNORECASE) for cell in cells]
         pairs = [pair and (int(pair[1]), int(pair[2])) for pair in pairs]
         if letter == "W":
             kind, cells = number_weeks(pairs)
+        elif letter == "D":
+            kind, days = "days of the year", [pair and datetime(pair[0], 1, 1) + DAY * (pair[1] - 1) for pair in pairs]
+            cells = ["" if day is None else f"{day:%Y-%m-%d}" for day in days]
         else:
-            cells = [f"{pair[0]}-Q{pair[1]}" if pair else "" for pair in pairs]
+            kind, cells = "quarters", [f"{pair[0]}-Q{pair[1]}" if pair else "" for pair in pairs]
     reading = read_dates(cells, order)
     if reading is None:
         return None
@@ -581,20 +829,38 @@ def number_weeks(pairs):
     return "ISO weeks", found["ISO weeks"]
 
 
-def add_times(table, dates):
-    """`Dates` with the times of day of a column of their own, if there is one."""
+def add_times(table, dates, zone=None):
+    """`Dates` with the times of day of a column of their own, if there is one.
+
+    It is called like one, or makes the dates different and regular, and its times follow each other in each day.
+
+    Args:
+        zone: `ZoneInfo` of local times, or None.
+    """
     reading = dates.reading
-    if len(dates.columns) > 1 or not reading.days_only or len(set(reading.dates)) == len(reading.dates):
+    days = reading.dates
+    if None in days or not reading.days_only or len(set(days)) == len(days):
         return dates
-    for name in table.names:
-        cells = table.cells(name)
-        if name in dates.columns or not (name.lower() in TIMES or all(":" in cell for cell in cells)):
-            continue
-        times = read_times(cells)
-        if times and len(set(times)) > 1:
-            reading.dates = [date and date + time for date, time in zip(reading.dates, times)]
-            reading.note += f", times of day in column {name}"
-            return Dates([*dates.columns, name], reading)
+    others = {name: table.cells(name) for name in table.names if name not in dates.columns}
+    for name, cells in others.items():
+        if " ".join(name_words(name)) in TIMES or all(":" in cell for cell in cells):
+            times = read_times(cells)
+            if times and len(set(times)) > 1:
+                reading.dates = [day + time for day, time in zip(days, times)]
+                reading.note += f", times of day in column {name}"
+                return Dates([*dates.columns, name], reading)
+    for name, cells in others.items():
+        times = read_times(cells) if not all(map(number, cells)) else None
+        numbered = read_numbered(cells, days, zone) if times is None else None
+        points, kind = numbered or ([day + time for day, time in zip(days, times or ())], "")
+        if points and not tells_series(name) and len(set(points)) > 0.99 * len(points):
+            rising = sum(later > earlier for earlier, later in zip(points, points[1:]))
+            if not 0.1 * len(points) < rising < 0.9 * (len(points) - 1) and is_regular(points, 0.5):
+                reading.dates = points
+                reading.note += f", times of day in column {name}{kind and f', in {kind}'}"
+                if kind == "UTC":
+                    reading.offsets = [0] * len(points)
+                return Dates([*dates.columns, name], reading)
     return dates
 
 
@@ -619,18 +885,19 @@ def some_of(items, what, most=3):
     return f"{len(items):,} {what}s ({', '.join(map(str, items[:most]))}, ...)"
 
 
-def read_numbers(table, dates, columns, decimal):
+def read_numbers(table, dates, columns, decimal, missing=()):
     """Names and values of the number columns: (list, float64 array (rows, columns)), NaN for missing values.
 
     Args:
         dates: names of the columns that hold the dates.
         columns: names of the columns to read; empty: all that hold numbers that vary.
-        decimal: see `read_series`.
+        decimal, missing: see `read_series`.
     """
+    absent = MISSING | {whole(cell) for cell in missing} if missing else MISSING
     chosen = list(columns) or [name for name in table.names if name not in dates]
     texts, empty, cells, plain = [], [], {}, {}
     for name in chosen:
-        found = [clean(cell) for cell in table.cells(name)]
+        found = [clean(cell, absent) for cell in table.cells(name)]
         known = [cell for cell in found if cell is not None]
         values = to_plain_numbers(found)
         if values is not None and decimal != ",":
@@ -639,7 +906,8 @@ def read_numbers(table, dates, columns, decimal):
         if columns or numbers > 0.5 * len(known):
             cells[name] = found
         else:
-            (texts if known else empty).append(name)
+            example = next((cell for cell in known if re.search(r"\d", cell)), "")
+            (texts if known else empty).append(f"{name}: {label(example)!r}" if example else name)
     signs = decimal_signs(table, cells, decimal, plain)
     values = {
         name: plain[name] if name in plain else to_numbers(table, name, cells[name], signs[name]) for name in cells
@@ -664,6 +932,8 @@ def read_numbers(table, dates, columns, decimal):
             f"{table.path} has no column of numbers that vary besides {', '.join(dates)}: {note or 'nothing'}; add "
             "columns of numbers, or name some with COLUMNS"
         )
+    for name, column in values.items() if not missing else ():
+        check_sentinels(table, name, column)
     if note:
         table.notes.append(f"columns left out: {note}; COLUMNS names those to read")
     return list(values), np.stack(list(values.values()), 1)
@@ -676,10 +946,35 @@ def is_row_number(name, column):
     return bool(named and len(column) > 1 and (np.abs(np.diff(column)) == 1).all() and len(set(np.diff(column))) == 1)
 
 
-def clean(cell):
-    """The text of a number without separators of thousands that are no sign; None if it is missing."""
-    cell = cell.replace("\u2212", "-")
-    if cell.lower() in MISSING:
+def check_sentinels(table, name, column):
+    """UserError if a column holds a number far outside the others by which programs mark missing values."""
+    kinds = np.unique(column[~np.isnan(column)])
+    marks = {value for value in (*kinds[:4], *kinds[-4:]) if SENTINEL.fullmatch(str(float(value)))}
+    others = [value for value in kinds if value not in marks] if marks else ()
+    for value in sorted(marks) if len(others) else ():
+        low, high = others[0], others[-1]
+        if value > high + (high - low) or value < low - (high - low) / 2 or value < 0 <= low:
+            rows = np.flatnonzero(column == value)
+            times = f" ({len(rows):,} times)" if len(rows) > 1 else ""
+            raise UserError(
+                f"{table.path}, {table.where(rows[0], name)}: {value:g}{times} is far outside the other values, "
+                f"{low:g} to {high:g}; set MISSING_VALUES to {value:g} if it means a missing value, or to NA if it "
+                "is a value"
+            )
+
+
+def whole(cell):
+    """A text in small letters, or a number in one form of several."""
+    try:
+        return str(float(cell.replace(",", ".")))
+    except ValueError:
+        return cell.lower()
+
+
+def clean(cell, missing=MISSING):
+    """The text of a number without separators of thousands that are no sign; None if it is among `missing`."""
+    cell = cell.replace("\u2212", "-").strip("$€£¥% ")
+    if (cell.lower() if missing is MISSING else whole(cell)) in missing:
         return None
     return cell if cell.isascii() and " " not in cell and "'" not in cell else SPACED.sub("", cell)
 
@@ -756,7 +1051,7 @@ def to_numbers(table, name, cells, sign):
         if cell is None:
             result[row] = math.nan
             continue
-        where = f"{table.path}, line {table.lines[row]}, column {name}: {cell!r}"
+        where = f"{table.path}, {table.where(row, name)}: {cell!r}"
         if pattern.fullmatch(cell):
             result[row] = float(cell.replace(other, "").replace(",", "."))
             if math.isfinite(result[row]):
@@ -764,8 +1059,8 @@ def to_numbers(table, name, cells, sign):
         elif not re.fullmatch("[+-]?inf(inity)?", cell, re.IGNORECASE):
             hint = f" with the decimal sign {sign!r}" if number(cell) else ""
             raise UserError(
-                f"{where} is not a number{hint}; fix this cell, exclude the column with COLUMNS"
-                + (", or set DECIMAL" if hint else "")
+                f"{where} is not a number{hint}; fix this cell, exclude the column with COLUMNS, "
+                + ("or set DECIMAL" if hint else "or name it in MISSING_VALUES if it means a missing value")
             )
         raise UserError(f"{where} is not finite; fill it in, or exclude the column with COLUMNS")
     return result
@@ -846,6 +1141,12 @@ def arrange(series, table, columns, reading, name):
     step = series.step = find_step(series.clock)
     numbers = step.rows(series.clock)
     off = [place for place in range(len(numbers)) if numbers[place] < 0 or numbers[place] in numbers[place - 1 : place]]
+    if len(off) > len(numbers) / 2:
+        steps = sorted(later - earlier for earlier, later in zip(series.clock, series.clock[1:]))
+        raise UserError(
+            f"{path}: the rows are not at equal steps, but from {steps[0]} to {steps[-1]} apart, half of them at most "
+            f"{steps[len(steps) // 2]}; resample the series to equal steps"
+        )
     if off:
         examples = ", ".join(f"line {lines[place]} ({series.show(series.clock[place])})" for place in off[:3])
         raise UserError(
@@ -886,11 +1187,19 @@ def drop_doubles(series, table, clock, rows):
         groups = len(clock) / len(set(clock))
         hint = "keep each date once"
         telling = find_telling(table, clock, rows, series.date) if groups > 1.2 else None
-        if telling:
+        other = next((name for name in table.names if name != series.date and is_different(table.cells(name))), None)
+        if other:
+            hint = f"column {other} has different dates: set DATE to {other}"
+        elif telling:
             names, values = telling
             each = f"column {names[0]} tells" if len(names) == 1 else f"columns {' and '.join(names)} tell"
             example = ",".join(f"{name}={value}" for name, value in zip(names, values))
             hint = f'{each} several series apart: choose one with WHERE, such as --where "{example}"'
+            in_file = [date for _, date in sorted(zip(rows, clock))]
+            follow = sum(date == then for date, then in zip(in_file, in_file[1:])) > 0.4 * len(in_file)
+            if follow and not any(map(tells_series, names)):
+                hint = f"if {' and '.join(names)} is a part of the date, write it into column {series.date}; if it "
+                hint += f'tells several series apart, choose one with WHERE, such as --where "{example}"'
         elif groups > 1.5:
             hint = "a file with several series needs a column of numbers for each, with each date once"
         elif len(different) < len(clock) / 100:
@@ -908,6 +1217,15 @@ def drop_doubles(series, table, clock, rows):
     return keep
 
 
+def is_different(cells):
+    """Whether a column holds a date for each row that no other row has."""
+    try:
+        reading = read_dates(cells)
+    except Ambiguous:
+        return len(set(cells)) > 0.99 * len(cells)
+    return reading is not None and len(set(reading.dates)) > 0.99 * len(cells)
+
+
 def find_telling(table, clock, rows, date, most=3):
     """The fewest columns, up to `most`, that tell rows with the same date apart: (names, values of the longest series).
 
@@ -918,19 +1236,22 @@ def find_telling(table, clock, rows, date, most=3):
         rows: row of the table for each date.
         date: name of the date column.
     """
-    columns = {}
+    columns, points = {}, [clock]
     for name in table.names:
         cells = table.cells(name)
         cells = [cells[row] for row in rows]
         kinds = len(set(cells))
         fractions = sum(number(cell) and re.search("[.,]", cell) is not None for cell in cells)
+        if kinds in (24, 25, 48, 50, 96, 100) and not tells_series(name):
+            points.append(cells)  # hours or parts of them
+            continue
         if name != date and 1 < kinds < len(cells) / 3 and fractions < len(cells) / 2:
             columns[name] = cells
     texts = [name for name, cells in columns.items() if not all(map(number, cells))]
     for count in range(1, most + 1):
         for names in [*combinations(texts, count), *combinations(columns, count)][:300]:
             keys = list(zip(*(columns[name] for name in names)))
-            if len(set(zip(clock, keys))) > 0.99 * len(clock):  # a few rows may be double
+            if len(set(zip(*points, keys))) > 0.99 * len(clock):  # a few rows may be double
                 return names, Counter(keys).most_common(1)[0][0]
     return None
 
@@ -985,6 +1306,9 @@ def fill(series, path, gaps, chosen=False):
     if texts and gaps == "refuse":
         shown = "; ".join(texts[:4]) + (f"; and {len(texts) - 4} more columns" if len(texts) > 4 else "")
         choice = 'set GAPS to "carry" (the last value) or "interpolate"'
+        absent_dates = [clock[row] for row in np.flatnonzero(absent)]
+        if missing and not series.utc and all(may_be_skipped(date) for date in absent_dates):
+            choice = f"if daylight saving skips these hours, set TIMEZONE; else {choice}"
         raise UserError(f"{path}: {shown}; {choice}, fill them in, or exclude a column with COLUMNS")
     if late.all() or (late.any() and chosen):
         names = [name for name, begins_late in zip(series.columns, late) if begins_late]
@@ -1010,6 +1334,11 @@ def fill(series, path, gaps, chosen=False):
             last = np.maximum.accumulate(np.where(empty[:, place], 0, np.arange(len(values))))
             values[:, place] = values[last, place]
     series.values, series.clock = values[first:], clock[first:]
+
+
+def may_be_skipped(date):
+    """Whether daylight saving may skip a local time: a Sunday from midnight to three, in March, or in the south."""
+    return date.weekday() == 6 and date.hour < 4 and date.month in (3, 4, 9, 10) and date.time() != time()
 
 
 def describe_runs(missing, clock, series):
