@@ -188,6 +188,15 @@ def test_a_date_column_is_found_behind_others_and_below_a_strange_name(form, rea
     assert series.date == "column 3" and any("what (text); id (numbers of the rows)" in note for note in series.notes)
 
 
+@pytest.mark.parametrize("name", ["rownames", "", "index", "id"])
+def test_row_names_may_be_dates(read, name):
+    """As R writes a quarterly series; whole numbers in such a column are the numbers of rows."""
+    rows = [f"{date.year + (date.month - 1) / 12:g},{row % 7}" for row, date in enumerate(QUARTERS)]
+    assert read("\n".join([f"{name},value", *rows])).dates == QUARTERS
+    with pytest.raises(UserError, match="has no date column"):
+        read("\n".join([f"{name or 'id'},value", *(f"{2001 + row},{row % 7}" for row in range(60))]))
+
+
 def test_date_names_another_column(read):
     text = "made,valid,value\n" + "".join(f"2020-01-0{date.day % 9 + 1},{date:%d.%m.%Y},{date.day}\n" for date in DAYS)
     check(read(text, date_column="valid"), DAYS, [date.day for date in DAYS])

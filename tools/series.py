@@ -631,7 +631,7 @@ def choose_dates(table, name, order, zone=None):
                 named = date_named(candidate)
                 if not named and any(date_named(name) and looks_dated(cells[name]) for name in moving):
                     break  # rather none than numbers beside a column that is called a date
-                if named or not is_index(candidate):
+                if named or not is_index(candidate) or not all(map(str.isdecimal, cells[candidate])):
                     reading = read_dates(cells[candidate], order, numbers=True, gaps=0.5 * named)
                     if reading:
                         found = Dates([candidate], reading)
