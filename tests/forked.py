@@ -4,6 +4,7 @@ A new Python needs ten seconds of processor time for its imports on a slow machi
 one is started all the same.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -37,6 +38,7 @@ class Forked:
         streams = [file.fileno() for file in self.files] if terminal is None else [terminal] * 2
 
         def run():
+            gc.freeze()  # garbage of this process may end by waiting for its threads, which are not forked
             if session:
                 os.setsid()
             stdin = os.open(os.devnull, os.O_RDONLY) if terminal is None else terminal

@@ -1,5 +1,6 @@
 """torchrun with several processes on the CPU (gloo): the same run as one process with as many images a step."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -232,6 +233,7 @@ class Machines:
                 self.processes.append(process)
                 continue
             status = 70
+            gc.freeze()  # what is garbage here may end by waiting for threads, which are not forked: an earlier store
             multiprocessing.process._children.clear()  # those of this process are not its children
             try:
                 for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
