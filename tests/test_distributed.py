@@ -440,7 +440,9 @@ def test_what_may_differ_between_machines_does(machines):
     assert len(list((a / "data" / "cache").glob("*.npy"))) == 2
 
 
-def test_a_killed_process_ends_the_other_machine(machines):
+def test_a_killed_process_ends_the_other_machine(machines, monkeypatch):
+    """In an epoch at once; while the other process waits for its word, when it has been silent for long enough."""
+    monkeypatch.setattr(distributed.Channel, "SECONDS_OF_SILENCE", 15.0)
     machines.start(lambda host: set_option("--epochs", "1000"))
     last = machines.folders[0] / "checkpoints" / "unireplknet_test" / "last.pth"
     while not last.exists():
@@ -449,8 +451,9 @@ def test_a_killed_process_ends_the_other_machine(machines):
     killed = time.monotonic()
     os.kill(machines.processes[1], signal.SIGKILL)
     statuses, texts = machines.end()
-    assert statuses == [1, -signal.SIGKILL] and time.monotonic() - killed < 20
-    assert "node-a: another process of this run has ended" in texts[0] and "Traceback" not in texts[0]
+    assert statuses == [1, -signal.SIGKILL] and time.monotonic() - killed < 60
+    assert "another process of this run has ended" in texts[0] or "node-b no longer answers" in texts[0], texts[0]
+    assert "Traceback" not in texts[0]
 
 
 def test_two_machines_that_were_killed_resume_exactly_though_one_has_no_checkpoint(machines):
