@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from timm.data import Mixup
 from torchvision import transforms
-from torchvision.transforms.functional import center_crop, pad, pil_to_tensor, to_pil_image
-from torchvision.transforms.functional import rotate as torchvision_rotate
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from common.dataset import PixelTransform
 from common.renamed import upgrade_config
@@ -108,11 +107,13 @@ def quarter_turn(pixels):
 def rotate(pixels, largest):
     """Rotate a uint8 tensor (3, H, W) by a random angle of up to `largest` degrees; the corners mirror the image."""
     height, width = pixels.shape[1:]
-    diagonal = math.hypot(height, width)
-    rows, columns = (math.ceil((diagonal - side) / 2) for side in (height, width))
-    image = pad(to_pil_image(pixels), [columns, rows], padding_mode="symmetric")
-    image = torchvision_rotate(image, -random.uniform(-largest, largest), transforms.InterpolationMode.BILINEAR)
-    return pil_to_tensor(center_crop(image, [height, width]))
+    angle = math.radians(random.uniform(-largest, largest))
+    cos, sin = math.cos(angle), math.sin(angle)
+    # Coordinates go from -1 to 1 on both sides, however long these are.
+    rotation = torch.tensor([[[cos, sin * height / width, 0.0], [-sin * width / height, cos, 0.0]]])
+    grid = F.affine_grid(rotation, (1, 3, height, width), align_corners=False)
+    image = F.grid_sample(pixels[None].float(), grid, padding_mode="reflection", align_corners=False)
+    return image[0].round().to(torch.uint8)
 
 
 def change_quality(pixels, probability):

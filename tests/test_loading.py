@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision import transforms
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import train
 from common import augment, dataset
@@ -123,23 +124,16 @@ def one_at_a_time(
         transforms.RandomHorizontalFlip(hflip) if hflip else None,
         transforms.RandomVerticalFlip(vflip) if vflip else None,
         (lambda image: image.rotate(90 * random.randrange(4))) if quarter_turns else None,
-        (lambda image: rotate_mirrored(image, random.uniform(-rotation, rotation))) if rotation else None,
+        transforms.Lambda(lambda image: rotate(image, rotation)) if rotation else None,
         transforms.ColorJitter(color_jitter, color_jitter, color_jitter) if color_jitter else None,
         PastedCutout(cutout) if cutout else None,
     ]
     return transforms.Compose([*filter(None, steps), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
 
-def rotate_mirrored(image, angle):
-    """Rotate clockwise in the middle of nine copies, of which the outer ones are mirrored."""
-    width, height = image.size
-    nine = Image.new("RGB", (3 * width, 3 * height))
-    for row in range(3):
-        for column in range(3):
-            copy = ImageOps.mirror(image) if column != 1 else image
-            nine.paste(ImageOps.flip(copy) if row != 1 else copy, (column * width, row * height))
-    nine = nine.rotate(-angle, Image.Resampling.BILINEAR)
-    return nine.crop((width, height, 2 * width, 2 * height))
+def rotate(image, largest):
+    """`augment.rotate`, which has a test of its own, of a PIL image."""
+    return to_pil_image(augment.rotate(pil_to_tensor(image), largest))
 
 
 OPTIONS = {

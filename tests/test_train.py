@@ -788,6 +788,20 @@ def test_rotation_turns_about_the_middle_and_mirrors_in_the_corners(shape, monke
     assert torch.equal(augment.rotate(constant, 33.0), constant)  # black corners would show
 
 
+@pytest.mark.parametrize("angle", [7.0, 45.0, 123.0, -60.0])
+@pytest.mark.parametrize("size", [(48, 48), (60, 36)])
+def test_rotation_is_that_of_pillow_in_a_mirrored_image(size, angle, draw_image, monkeypatch):
+    image = draw_image("rotation", size)
+    width, height = image.size
+    margin = 48  # as far as a corner reaches
+    mirrored = transforms.functional.pad(image, margin, padding_mode="symmetric")
+    mirrored = mirrored.rotate(-angle, Image.Resampling.BILINEAR)
+    expected = mirrored.crop((margin, margin, margin + width, margin + height))
+    monkeypatch.setattr(augment.random, "uniform", lambda low, high: angle)
+    rotated = augment.rotate(transforms.functional.pil_to_tensor(image), 180.0)
+    assert (rotated.int() - transforms.functional.pil_to_tensor(expected).int()).abs().max() <= 1
+
+
 def test_cutout_is_the_last_change_of_colours(draw_image):
     transform = train_transform((48, 48), MEAN, cutout=1.0, color_jitter=0.5, rotation=30.0)
     train.seed_everything(0)
