@@ -109,10 +109,11 @@ def rotate(pixels, largest):
     height, width = pixels.shape[1:]
     angle = math.radians(random.uniform(-largest, largest))
     cos, sin = math.cos(angle), math.sin(angle)
-    # Coordinates go from -1 to 1 on both sides, however long these are.
-    rotation = torch.tensor([[[cos, sin * height / width, 0.0], [-sin * width / height, cos, 0.0]]])
-    grid = F.affine_grid(rotation, (1, 3, height, width), align_corners=False)
-    image = F.grid_sample(pixels[None].float(), grid, padding_mode="reflection", align_corners=False)
+    # Coordinates go from -1 to 1 along both sides, however long these are. (F.affine_grid takes as long as the rest.)
+    y, x = ((2 * torch.arange(side) + 1) / side - 1 for side in (height, width))
+    y = y[:, None]
+    grid = torch.stack([cos * x + sin * height / width * y, cos * y - sin * width / height * x], 2)
+    image = F.grid_sample(pixels[None].float(), grid[None], padding_mode="reflection", align_corners=False)
     return image[0].round().to(torch.uint8)
 
 
