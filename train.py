@@ -87,9 +87,9 @@ CUTOUT: Probability = 0.25  # probability of erasing a rectangle; 0: off
 HFLIP: Probability = 0.5  # probability of a horizontal flip; 0: off
 VFLIP: Probability = 0.5  # probability of a vertical flip, suitable for overhead images; 0: off
 QUARTER_TURNS: bool = True  # rotate by a random multiple of 90 degrees, suitable for overhead images
-ROTATION: Annotated[float, Limits(0, 180)] = 0.0  # maximum rotation in degrees; 0: off
+ROTATION: Annotated[float, Limits(0, 180)] = 180.0  # maximum rotation in degrees, 180 for overhead images; 0: off
 COLOR_JITTER: Probability = 0.2  # maximum relative change of brightness, contrast and saturation; 0: off
-QUALITY: Probability = 0.0  # probability of a random blur, sharpening, resampling, JPEG compression or noise; 0: off
+QUALITY: Probability = 0.5  # probability of a random blur, sharpening, resampling, JPEG compression or noise; 0: off
 
 # --- augmentation of spectrograms, instead of that of images and CutMix
 TIME_SHIFT: Probability = 0.1  # maximum shift as a fraction of the duration; 0: off

@@ -63,6 +63,8 @@ ABLATIONS = {
     "AdamW, learning rate 1e-3": ["--optimizer", "adamw", "--learning-rate", "1e-3"],
     "crops of 70 % and more": ["--crop", "0.7"],
     "no Mixup, no CutMix": ["--mix-prob", "0"],
+    "quarter turns only": ["--rotation", "0"],
+    "quality unchanged": ["--quality", "0"],
     "no Cutout": ["--cutout", "0"],
     "no label smoothing": ["--smoothing", "0"],
     "layer scale from 1e-6": ["--layer-scale", "1e-6"],

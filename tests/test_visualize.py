@@ -76,6 +76,7 @@ def test_all_plots_of_a_checkpoint(place, monkeypatch, capsys):
 def test_augmentation_is_that_of_the_checkpoint_s_run(place, draw_augmentation, capsys):
     checkpoint = load_checkpoint(CHECKPOINT)
     off = dict(CROP=1.0, CUTOUT=0.0, HFLIP=0.0, VFLIP=0.0, QUARTER_TURNS=False, ROTATION=0.0, COLOR_JITTER=0.0)
+    off |= dict(QUALITY=0.0)
     checkpoint["config"] |= off | dict(MIXUP=0.3, CUTMIX=0.0, MIX_PROB=0.7)
     CHECKPOINT.unlink()  # a hard link, which other tests share
     save_checkpoint(checkpoint, CHECKPOINT)
