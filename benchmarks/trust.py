@@ -2,9 +2,11 @@
 
     python benchmarks/trust.py                                       species of seedlings in data1
     python benchmarks/trust.py --others road_scenes/                 other photographs as well
+    python benchmarks/trust.py --second                              the other half of the classes is known
 
-Trains on every second class of SOURCE (makedata.py, mean_std.py, train.py with OPTIONS; an interrupted run is resumed)
-and measures its last.pth, whose weights nothing was selected for:
+Trains on every second class of SOURCE, from the first one on, or with SECOND from the second one on (makedata.py,
+mean_std.py, train.py with OPTIONS; an interrupted run is resumed), and measures its last.pth, whose weights nothing was
+selected for:
 
     calibration    expected calibration error and negative log-likelihood on the validation images of the known classes,
                    each by a temperature that was fitted without it (5 parts), with the one fitted on all for comparison
@@ -40,6 +42,7 @@ from common.options import Name, NonNegativeInt, PositiveInt, UserError, run
 
 SOURCE: Name = "data1"  # folder that holds <class>/<image>
 OTHERS: str = ""  # folder of photographs that show none of the classes; "": scikit-learn's two only
+SECOND: bool = False  # train on the second, fourth, ... class; False: on the first, third, ...
 CROPS: PositiveInt = 300  # crops of the photographs of each kind
 CROP_SIZE: PositiveInt = 150  # side of a crop in pixels
 SEED: NonNegativeInt = 42  # of split, training and crops
@@ -52,8 +55,8 @@ def main():
     classes = sorted(folder for folder in Path(SOURCE).iterdir() if folder.is_dir())
     if len(classes) < 4:
         raise UserError(f"{SOURCE} must hold four classes or more, of which every second one is trained on")
-    known, new = classes[::2], classes[1::2]
-    output = Path(OUTPUT)
+    known, new = classes[SECOND::2], classes[not SECOND :: 2]
+    output = Path(OUTPUT, "second" if SECOND else "first")
     for path in (path for folder in known for path in folder.iterdir()):
         link_or_copy(path, output / "data1" / path.parent.name / path.name)
     data = prepare_split(output / "data1", output / "data", SEED)
