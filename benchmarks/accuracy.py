@@ -65,7 +65,6 @@ ABLATIONS = {
     "no Mixup, no CutMix": ["--mix-prob", "0"],
     "quarter turns only": ["--rotation", "0"],
     "quality unchanged": ["--quality", "0"],
-    "quarter turns, quality unchanged": ["--rotation", "0", "--quality", "0"],
     "no Cutout": ["--cutout", "0"],
     "no label smoothing": ["--smoothing", "0"],
     "layer scale from 1e-6": ["--layer-scale", "1e-6"],
