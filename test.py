@@ -120,7 +120,7 @@ def main():
     if STRESS:
         lines += measure_stress(members, paths, classes, predict_files, UNKNOWN, folder, results)
     print(*lines, sep="\n")
-    if UNKNOWN and known is None and any(member.about.get("calibration") for member in members):
+    if UNKNOWN and known is None and any("calibrated" in member.structure for member in members):
         print("unknown is off, since not all of these checkpoints have a score for it")
     others = [kind.why_not(path) for path in others]
     if passed:
@@ -426,9 +426,9 @@ def measure_stress(members, paths, classes, predict_files, unknown, folder, resu
     clean = rows["clean"][0]
     table = [["disturbance", "acc1", "change", "unknown"]]
     for name, row in rows.items():
-        cells = ["-"] * 3
+        cells = [""] * 3
         if row is not None:
-            cells = [f"{row[0]:.2f}", f"{row[0] - clean:+.2f}", "-" if row[1] is None else f"{row[1]:.1f}"]
+            cells = [f"{row[0]:.2f}", f"{row[0] - clean:+.2f}", "" if row[1] is None else f"{row[1]:.1f}"]
         table.append([titles[name], *cells])
     path = folder / "stress.csv"
     results.write(path, write_csv, path, table)
@@ -436,7 +436,7 @@ def measure_stress(members, paths, classes, predict_files, unknown, folder, resu
     accuracies = {titles[name]: None if row is None else row[0] for name, row in rows.items()}
     results.write(path, plot_stress, accuracies, len(paths), path)
     wide = max(len(row[0]) for row in table)
-    return ["", *(f"{first:<{wide}}  " + "  ".join(f"{cell:>7}" for cell in cells) for first, *cells in table)]
+    return ["", *(f"{first:<{wide}}  " + "  ".join(f"{cell or '-':>7}" for cell in cells) for first, *cells in table)]
 
 
 def folder_name(path):

@@ -33,10 +33,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.calibration import calibration_error, coverage_curve, cross_fit, log_likelihood_loss
+from common.calibration import calibration_error, cross_fit, log_likelihood_loss
 from common.checkpoint import build_network, load_checkpoint, save_checkpoint
 from common.dataset import transform_of
-from common.evaluation import choose_images, compute_logits
+from common.evaluation import choose_images, compute_logits, coverage_curve
 from common.files import write_json, written_whole
 from common.images import is_image
 from common.options import Name, NonNegativeInt, NotEmpty, PositiveInt, UserError, run
@@ -196,7 +196,7 @@ def run_once(plan, name, options, split, data, threads):
         metrics["doubt"] = measure_doubt(trained, data / "val")
         with open(folder / "plain" / "stress.csv", newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)  # "-": a network for images of one size only
-            metrics["stress"] = {row["disturbance"]: float(row["acc1"].replace("-", "nan")) for row in rows}
+            metrics["stress"] = {row["disturbance"]: float(row["acc1"] or "nan") for row in rows}
     write_json(result, metrics)
     return metrics
 
@@ -434,16 +434,18 @@ def pool_calibrations(own, others):
 
     The statistics of training images are its own. The temperature is the geometric mean of the others', and the scores
     by which an image is judged to be unusual are the mean of theirs, rank by rank: distances are measured in spreads of
-    the training images, so they compare.
+    the training images, so they compare. Where a network has no score, there is none.
 
     Args:
         own, others: what checkpoints hold under "calibration", see `common.calibration`; of `others` a list.
     """
-    scores = [other["score"] for other in others]
-    mean = {name: torch.stack([score[name] for score in scores]).mean(0) for name in ("scale", "quantiles")}
+    scores, score = [other["score"] for other in others], None
+    if None not in (own["score"], *scores):
+        mean = {name: torch.stack([other[name] for other in scores]).mean(0) for name in ("scale", "quantiles")}
+        score = own["score"] | mean
     temperature = float(np.exp(np.mean([np.log(other["temperature"]) for other in others])))
     images = sum(other["images"] for other in others)
-    return own | dict(temperature=temperature, images=images, score=own["score"] | mean)
+    return own | dict(temperature=temperature, images=images, score=score)
 
 
 if __name__ == "__main__":

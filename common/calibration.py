@@ -33,6 +33,7 @@ from torch.utils.data import Subset
 from common.checkpoint import build_network, load_checkpoint, save_checkpoint
 from common.dataset import PixelTransform, height_and_width
 from common.device import choose_layout
+from common.evaluation import coverage_curve
 from common.faults import Stopped
 from common.files import write_json
 from common.loading import Loader
@@ -44,6 +45,7 @@ MAX_IMAGES = 10_000  # training, and validation images that are looked at; of mo
 FOLDS = 5  # parts of the validation images; figures about each are of a temperature fitted on the others
 TEMPERATURES = (0.05, 20.0)  # between which it is searched
 QUANTILES = 1001  # of the validation images' scores
+ROUNDING = 1e-3  # up to which two scores count as the same
 BINS = 15  # of confidences, all of the same width, in the expected calibration error
 COVERAGES = (0.5, 0.8, 0.9, 1.0)  # fractions of the images, the most confident ones, whose accuracy is reported
 LIGHT = 1.5  # factor by which training images are at most brighter or darker, when their look is taken
@@ -219,7 +221,8 @@ def look_at_images(network, dataset, transform, loader, normalise, interrupt, wh
         try:
             maps, (first,) = network.forward_intermediates(images, indices=[0])
             features, look = network.forward_head(maps, pre_logits=True), describe_look(first)
-            logits, has_features = network.forward_head(maps), has_features and features.dim() == 2
+            logits = network.forward_head(maps)
+            has_features = has_features and torch.is_tensor(maps) and features.dim() == 2
             if light > 1:
                 images = prepare(change_light(pixels, light, generator))
                 (first,) = network.forward_intermediates(images, [0], stop_early=True, intermediates_only=True)
@@ -296,13 +299,12 @@ def fit_temperature(logits, labels):
 
 def cross_fit(logits, labels):
     """Probabilities (N, classes) of images by temperatures that were fitted without them: in `FOLDS` parts, each by
-    that of the others. Figures about them do not flatter, unlike those of a temperature fitted on the same images."""
+    that of the others; fewer images are a part each. Figures about them do not flatter, unlike those of a temperature
+    fitted on the same images. At least two images."""
     from sklearn.model_selection import KFold
 
-    if len(labels) < 2 * FOLDS:
-        return logits.double().softmax(1)
     probabilities = torch.empty(logits.shape, dtype=torch.float64)
-    for others, part in KFold(FOLDS, shuffle=True, random_state=0).split(logits):
+    for others, part in KFold(min(FOLDS, len(labels)), shuffle=True, random_state=0).split(logits):
         temperature = fit_temperature(logits[others], labels[others])
         probabilities[part] = (logits[part].double() / temperature).softmax(1)
     return probabilities
@@ -344,11 +346,14 @@ def fit_score(train, val, num_classes):
     statistics |= dict(means=means @ projection, center=center @ projection, spread=1 + ratio.clip(0))
     statistics |= dict(scale=np.array([[0.0, 0.0], [1.0, 1.0]]), quantiles=np.zeros(QUANTILES))
     statistics = {name: torch.from_numpy(np.ascontiguousarray(array)).float() for name, array in statistics.items()}
-    parts = NoveltyScore(statistics).parts(val["look"], val["features"])
+    batches = list(zip(val["look"].split(64), val["features"].split(64)))  # all at once would be N x classes x D values
+    parts = torch.cat([NoveltyScore(statistics).parts(*batch) for batch in batches])
     middle, high = parts.quantile(0.5, 0), parts.quantile(0.9, 0)
-    statistics["scale"] = torch.stack([middle, (high - middle).clamp(min=1e-6)])
-    raw = NoveltyScore(statistics).raw(val["look"], val["features"])
-    statistics["quantiles"] = torch.from_numpy(np.quantile(raw.numpy(), np.linspace(0, 1, QUANTILES))).float()
+    # Images may be alike, and what is alike differs by rounding: with the batch, the merged network, or onnxruntime.
+    statistics["scale"] = torch.stack([middle, (high - middle).clamp(min=0.01)])  # in variances of training images
+    raw = torch.cat([NoveltyScore(statistics).raw(*batch) for batch in batches])
+    quantiles = np.quantile(raw.numpy(), np.linspace(0, 1, QUANTILES)) + ROUNDING
+    statistics["quantiles"] = torch.from_numpy(quantiles).float()
     return statistics if all(tensor.isfinite().all() for tensor in statistics.values()) else None
 
 
@@ -372,14 +377,6 @@ def log_likelihood_loss(probabilities, labels):
     return float(-np.log(np.maximum(chosen, 1e-12)).mean())
 
 
-def coverage_curve(probabilities, labels):
-    """Accuracy of the most confident images, as fractions: (coverage (N,), accuracy (N,)), from one image to all."""
-    probabilities, labels = np.asarray(probabilities), np.asarray(labels)
-    correct = (probabilities.argmax(1) == labels)[np.argsort(-probabilities.max(1), kind="stable")]
-    number = np.arange(1, len(labels) + 1)
-    return number / len(labels), np.cumsum(correct) / number
-
-
 def summarise(probabilities, labels):
     """Metrics of probabilities (N, classes): dict of ece, nll, and accuracy at `COVERAGES`, from 0 to 1."""
     coverage, accuracy = coverage_curve(probabilities, labels)
@@ -393,8 +390,8 @@ def report(logits, labels, calibration, folder):
     raw, fitted = logits.double().softmax(1).numpy(), cross_fit(logits, labels).numpy()
     before, after = summarise(raw, labels), summarise(fitted, labels)
     temperature, score = calibration["temperature"], calibration["score"]
-    content = dict(temperature=temperature, images=len(labels), folds=FOLDS, before=before, cross_fitted=after)
-    content |= dict(score=score is not None)
+    content = dict(temperature=temperature, images=len(labels), folds=min(FOLDS, len(labels)), before=before)
+    content |= dict(cross_fitted=after, score=score is not None)
     path = folder.path / "calibration.json"
     folder.side_files.write(path, write_json, path, content)
     path = folder.path / "calibration.png"

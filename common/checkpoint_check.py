@@ -18,6 +18,7 @@ import timm
 import torch
 
 from common.file_checks import Count, FileImageSize, brief, check_fields, check_input, check_keys, check_kind
+from common.file_checks import side_lengths
 from common.fit import FITS
 from common.options import Channels, Fraction, ImageSize, Length, Limits, NonNegative, PositiveChannels, PositiveInt
 from common.options import Probability, Rate
@@ -63,7 +64,8 @@ CONFIG |= dict(SPEC_MASK=Probability | Annotated[list[Probability], Length(2)])
 # And with which a resumed run normalises. MODEL is the plain name, like arch, and PRETRAINED is compared only.
 CONFIG |= dict(MEAN=Channels | None, STD=PositiveChannels | None, PRETRAINED=str)
 # See common/calibration.py; the sizes of the score's tensors by name, each the same wherever it stands.
-CALIBRATION = dict(temperature=Annotated[float, Limits(0.01, 100)], images=Count, img_size=FileImageSize, score=None)
+CALIBRATION = dict(temperature=Annotated[float, Limits(0.01, 100)], images=Count, img_size=FileImageSize)
+CALIBRATION |= dict(score=dict | None)
 SCORE = dict(look_mean=("look",), look_whitening=("look", "look"), projection=("features", "directions"))
 SCORE |= dict(means=("present", "directions"), center=("directions",), spread=("directions",), scale=(2, 2))
 SCORE |= dict(quantiles=("quantiles",))
@@ -273,7 +275,7 @@ def check_classifier(checkpoint):
     check_kind(arguments.get("in_chans", 3), Literal[3], "its model_args' in_chans")
     check_training(checkpoint)
     check_both_weights(checkpoint, outline_network(checkpoint["arch"], arguments))
-    check_calibration(checkpoint.get("calibration"), len(checkpoint["classes"]))
+    check_calibration(checkpoint.get("calibration"), len(checkpoint["classes"]), checkpoint["img_size"])
 
 
 def check_both_weights(checkpoint, network):
@@ -283,28 +285,32 @@ def check_both_weights(checkpoint, network):
         check_weights("state_dict_ema", checkpoint["state_dict_ema"], network)
 
 
-def check_calibration(calibration, classes):
+def check_calibration(calibration, classes, img_size):
     """ValueError unless `calibration` is None or can be that of `common.calibration.fit`.
 
     Args:
-        calibration: what a checkpoint has under this name.
+        calibration, img_size: what a checkpoint has under these names.
         classes: number of classes.
     """
     if calibration is None:
         return
     check_keys(calibration, CALIBRATION, "its calibration")
-    check_fields(calibration, {name: kind for name, kind in CALIBRATION.items() if kind}, "its calibration's")
-    score = calibration.get("score")
+    check_fields(calibration, CALIBRATION, "its calibration's")
+    if side_lengths(calibration["img_size"]) != side_lengths(img_size):
+        raise ValueError(f"its calibration's img_size must be its own, {img_size}, got {calibration['img_size']}")
+    score = calibration["score"]
     if score is None:
         return
     check_keys(score, SCORE, "its calibration's score")
-    sizes = dict(classes=classes)
+    sizes = {}
     for name, shape in SCORE.items():
         tensor = score.get(name)
         if not torch.is_tensor(tensor) or tensor.dtype != torch.float32 or tensor.dim() != len(shape):
             raise ValueError(f"its calibration's {name} must be a float32 tensor of {len(shape)} dimensions")
         for size, expected in zip(tensor.shape, shape):
-            if size != (sizes.setdefault(expected, size) if isinstance(expected, str) else expected):
+            most = dict(present=classes, directions=classes - 1).get(expected, size)
+            expected = sizes.setdefault(expected, size) if isinstance(expected, str) else expected
+            if size != expected or not 0 < size <= most:
                 raise ValueError(f"its calibration's {name} has an impossible shape, {tuple(tensor.shape)}")
     check_tensors("calibration's score", score)
     if (score["spread"] <= 0).any() or (score["scale"][1] <= 0).any() or (score["quantiles"].diff() < 0).any():

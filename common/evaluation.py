@@ -101,6 +101,18 @@ def accuracy_interval(correct, count):
     return 100 * interval.low, 100 * interval.high
 
 
+def coverage_curve(probabilities, labels):
+    """Accuracy of the most confident images, as fractions: (coverage (N,), accuracy (N,)), from one image to all.
+
+    Of images of the same confidence, such as 1.0, none comes first: each counts as their mean.
+    """
+    probabilities, labels = np.asarray(probabilities), np.asarray(labels)
+    _, place = np.unique(-probabilities.max(1), return_inverse=True)
+    correct = np.bincount(place, probabilities.argmax(1) == labels) / np.bincount(place)
+    number = np.arange(1, len(labels) + 1)
+    return number / len(labels), np.cumsum(correct[np.sort(place)]) / number
+
+
 def match_classes(names, classes):
     """Which class the name of a folder means: the one that is equal, or else equal but for its Unicode form and case.
 

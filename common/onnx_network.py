@@ -61,9 +61,8 @@ class OnnxNetwork:
         size, count = side_lengths(self.about["img_size"]), len(self.about["classes"])
         try:
             logits, known = self.predict(torch.zeros(2, 3, *size))
-        except Exception as error:  # onnxruntime's errors have no base class of their own
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"it does not take images of {size[0]} x {size[1]} pixels ({reason})") from error
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"it does not take images of {size[0]} x {size[1]} pixels ({error})") from error
         if logits.shape != (2, count):
             raise ValueError(f"it has {count} classes, but outputs of the shape {tuple(logits.shape)} for two images")
         if self.has_score and known.shape != (2,):
@@ -75,8 +74,13 @@ class OnnxNetwork:
         return self.predict(images)[0]
 
     def predict(self, images):
-        """(logits (N, classes), known (N,) or None): what `common.calibration.CalibratedNetwork` returns."""
-        logits, *known = map(torch.from_numpy, self.session.run(None, {"images": images.numpy()}))
+        """(logits (N, classes), known (N,) or None): what `common.calibration.CalibratedNetwork` returns; RuntimeError
+        if it cannot, as for images of another size."""
+        try:
+            outputs = self.session.run(None, {"images": images.numpy()})
+        except Exception as error:  # onnxruntime's errors have no base class of their own
+            raise RuntimeError(f"onnxruntime: {' '.join(str(error).split())[:200]}") from error
+        logits, *known = map(torch.from_numpy, outputs)
         return logits, known[0] if self.has_score else None
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import Normalize
 
+from common.evaluation import coverage_curve
 from common.files import written_whole
 from common.text import label, printable, width
 
@@ -306,9 +307,7 @@ def plot_calibration(raw, calibrated, labels, path):
         sizes = 12 + 240 * counts[full] / counts.max()
         axes.scatter(100 * means, 100 * right, sizes, color=color, alpha=0.75, label=name, zorder=3)
         strip.bar(10 * np.arange(10) + 3 + 4 * number, 100 * counts / len(labels), 3.6, color=color)
-        order = np.argsort(-confidence, kind="stable")
-        kept = np.arange(1, len(labels) + 1)
-        share, accuracy = 100 * kept / len(labels), 100 * np.cumsum(correct[order]) / kept
+        share, accuracy = (100 * fraction for fraction in coverage_curve(probabilities, labels))
         first = max(0, min(len(labels) // 20, len(labels) - 1))  # of the first few images it says nothing
         curve.plot(share[first:], accuracy[first:], line, color=color, lw=2, label=name)
     for part in (50, 80, 100):

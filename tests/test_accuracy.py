@@ -106,6 +106,12 @@ def test_weights_to_ship_are_small_and_know_every_image(small, calibrated):
         assert torch.allclose(tensor, own["score"][name] if pooled is None else pooled), name
 
 
+def test_calibrations_without_a_score_are_pooled_to_one_without():
+    own, *others = (dict(temperature=value, images=3, img_size=32, score=None) for value in (1.0, 0.5, 2.0))
+    pooled = accuracy.pool_calibrations(own, others)
+    assert pooled == dict(temperature=pytest.approx(1.0), images=6, img_size=32, score=None)
+
+
 def test_fine_tuning_starts_from_a_network_that_knows_other_classes(small):
     """Which networks are trained, on which classes, and from which weights; without the training itself."""
     small.setattr(accuracy, "WHAT", "fine_tuning")
