@@ -132,6 +132,33 @@ def test_early_stopping_ends_a_run_and_does_so_again_when_resumed(run_train, mon
     assert epochs == [1, 2, 3] and not differences(again, straight)
 
 
+def test_a_run_can_be_ended_early_with_a_short_decay_of_the_learning_rate(calibrated, run_train, monkeypatch):
+    """Stopped, by PATIENCE too, and resumed with fewer EPOCHS than were planned, it ends as if planned so."""
+    original = train.validate
+
+    def constant(*arguments):
+        metrics, *labels = original(*arguments)
+        return metrics | dict(acc1=50.0), *labels
+
+    monkeypatch.setattr(train, "validate", constant)
+    constants = dict(IMG_SIZE=64, START_SIZE=32)
+    sizes = []
+    original_epoch = train.train_one_epoch
+
+    def note_size(state, network, loader, prepare, *arguments, **options):
+        sizes.append(prepare.keywords["size"][0])
+        return original_epoch(state, network, loader, prepare, *arguments, **options)
+
+    monkeypatch.setattr(train, "train_one_epoch", note_size)
+    run_train(**constants, EPOCHS=30, PATIENCE=3)
+    folder = run_train(**constants, EPOCHS=6, RESUME="auto")
+    with open(folder / "log.csv", encoding="utf-8") as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert len(rates) == 6 and rates[4] < rates[3] / 10 and rates[5] == pytest.approx(1e-6)
+    assert sizes == [32, 32, 32, 32, 64, 64]
+    assert "calibration" in load_checkpoint(folder / "last.pth")
+
+
 def test_workers_change_nothing(run_train):
     a = load_checkpoint(run_train(EPOCHS=1, OUTPUT="a") / "last.pth")
     b = load_checkpoint(run_train(EPOCHS=1, OUTPUT="b", WORKERS=2) / "last.pth")
