@@ -165,6 +165,10 @@ FORMS = {
     "Okt 91": (MONTHS, lambda d: f"{GERMAN[d.month - 1][:3]} {d:%y}"),
     "sept. 1991": (MONTHS, lambda d: f"{FRENCH[d.month - 1]} {d.year}"),
     "01-ene-1991": (DAYS, lambda d: f"{d.day:02}-{SPANISH[d.month - 1]}-{d.year}"),
+    "2016-07-01-13-00-00": (HOURS, lambda d: f"{d:%Y-%m-%d-%H-%M-%S}"),
+    "2016-07-01_13-00-00": (HOURS, lambda d: f"{d:%Y-%m-%d_%H-%M-%S}"),
+    "2016_07_01_13_00_00": (HOURS, lambda d: f"{d:%Y_%m_%d_%H_%M_%S}"),
+    "2016.07.01 13.00.00": (HOURS, lambda d: f"{d:%Y.%m.%d %H.%M.%S}"),
     "16 digits": (HOURS, lambda d: f"{d.replace(tzinfo=timezone.utc).timestamp():.0f}000000"),
     # seconds since 1970
     "Unix time in seconds": (HOURS, lambda d: str(int(d.replace(tzinfo=timezone.utc).timestamp()))),
@@ -697,6 +701,7 @@ INTERVALS = {
     "2020-01-01 08:00-09:00": lambda d: f"{d:%Y-%m-%d %H:%M}-{d + HOUR:%H:%M}",
     "2020-01-01 08:00 - 09:00": lambda d: f"{d:%Y-%m-%d %H:%M} - {d + HOUR:%H:%M}",
     "01.01.2020 00:00 - 01.01.2020 01:00": lambda d: f"{d:%d.%m.%Y %H:%M} - {d + HOUR:%d.%m.%Y %H:%M}",
+    "01.01.2020 00:00 - 01.01.2020 01:00 (CET)": lambda d: f"{d:%d.%m.%Y %H:%M} - {d + HOUR:%d.%m.%Y %H:%M} (CET)",
     "2020-01-01T00:00Z/2020-01-01T01:00Z": lambda d: f"{d:%Y-%m-%dT%H:%MZ}/{d + HOUR:%Y-%m-%dT%H:%MZ}",
     "1/31/2020 1:00 PM to 1/31/2020 2:00 PM": lambda d: f"{d:%m/%d/%Y %I:%M %p} to {d + HOUR:%m/%d/%Y %I:%M %p}",
 }
@@ -707,6 +712,12 @@ def test_intervals_are_read_by_their_beginnings(form, read):
     series = read(write(HOURS, INTERVALS[form]))
     check(series, HOURS)
     assert "the beginnings of intervals" in series.notes[0]
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%d-%Hh%Mm%Ss", "%Y-%m-%d-hour %H of a day", "%d.%m.%Y - %H %M %S %f"])
+def test_what_follows_a_date_is_the_end_of_an_interval_only_if_it_is_a_date(form, read):
+    with pytest.raises(UserError, match="has no date column"):
+        read(write(HOURS, lambda d: f"{d:{form}}"))
 
 
 @pytest.mark.parametrize("form", ["{0}/{2:02}", "{0}-{2:02}", "{0}/{1}", "FY{0}-{2:02}", "{0}\u2013{1}"])
