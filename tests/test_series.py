@@ -165,6 +165,10 @@ FORMS = {
     "Okt 91": (MONTHS, lambda d: f"{GERMAN[d.month - 1][:3]} {d:%y}"),
     "sept. 1991": (MONTHS, lambda d: f"{FRENCH[d.month - 1]} {d.year}"),
     "01-ene-1991": (DAYS, lambda d: f"{d.day:02}-{SPANISH[d.month - 1]}-{d.year}"),
+    "2016-07-01-13-00-00": (HOURS, lambda d: f"{d:%Y-%m-%d-%H-%M-%S}"),
+    "2016-07-01_13-00-00": (HOURS, lambda d: f"{d:%Y-%m-%d_%H-%M-%S}"),
+    "2016_07_01_13_00_00": (HOURS, lambda d: f"{d:%Y_%m_%d_%H_%M_%S}"),
+    "2016.07.01 13.00.00": (HOURS, lambda d: f"{d:%Y.%m.%d %H.%M.%S}"),
     "16 digits": (HOURS, lambda d: f"{d.replace(tzinfo=timezone.utc).timestamp():.0f}000000"),
     # seconds since 1970
     "Unix time in seconds": (HOURS, lambda d: str(int(d.replace(tzinfo=timezone.utc).timestamp()))),
@@ -336,6 +340,9 @@ def test_empty_cells_are_refused_or_filled(read):
     series = read(text, gaps="carry")
     check(series, DAYS[:12], list(range(12)))
     assert "column new left out: the first value is in the second half" in series.notes
+    lines = [f"{day},{row},{row or ''}" for row, day in enumerate(DAYS)]
+    series = read("\n".join(["date,value,new", *lines]), gaps="carry")
+    assert "the first row is left out: column new has no value before" in series.notes
     with pytest.raises(UserError, match="column new begins in the second half only; exclude it"):
         read(text, gaps="carry", columns=["value", "new"])
     with pytest.raises(UserError, match="rows are missing, more than there are"):
@@ -448,6 +455,25 @@ def test_daylight_saving_that_does_not_show_itself_is_refused(read):
     assert len(read(text, zone="Europe/Berlin").clock) == 60 * 24
     with pytest.raises(UserError, match="line .*: 2020-03-29 02:00:00 does not exist in Europe/Berlin"):
         read(write([datetime(2020, 3, 28) + HOUR * row for row in range(60)], str), zone="Europe/Berlin")
+
+
+def test_another_column_of_dates_is_named_only_if_it_helps(read):
+    """The end of each interval is doubled in autumn, too."""
+    utc, dates = local("Europe/Berlin", first=datetime(2018, 10, 1), days=60)
+    rows = [f"{date:%Y-%m-%d %H:%M},{date + HOUR:%Y-%m-%d %H:%M},{row % 7}" for row, date in enumerate(dates)]
+    text = "\n".join(["start,end,value", *rows])
+    with pytest.raises(UserError, match="1 row has a date .*; keep each date once; if daylight saving .* TIMEZONE"):
+        read(text)
+    assert read(text, zone="Europe/Berlin").clock == utc
+    text = "day,time,value\n" + "".join(f"{date:%Y-%m-%d},{date},{date.hour}.5\n" for date in HOURS)
+    with pytest.raises(UserError, match="column time has different dates: set DATE to time"):
+        read(text, date_column="day")
+
+
+def test_daylight_saving_doubles_no_days(read):
+    lines = [f"{day},{row}" for row, day in enumerate([*DAYS, DAYS[3]])]
+    with pytest.raises(UserError, match="1 row has a date that another row has.*keep each date once$"):
+        read("\n".join(["date,value", *lines, *(f"{DAYS[-1] + DAY * row},1" for row in range(1, 60))]))
 
 
 @pytest.mark.parametrize("zone", ZONES)
@@ -584,6 +610,77 @@ def test_lines_above_the_header_are_left_out(read, above, separator):
     assert any("above the header left out" in note for note in series.notes)
 
 
+ABOVE = {  # {0} is the separator, in a table of four columns
+    "a title with empty cells": "Sales{0}{0}{0}\n",
+    "two cells and an empty row": "Period{0}2016{0}{0}\n{0}{0}{0}\n",
+    "names and values of a station": "Source{0}City{0}Latitude{0}Longitude{0}Zone\nX{0}Bonn{0}50.7{0}7.1{0}1\n",
+    "numbers of a station": "703165{0}55.3{0}{0}\n",
+}
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("above", ABOVE)
+@pytest.mark.parametrize("end", ["", "{0}"])
+def test_notes_above_the_header_may_be_filled_up_or_wider(read, above, separator, end):
+    rows = [f"{date}{{0}}{row % 7}{{0}}{{0}}{row % 5}.5" for row, date in enumerate(HOURS)]
+    lines = ["date{0}north{0}new{0}south" + end, *rows]
+    series = read((ABOVE[above] + "\n".join(lines)).replace("{0}", separator))
+    assert series.dates == HOURS and series.columns == ["north", "south"]
+    assert series.values.tolist() == [[row % 7, row % 5 + 0.5] for row in range(60)]
+    assert any("above the header left out" in note or "first 2 lines" in note for note in series.notes)
+
+
+def test_a_short_first_row_is_no_header(read):
+    lines = [f"{date:%Y-%m-%d},NA,NA,{'NA' if row < 3 else row}" for row, date in enumerate(DAYS)]
+    with pytest.raises(UserError, match="expected 5 fields, got 4"):
+        read("\n".join(["date,a,b,c,d", *lines]))
+
+
+@pytest.mark.parametrize("word", ["Summe", "Total", "Grand total:", "合计", "Average"])
+def test_a_row_of_totals_below_the_table_is_left_out(word, read):
+    text = write(DAYS, lambda d: f"{d:%Y-%m-%d}")
+    series = read(f"{text}{word},466.5\n")
+    check(series, DAYS)
+    assert f"line 62 below the table left out: {word} instead of a date" in series.notes
+    text = "\n".join(["Year,Month,value", *(f"{d.year},{d.month},{row % 7}" for row, d in enumerate(MONTHS))])
+    assert read(f"{text}\n{word},,7\n{word},,8").dates == MONTHS
+
+
+@pytest.mark.parametrize("cell", ["", "NaN", "n/a", "Total 2020", "20th", "======="])
+def test_other_last_rows_without_a_date_are_refused(cell, read):
+    with pytest.raises(UserError, match="line 62, column date: "):
+        read(f"{write(DAYS, str)}{cell},466.5\n")
+
+
+@pytest.mark.parametrize("name", ["time", "Time.1", "period", "obs", "id", "year_number"])
+def test_a_column_called_like_a_date_that_counts_the_rows_is_left_out(name, read):
+    text = f"date,{name},value\n" + "".join(f"{day},{row},{row % 7}\n" for row, day in enumerate(HOURS))
+    series = read(text)
+    assert series.columns == ["value"]
+    assert f"columns left out: {name} (numbers of the rows); COLUMNS names those to read" in series.notes
+    assert read(text, columns=[name]).columns == [name]
+
+
+@pytest.mark.parametrize("form", ["%Y%m%d", "%Y", "%Y%m"])
+def test_a_second_column_of_dates_is_no_series(form, read):
+    days = [datetime(2019, 1, 1) + DAY * row for row in range(800)]
+    rows = [f"{day:{form}},{day:%Y-%m-%d},{row % 7},{1900 + row * row % 97}" for row, day in enumerate(days)]
+    for lines in (rows, rows[::-1]):
+        series = read("\n".join(["MapDate,valid,value,travel_time", *lines]))
+        assert series.columns == ["value", "travel_time"] and series.dates == days
+        assert "columns left out: MapDate (dates); COLUMNS names those to read" in series.notes
+
+
+def test_apostrophes_of_spreadsheets_and_infinite_numbers(read):
+    lines = [f"{date},{cell}" for date, cell in zip(DAYS, ["1", "'2", "'-", "'-4.5", *("5" * 30)])]
+    series = read("\n".join(["date,value", *lines]), gaps="carry")
+    assert series.values[:5, 0].tolist() == [1, 2, 2, -4.5, 5]
+    text = "\n".join(["date,value", *lines, f"{DAYS[len(lines)]},Inf"])
+    with pytest.raises(UserError, match="'Inf' is not finite; .*name it in MISSING_VALUES"):
+        read(text, gaps="carry")
+    assert len(read(text, gaps="carry", missing=["Inf"]).dates) == len(lines)
+
+
 def test_a_file_without_header_gets_names(read):
     lines = [f"{day},{3 * row},{row % 7}" for row, day in enumerate(HOURS)]
     series = read("\n".join(lines))
@@ -697,6 +794,7 @@ INTERVALS = {
     "2020-01-01 08:00-09:00": lambda d: f"{d:%Y-%m-%d %H:%M}-{d + HOUR:%H:%M}",
     "2020-01-01 08:00 - 09:00": lambda d: f"{d:%Y-%m-%d %H:%M} - {d + HOUR:%H:%M}",
     "01.01.2020 00:00 - 01.01.2020 01:00": lambda d: f"{d:%d.%m.%Y %H:%M} - {d + HOUR:%d.%m.%Y %H:%M}",
+    "01.01.2020 00:00 - 01.01.2020 01:00 (CET)": lambda d: f"{d:%d.%m.%Y %H:%M} - {d + HOUR:%d.%m.%Y %H:%M} (CET)",
     "2020-01-01T00:00Z/2020-01-01T01:00Z": lambda d: f"{d:%Y-%m-%dT%H:%MZ}/{d + HOUR:%Y-%m-%dT%H:%MZ}",
     "1/31/2020 1:00 PM to 1/31/2020 2:00 PM": lambda d: f"{d:%m/%d/%Y %I:%M %p} to {d + HOUR:%m/%d/%Y %I:%M %p}",
 }
@@ -707,6 +805,12 @@ def test_intervals_are_read_by_their_beginnings(form, read):
     series = read(write(HOURS, INTERVALS[form]))
     check(series, HOURS)
     assert "the beginnings of intervals" in series.notes[0]
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%d-%Hh%Mm%Ss", "%Y-%m-%d-hour %H of a day", "%d.%m.%Y - %H %M %S %f"])
+def test_what_follows_a_date_is_the_end_of_an_interval_only_if_it_is_a_date(form, read):
+    with pytest.raises(UserError, match="has no date column"):
+        read(write(HOURS, lambda d: f"{d:{form}}"))
 
 
 @pytest.mark.parametrize("form", ["{0}/{2:02}", "{0}-{2:02}", "{0}/{1}", "FY{0}-{2:02}", "{0}\u2013{1}"])

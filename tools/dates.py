@@ -57,6 +57,8 @@ _YEAR, _ANY_YEAR = r"(?P<year>\d{4})", r"(?P<year>\d{4}|\d{2})"
 # Name of a pattern, as it is printed, and its regular expression. Texts first, then what could be plain numbers.
 TEXTS = {
     "year-month-day": rf"{_YEAR}(?P<sep>[-/.]\s?)(?P<month>\d{{1,2}})(?P=sep)(?P<day>\d{{1,2}})\.?{_TIME}",
+    "year-month-day-hour-minute-second": rf"{_YEAR}(?P<sep>[-._])(?P<month>\d{{2}})(?P=sep)(?P<day>\d{{2}})[-_ T]"
+    r"(?P<hour>\d{2})(?P<mark>[-._])(?P<minute>\d{2})(?P=mark)(?P<second>\d{2})",
     "year 年 month 月 day 日": rf"{_YEAR}\s*年(?:\s*(?P<month>\d{{1,2}})\s*月(?:\s*(?P<day>\d{{1,2}})\s*[日号]\s*"
     rf"(?:{_CLOCK})?)?)?",
     "fiscal years": rf"(?:fy ?)?{_YEAR}[-/\u2013](?P<next>\d{{4}}|\d{{2}})",
@@ -280,7 +282,9 @@ def read_dates(cells, order="auto", numbers=False, anything=False, share=0.8, ga
     reading = read_points(cells, order, numbers, anything, share, gaps)
     if not numbers and (reading is None or len({*reading.offsets} - {None}) > 4):  # no place changes its zone as often
         pairs = [INTERVAL.fullmatch(cell) for cell in cells]
-        if sum(pair is not None for pair in pairs) > share * sum(map(bool, cells)):
+        ends = [re.sub(r"\s*\(.*", "", pair["end"]) for pair in pairs if pair]
+        dated = all(re.match(r"\d{1,2}:\d{2}", end) for end in ends) or read_points(ends, order, share=share)
+        if len(ends) > share * sum(map(bool, cells)) and dated:
             begins = [pair["begin"] if pair else cell for pair, cell in zip(pairs, cells)]
             reading = read_points(begins, order, share=share)
             if reading:

@@ -31,6 +31,7 @@ MISSING |= {"#wert!", "#bezug!", "#zahl!", "#nv", "#valeur!"}
 # Numbers, as `str` writes them, by which programs mark missing values.
 SENTINEL = re.compile(r"-(?:99+|200|32767|32768)\.[09]+|(?:999+|32767|65535)\.[09]+|-?[\d.]+e\+[23]\d")
 INDEX = {"", "index", "id", "no", "no.", "nr", "nr.", "#", "row", "rowid", "row_id", "instant", "unnamed", "rownames"}
+INDEX |= {"obs"}
 PARTS = {  # names of columns that together are a date
     "year": ("year", "yr", "yyyy", "jahr", "año", "ano", "année", "annee", "anno", "年", "年份"),
     "month": ("month", "mon", "mo", "mm", "mnth", "monat", "mes", "mês", "mois", "mese", "月", "月份"),
@@ -271,7 +272,7 @@ def read_cells(path, encoding):
     rows = [(line, [cell.strip() for cell in row]) for line, row in rows]
     if above:
         lines = [line for line, row in rows[:above] if any(row)]
-        notes.append(f"{some_of(lines, 'line')} above the header left out: fewer fields than the table")
+        notes.append(f"{some_of(lines, 'line')} above the header left out: not the fields of the table")
     names, rows = [unguard(name) for name in rows[above][1]] if rows else [], rows[above + 1 :]
     blank = [line for line, row in rows if row and not any(row) and len(row) > 1]
     rows = [(line, row) for line, row in rows if any(row)]
@@ -328,8 +329,9 @@ def has_open_quote(row, separator, width):
 def count_above(rows, most=50):
     """How many of the first rows are notes above the header.
 
-    They have fewer fields than the table. The first row of its width is the header if it holds names and the next one
-    numbers; else the first row of all is: one without a name for the first column, or one that is broken.
+    They have another number of fields than the table, or leave its second half empty, as spreadsheets write them. The
+    first row of its width is the header if it holds names and the next one numbers; else the first row of all is: one
+    without a name for the first column, or one that is broken.
 
     Args:
         rows: pairs of line number and texts.
@@ -340,14 +342,22 @@ def count_above(rows, most=50):
     if not widths:
         return 0
     usual, count = Counter(widths).most_common(1)[0]
+    rows = [shorten(row, usual) for row in rows]
     full = [number for number, row in enumerate(rows) if len(row) == usual]
-    if widths[0] >= usual or count < len(widths) / 2 or full[0] > most or len(full) < 2:
+    if len(full) < 2 or len(rows[0]) == usual or count < len(widths) / 2 or full[0] > most:
         return 0
     if full[0] == 1 and len(rows[0]) == usual - 1 and len(rows[0]) > 1:
         return 0
     names, below = rows[full[0]], rows[full[1]]
     numbers = sum(map(number, names))
-    return full[0] if any(map(number, below)) and (not numbers or date_run(names)) else 0
+    named = not numbers and not any(is_date(cell.strip()) for cell in names)
+    return full[0] if any(map(number, below)) and (named or date_run(names)) else 0
+
+
+def shorten(row, width):
+    """A row without the empty cells at its end: those beyond `width`, or all if they are half of `width` or more."""
+    end = max((place for place, cell in enumerate(row, 1) if cell.strip()), default=0)
+    return row[:end] if 2 * end <= width else row[: max(end, width)]
 
 
 def find_separator(text):
@@ -865,13 +875,19 @@ def add_times(table, dates, zone=None):
 
 
 def drop_footer(table, dates):
-    """Leave out the last rows if they hold no date and no number: notes below a table."""
+    """Leave out the last rows if they hold no date and no number, or a word such as Total instead of the date."""
     reading = dates.reading
+    cells = table.cells(dates.columns[0])
     end = len(table.rows)
-    while end and reading.dates[end - 1] is None and not any(map(number, table.rows[end - 1])):
+    while end and reading.dates[end - 1] is None:
+        total = re.fullmatch(r"\D*[^\W\d_]\D*", clean(cells[end - 1]) or "")
+        if any(map(number, table.rows[end - 1])) and not total:
+            break
         end -= 1
     if end < len(table.rows):
-        table.notes.append(f"{some_of(table.lines[end:], 'line')} below the table left out: no date and no numbers")
+        words = list(dict.fromkeys(filter(None, cells[end:])))
+        why = f"{list_names(words, 3)} instead of a date" if words else "no date and no numbers"
+        table.notes.append(f"{some_of(table.lines[end:], 'line')} below the table left out: {why}")
         table.drop(range(end))
         reading.dates, reading.offsets = reading.dates[:end], reading.offsets[:end]
 
@@ -912,7 +928,7 @@ def read_numbers(table, dates, columns, decimal, missing=()):
     values = {
         name: plain[name] if name in plain else to_numbers(table, name, cells[name], signs[name]) for name in cells
     }
-    left = {"text": texts, "empty": empty, "constant": [], "numbers of the rows": []}
+    left = {"text": texts, "empty": empty, "constant": [], "numbers of the rows": [], "dates": []}
     if not columns:
         for name, column in list(values.items()):
             known = column[~np.isnan(column)]
@@ -921,6 +937,9 @@ def read_numbers(table, dates, columns, decimal, missing=()):
                 del values[name]
             elif is_row_number(name, column):
                 left["numbers of the rows"].append(name)
+                del values[name]
+            elif date_named(name) and rises_by_dates(table.cells(name)):
+                left["dates"].append(name)
                 del values[name]
     note = "; ".join(
         f"{', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''} ({why})"
@@ -939,10 +958,17 @@ def read_numbers(table, dates, columns, decimal, missing=()):
     return list(values), np.stack(list(values.values()), 1)
 
 
+def rises_by_dates(cells):
+    """Whether numbers are dates, such as 20160701 or years, and follow each other as the rows do."""
+    reading = read_dates(cells, numbers=True, gaps=0.2)
+    dates = [date for date in reading.dates if date] if reading else []
+    return bool(dates) and sorted(dates) in (dates, dates[::-1])
+
+
 def is_row_number(name, column):
     """Whether a column only counts the rows: 0, 1, 2 or 1, 2, 3, ..., under a name for such numbers."""
     plain = name.lower().partition(":")[0].strip()
-    named = plain in INDEX or re.fullmatch(r"column \d+", plain)
+    named = plain in INDEX or date_named(name) or re.fullmatch(r"column \d+", plain)
     return bool(named and len(column) > 1 and (np.abs(np.diff(column)) == 1).all() and len(set(np.diff(column))) == 1)
 
 
@@ -973,7 +999,7 @@ def whole(cell):
 
 def clean(cell, missing=MISSING):
     """The text of a number without separators of thousands that are no sign; None if it is among `missing`."""
-    cell = cell.replace("\u2212", "-").strip("$€£¥% ")
+    cell = cell.replace("\u2212", "-").lstrip("'").strip("$€£¥% ")  # an apostrophe marks texts in spreadsheets
     if (cell.lower() if missing is MISSING else whole(cell)) in missing:
         return None
     return cell if cell.isascii() and " " not in cell and "'" not in cell else SPACED.sub("", cell)
@@ -1062,7 +1088,10 @@ def to_numbers(table, name, cells, sign):
                 f"{where} is not a number{hint}; fix this cell, exclude the column with COLUMNS, "
                 + ("or set DECIMAL" if hint else "or name it in MISSING_VALUES if it means a missing value")
             )
-        raise UserError(f"{where} is not finite; fill it in, or exclude the column with COLUMNS")
+        raise UserError(
+            f"{where} is not finite; fill it in, exclude the column with COLUMNS, or name it in MISSING_VALUES if it "
+            "means a missing value"
+        )
     return result
 
 
@@ -1187,7 +1216,9 @@ def drop_doubles(series, table, clock, rows):
         groups = len(clock) / len(set(clock))
         hint = "keep each date once"
         telling = find_telling(table, clock, rows, series.date) if groups > 1.2 else None
-        other = next((name for name in table.names if name != series.date and is_different(table.cells(name))), None)
+        enough = max(0.99 * len(clock), (len(clock) + len(set(clock))) / 2)  # it must tell half of the doubles apart
+        others = [name for name in table.names if name != series.date]
+        other = next((name for name in others if count_dates(table.cells(name)) > enough), None)
         if other:
             hint = f"column {other} has different dates: set DATE to {other}"
         elif telling:
@@ -1202,7 +1233,7 @@ def drop_doubles(series, table, clock, rows):
                 hint += f'tells several series apart, choose one with WHERE, such as --where "{example}"'
         elif groups > 1.5:
             hint = "a file with several series needs a column of numbers for each, with each date once"
-        elif len(different) < len(clock) / 100:
+        elif len(different) < len(clock) / 100 and any(clock[place].time() != time() for place in different):
             hint += "; if daylight saving doubles the hour, set TIMEZONE"
         rows_have = "rows have" if len(different) > 1 else "row has"
         lines = {place: table.lines[rows[place]] for place in different[:3]}
@@ -1217,13 +1248,13 @@ def drop_doubles(series, table, clock, rows):
     return keep
 
 
-def is_different(cells):
-    """Whether a column holds a date for each row that no other row has."""
+def count_dates(cells):
+    """Number of different dates of a column; 0 if it holds none."""
     try:
         reading = read_dates(cells)
     except Ambiguous:
-        return len(set(cells)) > 0.99 * len(cells)
-    return reading is not None and len(set(reading.dates)) > 0.99 * len(cells)
+        return len(set(cells))
+    return len(set(reading.dates)) if reading else 0
 
 
 def find_telling(table, clock, rows, date, most=3):
@@ -1325,7 +1356,8 @@ def fill(series, path, gaps, chosen=False):
     first = max((int(np.argmin(column)) for column in empty.T), default=0)
     if first:
         last = next(name for name, column in zip(series.columns, empty.T) if np.argmin(column) == first)
-        series.notes.append(f"the first {first:,} rows are left out: column {last} has no value before")
+        rows_are = f"{first:,} rows are" if first > 1 else "row is"
+        series.notes.append(f"the first {rows_are} left out: column {last} has no value before")
     for place in np.flatnonzero(empty.any(0)):
         known = np.flatnonzero(~empty[:, place])
         if gaps == "interpolate":
