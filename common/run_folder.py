@@ -663,7 +663,7 @@ def fingerprint_names(files, sound):
 
 
 def describe_changes(checkpoint, about):
-    """Print what differs from the run that is resumed, and what follows.
+    """Print what differs from the run that is resumed, and what follows; also if there is nothing left to train.
 
     Args:
         checkpoint: of the run that is resumed, its config upgraded.
@@ -707,4 +707,6 @@ def describe_changes(checkpoint, about):
         exact = False
     if not exact:
         print("            so the result will not be bit-identical to that of an uninterrupted run")
+    if checkpoint["epoch"] >= new["EPOCHS"]:
+        print(f"complete    nothing is left to train, since EPOCHS is {new['EPOCHS']}; a larger one prolongs the run")
     return start_anew

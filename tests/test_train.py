@@ -132,7 +132,9 @@ def test_early_stopping_ends_a_run_and_does_so_again_when_resumed(run_train, mon
     assert epochs == [1, 2, 3] and not differences(again, straight)
 
 
-def test_a_run_can_be_ended_early_with_a_short_decay_of_the_learning_rate(calibrated, run_train, monkeypatch):
+def test_a_run_can_be_ended_early_with_a_short_decay_of_the_learning_rate(
+    calibrated, run_train, monkeypatch, capsys
+):
     """Stopped, by PATIENCE too, and resumed with fewer EPOCHS than were planned, it ends as if planned so."""
     original = train.validate
 
@@ -156,7 +158,11 @@ def test_a_run_can_be_ended_early_with_a_short_decay_of_the_learning_rate(calibr
         rates = [float(row["lr"]) for row in csv.DictReader(file)]
     assert len(rates) == 6 and rates[4] < rates[3] / 10 and rates[5] == pytest.approx(1e-6)
     assert sizes == [32, 32, 32, 32, 64, 64]
-    assert "calibration" in load_checkpoint(folder / "last.pth")
+    assert "calibration" in load_checkpoint(folder / "last.pth") and "nothing is left" not in capsys.readouterr().out
+    for epochs in (6, 5):
+        run_train(**constants, EPOCHS=epochs, RESUME="auto")
+        assert f"nothing is left to train, since EPOCHS is {epochs}; a larger" in capsys.readouterr().out
+    assert len(sizes) == 6
 
 
 def test_workers_change_nothing(run_train):
