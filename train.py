@@ -17,7 +17,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from common.options import answer_early
 
@@ -43,6 +43,7 @@ from common.clock import Clock
 from common.convolutions import choose_convolutions
 from common.dataset import EpochBatches, PixelTransform, SeededImages, open_image_folder, seed_everything
 from common.device import NetworkForSize, Normalise, choose_amp, choose_layout, choose_workers, prefetch, wants_compile
+from common.distillation import Teacher, check_teacher
 from common.faults import Interrupt, Stopped, explain_not_finite, skip_step, split_when_out_of_memory
 from common.fingerprints import fingerprint_images
 from common.loading import Loader
@@ -50,9 +51,9 @@ from common.manifest import CACHE, STATISTICS, choose_mean_and_std, read_sound
 from common.network import adopt_input, check_environment, check_pretrained, create_network, freeze, load_pretrained
 from common.network import read_weights
 from common.optimizer import create_optimizer
-from common.options import Channels, ConstantError, Fraction, ImageSize, Limits, MultipleOf32, Name, NonNegative
-from common.options import NonNegativeInt, Positive, PositiveChannels, PositiveInt, Probability, Rate, UserError
-from common.options import Workers, current_values, fill_in, run
+from common.options import Channels, ConstantError, Fraction, ImageSize, MultipleOf32, Name, NonNegative
+from common.options import NonNegativeInt, Positive, PositiveChannels, PositiveInt, Probability, Rate, Rotation
+from common.options import UserError, Workers, current_values, fill_in, run
 from common.progress import Progress
 from common.run_folder import RunFolder, Totals, TrainingState, describe_run, print_summary, to_img_size
 from common.schedule import ImageSizes, warmup_cosine
@@ -86,8 +87,7 @@ CROP: Fraction = 1.0  # minimum area fraction of RandomResizedCrop; 1: whole ima
 CUTOUT: Probability = 0.25  # probability of erasing a rectangle; 0: off
 HFLIP: Probability = 0.5  # probability of a horizontal flip; 0: off
 VFLIP: Probability = 0.5  # probability of a vertical flip, suitable for overhead images; 0: off
-QUARTER_TURNS: bool = True  # rotate by a random multiple of 90 degrees, suitable for overhead images
-ROTATION: Annotated[float, Limits(0, 180)] = 180.0  # maximum rotation in degrees, 180 for overhead images; 0: off
+ROTATION: Rotation = 180.0  # maximum in degrees, 180 for overhead images; "quarter": multiples of 90 degrees; 0: off
 COLOR_JITTER: Probability = 0.2  # maximum relative change of brightness, contrast and saturation; 0: off
 QUALITY: Probability = 0.5  # probability of a random blur, sharpening, resampling, JPEG compression or noise; 0: off
 
@@ -102,6 +102,7 @@ MIXUP: NonNegative = 0.8  # alpha of Mixup's Beta distribution; 0: no Mixup
 CUTMIX: NonNegative = 1.0  # alpha of CutMix's Beta distribution; 0: no CutMix
 MIX_PROB: Probability = 0.2  # probability that a batch is mixed, by Mixup or CutMix in turns; 0: off
 SMOOTHING: Rate = 0.1  # label smoothing; 0: off
+TEACHER: str = ""  # knowledge distillation: a checkpoint, or several, whose predictions are the targets; "": labels
 BALANCE: NonNegative = 0.0  # class imbalance: logit adjustment (the effect of class weights); 1: full; 0: off
 
 # --- network
@@ -139,7 +140,7 @@ DEFAULTS = {
 
 def main():
     arch, tag = split_model_name_tag(MODEL)
-    check_choices(arch, tag, OPTIMIZER, PRETRAINED, RESUME, DATA)
+    check_choices(arch, tag, OPTIMIZER, PRETRAINED, TEACHER, RESUME, DATA)
     if (MEAN is None) != (STD is None):
         raise ConstantError("MEAN and STD go together: set both or neither")
     if START_SIZE and IMG_SIZE and START_SIZE > IMG_SIZE:
@@ -166,7 +167,7 @@ def main():
             sizes = ImageSizes(epochs, full, (TEST_SIZE,) * 2 if TEST_SIZE else None, START_SIZE)
             transform = train_transform(
                 sizes.full, mean, fit=FIT, crop=CROP, cutout=CUTOUT, hflip=HFLIP, vflip=VFLIP,
-                quarter_turns=QUARTER_TURNS, rotation=ROTATION, color_jitter=COLOR_JITTER, quality=QUALITY,
+                rotation=ROTATION, color_jitter=COLOR_JITTER, quality=QUALITY,
             )  # fmt: skip
         else:
             sizes = ImageSizes(epochs, spectrogram_size(sound))
@@ -231,6 +232,7 @@ def main():
             images=images, device=device, amp_dtype=amp_dtype, compiled=compiling, world_size=world_size,
             convolutions=convolutions,
         )  # fmt: skip
+        teacher = Teacher(TEACHER, about, device, amp) if TEACHER else None
         folder.begin(about, checkpoint, Clock(about, sizes, device.type))
         if checkpoint is not None:
             state.load(checkpoint, folder.resumed)
@@ -246,8 +248,9 @@ def main():
                     state.img_size, frozen = to_img_size(val_size), state.epoch < FREEZE_EPOCHS
                     network = model if frozen else compiled_for(size)
                     prepare = partial(
-                        prepare_batch, size=size, device=device, normalise=normalise, mixup=mixup, seed=SEED
-                    )
+                        prepare_batch, size=size, device=device, normalise=normalise, mixup=mixup, teacher=teacher,
+                        seed=SEED,
+                    )  # fmt: skip
                     train_metrics = train_one_epoch(
                         state, network, train_loader, prepare, criterion, learning_rate, amp, accumulate=ACCUMULATE,
                         clip_grad=CLIP_GRAD, frozen=frozen, description=f"epoch {state.epoch + 1}/{epochs}",
@@ -275,7 +278,7 @@ def main():
         return distributed.leave(device, 0)
 
 
-def check_choices(arch, tag, optimizer, pretrained, resume, data):
+def check_choices(arch, tag, optimizer, pretrained, teacher, resume, data):
     """Refuse names that nobody knows before anything is read or written."""
     if arch not in timm.list_models():
         near = ", ".join(timm.list_models("unireplknet*"))
@@ -285,6 +288,7 @@ def check_choices(arch, tag, optimizer, pretrained, resume, data):
     if distributed.rank() == 0 and resume not in ("", "auto") and not Path(resume).is_file():
         raise ConstantError(f'RESUME must be "", "auto" or the path of a checkpoint, got {resume!r}')
     check_environment()
+    check_teacher(teacher)
     if distributed.rank() == 0 and not resume:
         check_pretrained(arch, tag, pretrained)
     if not Path(data, "train").is_dir():
@@ -467,18 +471,19 @@ def micro_batches(batches, numbers, prepare, count):
             yield *part, len(part[0]) / len(whole[0]) / len(batches), number == numbers[-1] and part is parts[-1]
 
 
-def prepare_batch(batch, number, *, size, device, normalise, mixup, seed):
+def prepare_batch(batch, number, *, size, device, normalise, mixup, teacher, seed):
     """Batch `number` of the run on the device, normalised, resized to (height, width) and mixed.
 
     Returns:
-        images (N, 3, height, width); labels (N,), -1 for images that were mixed; targets (N, classes).
+        images (N, 3, height, width); labels (N,), -1 for images that were mixed; targets (N, classes), from the labels
+        or by the teacher.
     """
     seed_everything(seed, "step", number, device=device)  # Mixup, dropout, drop path: by the batch's number only
     images, labels = (tensor.to(device, non_blocking=True, copy=True) for tensor in batch)  # Mixup works in place
     images = resize(normalise(images), size).contiguous(memory_format=choose_layout(device))
     images, targets = mixup(images, labels)
     unmixed = targets.gather(1, labels[:, None]).squeeze(1) > 1 - mixup.label_smoothing - 1e-4
-    return images, torch.where(unmixed, labels, -1), targets
+    return images, torch.where(unmixed, labels, -1), targets if teacher is None else teacher(images)
 
 
 def resize(images, size):

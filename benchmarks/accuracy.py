@@ -63,7 +63,7 @@ ABLATIONS = {
     "AdamW, learning rate 1e-3": ["--optimizer", "adamw", "--learning-rate", "1e-3"],
     "crops of 70 % and more": ["--crop", "0.7"],
     "no Mixup, no CutMix": ["--mix-prob", "0"],
-    "quarter turns only": ["--rotation", "0"],
+    "quarter turns only": ["--rotation", "quarter"],
     "quality unchanged": ["--quality", "0"],
     "no Cutout": ["--cutout", "0"],
     "no label smoothing": ["--smoothing", "0"],

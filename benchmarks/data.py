@@ -61,7 +61,7 @@ REPEATS: PositiveInt = 3  # timings of which the median is taken; four times as 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = {"png": {}, "jpg": dict(quality=90)}
 MEAN, STD = [0.5] * 3, [0.2] * 3
-RECIPE = dict(cutout=0.25, hflip=0.5, vflip=0.5, quarter_turns=True, color_jitter=0.2)  # both ways have this
+RECIPE = dict(cutout=0.25, hflip=0.5, vflip=0.5, rotation="quarter", color_jitter=0.2)  # both ways have this
 DEFAULTS = RECIPE | dict(rotation=180.0, quality=0.5)  # the defaults of train.py
 
 # What a process runs that calls functions of makedata.py and mean_std.py: "<name> <folder>" a line, one line back.
@@ -210,7 +210,7 @@ class PlainSeeds(SeededImages):
         return self.dataset[key[1]]
 
 
-def plain_transform(size, cutout, hflip, vflip, quarter_turns, color_jitter):
+def plain_transform(size, cutout, hflip, vflip, rotation, color_jitter):
     """The augmentation of train.py by Pillow and torchvision: PIL RGB -> float tensor (3, height, width)."""
     turn = transforms.RandomChoice([transforms.RandomRotation((angle, angle)) for angle in (0, 90, 180, 270)])
     return transforms.Compose(
@@ -218,7 +218,7 @@ def plain_transform(size, cutout, hflip, vflip, quarter_turns, color_jitter):
             transforms.Resize(size),
             transforms.RandomHorizontalFlip(hflip),
             transforms.RandomVerticalFlip(vflip),
-            turn if quarter_turns else transforms.Lambda(lambda image: image),
+            turn if rotation == "quarter" else transforms.RandomRotation(rotation),
             transforms.ColorJitter(color_jitter, color_jitter, color_jitter),
             transforms.ToTensor(),
             transforms.Normalize(MEAN, STD),

@@ -52,7 +52,6 @@ def train_transform(
     cutout=0.0,
     hflip=0.0,
     vflip=0.0,
-    quarter_turns=False,
     rotation=0.0,
     color_jitter=0.0,
     quality=0.0,
@@ -66,8 +65,7 @@ def train_transform(
         crop: minimum area fraction of RandomResizedCrop; 1: whole images.
         cutout: probability of erasing a rectangle (DeVries and Taylor, arXiv:1708.04552).
         hflip, vflip: probabilities of a horizontal and a vertical flip.
-        quarter_turns: whether to rotate by a random multiple of 90 degrees.
-        rotation: maximum rotation in degrees, see `rotate`.
+        rotation: maximum in degrees, see `rotate`; "quarter": random multiples of 90 degrees, which blur nothing.
         color_jitter: maximum relative change of brightness, contrast and saturation.
         quality: probability of a blur, sharpening, resampling, JPEG compression or noise, see `change_quality`.
     """
@@ -78,9 +76,9 @@ def train_transform(
         steps.append(transforms.RandomHorizontalFlip(hflip))
     if vflip:
         steps.append(transforms.RandomVerticalFlip(vflip))
-    if quarter_turns:
-        steps.append(transforms.Lambda(quarter_turn))
-    if rotation:
+    if rotation == "quarter":
+        steps.append(quarter_turn)
+    elif rotation:
         steps.append(partial(rotate, largest=rotation))
     if color_jitter:
         steps.append(ColorJitter(color_jitter))
@@ -350,7 +348,6 @@ def augmentation_from_config(config, num_classes, size, mean, std, sound=None):
             cutout=value("CUTOUT"),
             hflip=value("HFLIP"),
             vflip=value("VFLIP"),
-            quarter_turns=value("QUARTER_TURNS", False),
             rotation=value("ROTATION"),
             color_jitter=value("COLOR_JITTER"),
             quality=value("QUALITY"),

@@ -112,8 +112,8 @@ def describe_look(maps):
 
 
 class NoveltyScore(torch.nn.Module):
-    """How unusual images are: look (N, 2 C), features (N, D), logits (N, classes), not divided by a temperature -> known
-    (N,), see `CalibratedNetwork`.
+    """How unusual images are: look (N, 2 C), features (N, D) and raw logits (N, classes) -> known (N,), see
+    `CalibratedNetwork`.
 
     Args:
         statistics: {name of `SCORE`: float32 tensor}, from `fit_score`.

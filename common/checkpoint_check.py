@@ -21,7 +21,7 @@ from common.file_checks import Count, FileImageSize, brief, check_fields, check_
 from common.file_checks import side_lengths
 from common.fit import FITS
 from common.options import Channels, Fraction, ImageSize, Length, Limits, NonNegative, PositiveChannels, PositiveInt
-from common.options import Probability, Rate
+from common.options import Probability, Rate, Rotation
 from common.renamed import upgrade_config
 from models.pretrained import is_state_dict
 
@@ -57,7 +57,7 @@ IMAGES = dict(images=Count, hashed=bool, names=str, contents=str, by_class=list)
 MAX_IMAGES = 10**8
 # Constants of train.py with which tools/visualize.py augments.
 CONFIG = dict(CROP=Fraction, CUTOUT=Probability, HFLIP=Probability, VFLIP=Probability, COLOR_JITTER=Probability)
-CONFIG |= dict(FIT=Literal[FITS], QUARTER_TURNS=bool, ROTATION=Annotated[float, Limits(0, 180)], IMG_SIZE=ImageSize)
+CONFIG |= dict(FIT=Literal[FITS], QUARTER_TURNS=bool, ROTATION=Rotation, IMG_SIZE=ImageSize)
 CONFIG |= dict(TIME_SHIFT=Probability, GAIN=NonNegative, NOISE=Probability, QUALITY=Probability)
 CONFIG |= dict(MIXUP=NonNegative, CUTMIX=NonNegative, MIX_PROB=Probability, SMOOTHING=Rate, MIX_SWITCH=Probability)
 CONFIG |= dict(SPEC_MASK=Probability | Annotated[list[Probability], Length(2)])

@@ -40,7 +40,7 @@ import typing
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from common.output import guard_output
 from common.renamed import RENAMED
@@ -146,6 +146,7 @@ PositiveChannels = Annotated[list[Annotated[float, Limits(1e-6, 1e6)]], Length(3
 Workers = Annotated[int, Limits(0, 256)]
 Port = Annotated[int, Limits(0, 65535)]
 Name = Annotated[str, NotEmpty()]
+Rotation = Annotated[float, Limits(0, 180)] | Literal["quarter"]  # see `common.augment.train_transform`
 
 DASHES = "-‐‑‒–—−－"  # what word processors, web pages and input methods make of a hyphen
 NOUNS = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), str: ("text", "texts")}

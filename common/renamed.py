@@ -14,6 +14,7 @@ RENAMED = {
         "CHANNELS_LAST": "it is gone, the memory format is chosen by the device",
         "SPLIT_BATCHES": "it is gone, batches are always split where memory runs out",
         "USE_EMA": "it is gone, set EMA_DECAY to 0 to turn EMA off",
+        "QUARTER_TURNS": 'it is gone, set ROTATION to 180, or to "quarter" for multiples of 90 degrees only',
         "SHARPNESS": "it is QUALITY now, which also compresses images and adds noise",
         "KEEP": "it is gone, the two newest checkpoints are kept",
         "FINE_TUNING": "it is gone, set EPOCHS, WARMUP_EPOCHS and LAYER_DECAY themselves",
@@ -51,6 +52,8 @@ def upgrade_config(config):
         config["SPEC_MASK"] = masks[0] if all(mask == masks[0] for mask in masks) else masks
     if config.pop("USE_EMA", True) is False:
         config["EMA_DECAY"] = 0.0
+    if config.pop("QUARTER_TURNS", False):  # and then by up to ROTATION degrees, nearly any angle
+        config["ROTATION"] = 180.0 if config.get("ROTATION") else "quarter"
     if "SHARPNESS" in config:
         config["QUALITY"] = config.pop("SHARPNESS")
     return config

@@ -578,7 +578,7 @@ def print_imbalance(by_class, classes, balance):
 
 def describe_augmentation(config, sound):
     """The constants of the augmentation that is on, in one line."""
-    names = ["CUTOUT", "HFLIP", "VFLIP", "QUARTER_TURNS", "ROTATION", "COLOR_JITTER", "QUALITY"]
+    names = ["CUTOUT", "HFLIP", "VFLIP", "ROTATION", "COLOR_JITTER", "QUALITY"]
     if sound is not None:
         names = ["TIME_SHIFT", "GAIN", "NOISE", "SPEC_MASK"]
     elif config["CROP"] < 1:

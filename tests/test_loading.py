@@ -21,7 +21,7 @@ from common.device import Normalise
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-RECIPE = dict(cutout=0.25, hflip=0.5, vflip=0.5, quarter_turns=True, color_jitter=0.2)
+RECIPE = dict(cutout=0.25, hflip=0.5, vflip=0.5, rotation="quarter", color_jitter=0.2)
 
 
 def random_states():
@@ -114,17 +114,15 @@ class PastedCutout(augment.Cutout):
         return image
 
 
-def one_at_a_time(
-    size, crop=1.0, cutout=0.0, hflip=0.0, vflip=0.0, quarter_turns=False, rotation=0.0, color_jitter=0.0
-):
+def one_at_a_time(size, crop=1.0, cutout=0.0, hflip=0.0, vflip=0.0, rotation=0.0, color_jitter=0.0):
     """The augmentation by Pillow and torchvision: PIL RGB -> float tensor, normalised."""
     steps = [
         transforms.Resize(size),
         transforms.RandomResizedCrop(size, (crop, 1.0)) if crop < 1 else None,
         transforms.RandomHorizontalFlip(hflip) if hflip else None,
         transforms.RandomVerticalFlip(vflip) if vflip else None,
-        (lambda image: image.rotate(90 * random.randrange(4))) if quarter_turns else None,
-        transforms.Lambda(lambda image: rotate(image, rotation)) if rotation else None,
+        (lambda image: image.rotate(90 * random.randrange(4))) if rotation == "quarter" else None,
+        transforms.Lambda(lambda image: rotate(image, rotation)) if rotation not in (0, "quarter") else None,
         transforms.ColorJitter(color_jitter, color_jitter, color_jitter) if color_jitter else None,
         PastedCutout(cutout) if cutout else None,
     ]
@@ -141,7 +139,7 @@ OPTIONS = {
     "nothing": {},
     "crop": RECIPE | dict(crop=0.6),
     "rotation": RECIPE | dict(rotation=30.0),
-    "turns": dict(quarter_turns=True),
+    "turns": dict(rotation="quarter"),
     "cutout": dict(cutout=1.0),
     "not square": RECIPE | dict(size=(24, 40), cutout=0.0),  # torchtoolbox takes the width of an image for its height
 }

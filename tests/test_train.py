@@ -263,6 +263,7 @@ def test_training_accuracy_skips_mixed_images():
     for probability in (0.0, 1.0):
         mixup = BatchMixup(3, 0.8, 0.0, probability, smoothing=0.1)
         options = dict(size=(4, 4), device=torch.device("cpu"), normalise=torch.nn.Identity(), mixup=mixup, seed=42)
+        options |= dict(teacher=None)
         _, seen, _ = train.prepare_batch((images, labels), 0, **options)
         logits = F.one_hot(images[:, 0, 0, 0].round().long(), 3).float()
         counts[probability] = train.measure(torch.tensor(0.0), logits, seen).tolist()[1:]
@@ -555,6 +556,11 @@ def test_a_checkpoint_with_old_names_resumes_with_their_values(run_train, capsys
     out = capsys.readouterr().out
     assert "MIX_SWITCH was 0.9, is always 0.5 now" in out and f"SPEC_MASK was [0.7, {mask}], is {mask}" in out
     assert upgrade_config({}) == {}
+    for turns, rotation, today in (
+        (True, 0.0, "quarter"), (True, 180.0, 180.0), (True, 20.0, 180.0), (False, 20.0, 20.0), (False, 0.0, 0.0),
+    ):  # fmt: skip
+        assert upgrade_config(dict(QUARTER_TURNS=turns, ROTATION=rotation)) == dict(ROTATION=today)
+    assert upgrade_config(dict(QUARTER_TURNS=True)) == dict(ROTATION="quarter")
     assert upgrade_config(dict(USE_EMA=False, EMA_DECAY=0.99)) == dict(EMA_DECAY=0.0)
     assert upgrade_config(dict(USE_EMA=True, EMA_DECAY=0.99)) == dict(EMA_DECAY=0.99)
 

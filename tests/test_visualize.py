@@ -75,7 +75,7 @@ def test_all_plots_of_a_checkpoint(place, monkeypatch, capsys):
 
 def test_augmentation_is_that_of_the_checkpoint_s_run(place, draw_augmentation, capsys):
     checkpoint = load_checkpoint(CHECKPOINT)
-    off = dict(CROP=1.0, CUTOUT=0.0, HFLIP=0.0, VFLIP=0.0, QUARTER_TURNS=False, ROTATION=0.0, COLOR_JITTER=0.0)
+    off = dict(CROP=1.0, CUTOUT=0.0, HFLIP=0.0, VFLIP=0.0, ROTATION=0.0, COLOR_JITTER=0.0)
     off |= dict(QUALITY=0.0)
     checkpoint["config"] |= off | dict(MIXUP=0.3, CUTMIX=0.0, MIX_PROB=0.7)
     CHECKPOINT.unlink()  # a hard link, which other tests share
@@ -105,7 +105,7 @@ def test_augmentation_before_training_is_that_of_train_py_s_constants(
 
 def test_values_of_a_script_are_read_without_running_it(tmp_path):
     values = visualize.read_values(ROOT / "train.py")
-    assert values["BATCH_SIZE"] == 32 and values["QUARTER_TURNS"] is True and values["MEAN"] is None
+    assert values["BATCH_SIZE"] == 32 and values["ROTATION"] == 180 and values["MEAN"] is None
     (tmp_path / "computed.py").write_text("A: int = 1\nB: int = 2 * 3\n")
     with pytest.raises(UserError, match="computed.py, line 2: B is computed; write its value instead"):
         visualize.read_values(tmp_path / "computed.py")
