@@ -42,7 +42,7 @@ OUTPUT: Name = "results/sounds"  # folder for runs, table and sheet; a split tha
 SPLITS: list[Name] = []  # "random" and names of speakers to hold out; []: all
 EPOCHS: PositiveInt = 16  # epochs on the random split
 HELD_OUT_EPOCHS: PositiveInt = 12  # epochs without one speaker
-OPTIONS: str = ""  # further options of train.py for every split, such as "--warp 0.1"; "": none
+OPTIONS: str = ""  # further options of train.py for every split, such as "--spec-mask 0.2"; "": none
 SHOWN: PositiveInt = 18  # spectrograms on the sheet
 
 ROOT = Path(__file__).resolve().parent.parent
