@@ -96,8 +96,7 @@ class Measured:
             maps, first = self.network.compute_maps(batch)
             head = self.network.network.forward_head
             logits.append(head(maps))
-            score = self.network.score.raw(describe_look(first), head(maps, pre_logits=True), logits[-1])
-            scores.append(score)
+            scores.append(self.network.score.raw(describe_look(first), head(maps, pre_logits=True)))
         return torch.cat(logits), torch.cat(scores).numpy()
 
 

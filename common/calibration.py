@@ -7,8 +7,8 @@ train.py calls `calibrate` once, at the end of a run. A checkpoint then holds, u
     score         what `NoveltyScore` needs: statistics of the training images, and the scores of the validation images
                   as a table of quantiles; None if the network has no features that it could be computed from
 
-Temperature scaling never changes which class is first. The score is the sum of three parts, each measured in the spread
-that it has on validation images:
+Temperature scaling never changes which class is first. The score has two parts, and an image is as unusual as the more
+unusual of them says:
 
     look          another kind of scene or sharpness: Mahalanobis distance of the mean and the standard deviation of
                   each channel of the network's first stage, under one Gaussian for all training images, as they are
@@ -18,11 +18,9 @@ that it has on validation images:
     class         another kind of object: relative Mahalanobis distance of the pooled last features to the nearest class
                   (Ren et al., "A simple fix to Mahalanobis distance for improving near-OOD detection",
                   arXiv:2106.09022)
-    energy        no class that speaks for itself: negative log of the sum of the exponentials of the logits (Liu et
-                  al., "Energy-based out-of-distribution detection", NeurIPS 2020, arXiv:2010.03759)
 
-Checkpoints of earlier versions have no calibration, or a score of the first two parts, of which the larger one counts.
-Without a calibration, probabilities are those of the network, and nothing is unknown to it.
+Checkpoints of earlier versions have no calibration. Their probabilities are those of the network, and nothing is
+unknown to them.
 """
 
 import contextlib
@@ -92,11 +90,10 @@ class CalibratedNetwork(torch.nn.Module):
             if not torch.is_tensor(maps):  # of networks with several branches, whose head takes all of them
                 return self.network.forward_head(maps).float() / self.temperature, None
         maps = maps.float()
-        logits = self.network.forward_head(maps)
+        logits = self.network.forward_head(maps) / self.temperature
         if self.score is None:
-            return logits / self.temperature, None
-        features = self.network.forward_head(maps, pre_logits=True)
-        return logits / self.temperature, self.score(describe_look(first.float()), features, logits)
+            return logits, None
+        return logits, self.score(describe_look(first.float()), self.network.forward_head(maps, pre_logits=True))
 
     def compute_maps(self, images):
         """(the last maps, those of the first stage or None if they are not needed)."""
@@ -112,8 +109,7 @@ def describe_look(maps):
 
 
 class NoveltyScore(torch.nn.Module):
-    """How unusual images are: look (N, 2 C), features (N, D) and raw logits (N, classes) -> known (N,), see
-    `CalibratedNetwork`.
+    """How unusual images are: look (N, 2 C), features (N, D) -> known (N,), see `CalibratedNetwork`.
 
     Args:
         statistics: {name of `SCORE`: float32 tensor}, from `fit_score`.
@@ -124,26 +120,23 @@ class NoveltyScore(torch.nn.Module):
         for name in SCORE:
             self.register_buffer(name, statistics[name], persistent=False)
 
-    def forward(self, look, features, logits):
-        raw = self.raw(look, features, logits)
+    def forward(self, look, features):
+        raw = self.raw(look, features)
         return (self.quantiles >= raw[:, None]).float().mean(1)
 
-    def raw(self, look, features, logits):
-        """The score itself (N,), larger for more unusual images: the sum of its parts, in each of which 0 is the median
-        of the validation images and 1 their 90 % quantile."""
-        parts = (self.parts(look, features, logits) - self.scale[0]) / self.scale[1]
-        if parts.shape[1] == 2:  # of a checkpoint of an earlier version
-            return parts.amax(1)
-        return parts.clamp(min=-1).sum(1)  # however usual an image is in one part, it may be unusual in another
+    def raw(self, look, features):
+        """The score itself (N,), larger for more unusual images: 0 is the median of the validation images, 1 their 90 %
+        quantile, in the part that is larger."""
+        parts = self.parts(look, features)
+        return ((parts - self.scale[0]) / self.scale[1]).amax(1)
 
-    def parts(self, look, features, logits):
-        """The parts of the score (N, 3): look, class and energy. Of a checkpoint of an earlier version (N, 2)."""
+    def parts(self, look, features):
+        """The two parts of the score (N, 2): look and class."""
         distance = ((look - self.look_mean) @ self.look_whitening).square().mean(1)
         place = features @ self.projection  # (N, R)
         to_class = (place[:, None] - self.means).square().sum(2).amin(1)
         to_all = ((place - self.center).square() / self.spread).sum(1)
-        parts = [distance, to_class - to_all, -logits.logsumexp(1)]
-        return torch.stack(parts[: self.scale.shape[1]], 1)
+        return torch.stack([distance, to_class - to_all], 1)
 
 
 def calibrate(folder, train_set, val_set, loader, normalise, interrupt):
@@ -351,10 +344,9 @@ def fit_score(train, val, num_classes):
         return None
     statistics = dict(look_mean=look.mean(0), look_whitening=whitening, projection=projection)
     statistics |= dict(means=means @ projection, center=center @ projection, spread=1 + ratio.clip(0))
-    statistics |= dict(scale=np.array([[0.0] * 3, [1.0] * 3]), quantiles=np.zeros(QUANTILES))
+    statistics |= dict(scale=np.array([[0.0, 0.0], [1.0, 1.0]]), quantiles=np.zeros(QUANTILES))
     statistics = {name: torch.from_numpy(np.ascontiguousarray(array)).float() for name, array in statistics.items()}
-    # All at once would be N x classes x D values.
-    batches = list(zip(*(val[name].split(64) for name in ("look", "features", "logits"))))
+    batches = list(zip(val["look"].split(64), val["features"].split(64)))  # all at once would be N x classes x D values
     parts = torch.cat([NoveltyScore(statistics).parts(*batch) for batch in batches])
     middle, high = parts.quantile(0.5, 0), parts.quantile(0.9, 0)
     # Images may be alike, and what is alike differs by rounding: with the batch, the merged network, or onnxruntime.

@@ -67,8 +67,8 @@ CONFIG |= dict(MEAN=Channels | None, STD=PositiveChannels | None, PRETRAINED=str
 CALIBRATION = dict(temperature=Annotated[float, Limits(0.01, 100)], images=Count, img_size=FileImageSize)
 CALIBRATION |= dict(score=dict | None)
 SCORE = dict(look_mean=("look",), look_whitening=("look", "look"), projection=("features", "directions"))
-SCORE |= dict(means=("present", "directions"), center=("directions",), spread=("directions",))
-SCORE |= dict(scale=(2, "parts"), quantiles=("quantiles",))
+SCORE |= dict(means=("present", "directions"), center=("directions",), spread=("directions",), scale=(2, 2))
+SCORE |= dict(quantiles=("quantiles",))
 SCALER = dict(scale=Annotated[float, Limits(above=0)], growth_factor=Annotated[float, Limits(above=1)])
 SCALER |= dict(backoff_factor=Annotated[float, Limits(above=0, below=1)], growth_interval=PositiveInt)
 SCALER |= dict(_growth_tracker=Count)
@@ -308,9 +308,9 @@ def check_calibration(calibration, classes, img_size):
         if not torch.is_tensor(tensor) or tensor.dtype != torch.float32 or tensor.dim() != len(shape):
             raise ValueError(f"its calibration's {name} must be a float32 tensor of {len(shape)} dimensions")
         for size, expected in zip(tensor.shape, shape):
-            most = dict(present=classes, directions=classes - 1, parts=3).get(expected, size)
+            most = dict(present=classes, directions=classes - 1).get(expected, size)
             expected = sizes.setdefault(expected, size) if isinstance(expected, str) else expected
-            if size != expected or not 0 < size <= most or (name == "scale" and size < 2):
+            if size != expected or not 0 < size <= most:
                 raise ValueError(f"its calibration's {name} has an impossible shape, {tuple(tensor.shape)}")
     check_tensors("calibration's score", score)
     if (score["spread"] <= 0).any() or (score["scale"][1] <= 0).any() or (score["quantiles"].diff() < 0).any():
