@@ -26,8 +26,11 @@ def check_teacher(text):
     Raises:
         UserError: if one is missing or cannot be read.
     """
-    for path in find_checkpoints(text) if text else []:
-        load_checkpoint(path)
+    try:
+        for path in find_checkpoints(text) if text else []:
+            load_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"TEACHER: {error}") from error
 
 
 class Teacher:

@@ -136,6 +136,6 @@ def test_a_teacher_that_does_not_fit_is_refused(run_train, place, change, messag
 @pytest.mark.parametrize("text", ["missing.pth", "none*.pth", "broken.pth", f"{BEST},missing.pth"])
 def test_a_teacher_that_cannot_be_read_is_refused_before_anything_is_written(run_train, place, text):
     (place / "broken.pth").write_bytes(b"no checkpoint")
-    with pytest.raises(UserError, match=text.split(",")[-1].replace("*", r"\*")):
+    with pytest.raises(UserError, match="^TEACHER: .*" + text.split(",")[-1].replace("*", r"\*")):
         run_train(TEACHER=text, **OTHER)
     assert not (place / "student").exists()
