@@ -471,7 +471,7 @@ def micro_batches(batches, numbers, prepare, count):
             yield *part, len(part[0]) / len(whole[0]) / len(batches), number == numbers[-1] and part is parts[-1]
 
 
-def prepare_batch(batch, number, *, size, device, normalise, mixup, teacher, seed):
+def prepare_batch(batch, number, *, size, device, normalise, mixup, seed, teacher=None):
     """Batch `number` of the run on the device, normalised, resized to (height, width) and mixed.
 
     Returns:

@@ -263,7 +263,6 @@ def test_training_accuracy_skips_mixed_images():
     for probability in (0.0, 1.0):
         mixup = BatchMixup(3, 0.8, 0.0, probability, smoothing=0.1)
         options = dict(size=(4, 4), device=torch.device("cpu"), normalise=torch.nn.Identity(), mixup=mixup, seed=42)
-        options |= dict(teacher=None)
         _, seen, _ = train.prepare_batch((images, labels), 0, **options)
         logits = F.one_hot(images[:, 0, 0, 0].round().long(), 3).float()
         counts[probability] = train.measure(torch.tensor(0.0), logits, seen).tolist()[1:]
