@@ -4,6 +4,7 @@ import colorsys
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,14 @@ def trained(tmp_path_factory):
             patch.setattr(train, name, value)
         train.main()
     return folder
+
+
+@pytest.fixture
+def trained_copy(trained, tmp_path, monkeypatch):
+    """A copy of `trained`, in which the scripts run."""
+    shutil.copytree(trained, tmp_path / "place", copy_function=os.link)
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Knowledge distillation: what the targets are, and which teachers are refused."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -18,11 +17,8 @@ OTHER = dict(OUTPUT="student", EPOCHS=1)
 
 
 @pytest.fixture
-def place(trained, tmp_path, monkeypatch):
-    """A copy of the folder of a short run."""
-    shutil.copytree(trained, tmp_path / "place", copy_function=os.link)
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
+def place(trained_copy):
+    return trained_copy
 
 
 @pytest.fixture

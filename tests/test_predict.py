@@ -26,10 +26,8 @@ BEST = Path("checkpoints", SMALL["MODEL"], "best.pth")
 
 
 @pytest.fixture
-def place(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained, tmp_path / "place", copy_function=os.link)
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
+def place(trained_copy):
+    return trained_copy
 
 
 @pytest.fixture

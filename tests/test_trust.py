@@ -2,8 +2,6 @@
 
 import csv
 import importlib.util
-import os
-import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,16 +32,14 @@ BEST = Path("checkpoints", SMALL["MODEL"], "best.pth")
 
 
 @pytest.fixture
-def place(trained, tmp_path, monkeypatch):
+def place(trained_copy):
     """A copy of the folder of a short run, with images of a kind that the network does not know."""
-    shutil.copytree(trained, tmp_path / "place", copy_function=os.link)
-    monkeypatch.chdir(tmp_path / "place")
     Path("others").mkdir()
     for number in range(3):
         image = Image.new("RGB", (48, 48), (255, 0, 255))
         image.paste(draw_noise(f"other {number}", 24), (0, 12))
         image.save(f"others/{number}.png")
-    return tmp_path / "place"
+    return trained_copy
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """tools/visualize.py, tools/grad_cam.py, the page of tools/web_demo.py, and fonts of common/plots.py."""
 
 import csv
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,14 +31,12 @@ CHECKPOINT = Path("checkpoints", SMALL["MODEL"], "best.pth")
 
 
 @pytest.fixture
-def place(trained, tmp_path, monkeypatch):
+def place(trained_copy, monkeypatch):
     """A copy of `trained`, in which visualize.main() does little."""
-    shutil.copytree(trained, tmp_path / "place", copy_function=os.link)
-    monkeypatch.chdir(tmp_path / "place")
     constants = dict(IMAGES=6, SHOWN=1, COMPARE=[], FIELD_SIZE=64, FIELD_IMAGES=2, DEVICE="cpu")
     for name, value in constants.items():
         monkeypatch.setattr(visualize, name, value)
-    return tmp_path / "place"
+    return trained_copy
 
 
 @pytest.fixture
