@@ -472,7 +472,7 @@ def test_another_column_of_dates_is_named_only_if_it_helps(read):
 
 def test_daylight_saving_doubles_no_days(read):
     lines = [f"{day},{row}" for row, day in enumerate([*DAYS, DAYS[3]])]
-    with pytest.raises(UserError, match="1 row has a date that another row has.*keep each date once$"):
+    with pytest.raises(UserError, match="1 row has a date that another row has.*keep each date once, or set GAPS"):
         read("\n".join(["date,value", *lines, *(f"{DAYS[-1] + DAY * row},1" for row in range(1, 60))]))
 
 
@@ -571,7 +571,7 @@ def test_columns_that_are_no_numbers_to_forecast_are_left_out_and_named(read):
     assert "store (text); empty (empty); constant (constant); column 1, id (numbers of the rows)" in note
     series = read(text, columns=["id", "value"])
     assert series.columns == ["id", "value"] and series.values[3].tolist() == [1003, 3]
-    with pytest.raises(UserError, match="column store: 'north' is not a number"):
+    with pytest.raises(UserError, match="column store: 'north' .60 times. is not a number"):
         read(text, columns=["store"])
     with pytest.raises(UserError, match="no column of numbers that vary besides date: .*constant .constant"):
         read("date,constant\n" + "".join(f"{date:%Y-%m-%d},7\n" for date in DAYS))
@@ -1105,3 +1105,152 @@ def test_zones_by_name_that_change_with_daylight_saving(read):
     utc, dates = local("Europe/Berlin")
     series = read(write(dates, lambda d: f"{d:%Y-%m-%d %H:%M %Z}"))
     assert series.clock == utc and series.dates == [date.astimezone(timezone.utc) for date in dates]
+
+
+# --- kinds found in public repositories
+
+
+def test_marks_that_are_values_or_texts_are_all_named_at_once(read):
+    """Another mark of missing values stays refused where one is named."""
+    def cell(row):
+        return {3: "T", 7: "V", 9: "T", 20: "-99999", 21: "-999.99"}.get(row, row)
+
+    text = write(DAYS, str, number=cell)
+    with pytest.raises(UserError, match="line 5, column value: 'T' .2 times. is not a number, nor are 'V' .1 times."):
+        read(text)
+    with pytest.raises(UserError, match=r"far outside .* MISSING_VALUES to -99999,-999\.99 if .*GAPS.* NA if they"):
+        read(text, missing=["T", "V"], gaps="carry")
+    with pytest.raises(UserError, match="-999.99 is far outside"):
+        read(text, missing=["T", "V", "-99999"], gaps="carry")
+    known = [row for row in range(60) if not isinstance(cell(row), str)]
+    values = np.interp(range(60), known, known).tolist()
+    check(read(text, missing=["T", "V", "-99999", "-999.99"], gaps="interpolate"), DAYS, values)
+    assert read(text, missing=["T", "V", "NA"], gaps="carry").values.min() == -99999
+
+
+@pytest.mark.parametrize("doubled", [[5], [5, 300]])
+def test_a_few_contradicting_dates_are_filled_if_gaps_is_set(doubled, read):
+    dates = [datetime(2019, 1, 7) + HOUR * row for row in range(400)]
+    lines = [f"{date},{row}" for row, date in enumerate(dates)]
+    text = "date,value\n" + "\n".join(lines + [f"{dates[row]},{-row}" for row in doubled])
+    with pytest.raises(UserError, match="keep each date once, or set GAPS, which leaves these rows out"):
+        read(text)
+    series = read(text, gaps="interpolate")
+    check(series, dates, list(range(400)))
+    assert any("left out: rows with other values have the same date" in note for note in series.notes)
+    many = "date,value\n" + "\n".join(lines + [f"{date},-1" for date in dates[9:20]])
+    with pytest.raises(UserError, match="11 rows have a date .*keep each date once$"):
+        read(many, gaps="carry")
+
+
+@pytest.mark.parametrize("late", [[30], [30, 31, 300], range(30, 40)])
+def test_a_few_rows_between_the_steps_are_left_out_if_gaps_is_set(late, read):
+    dates = [datetime(2019, 1, 7) + HOUR * row for row in range(400)]
+    text = write([date + HOUR / 60 * (row in late) for row, date in enumerate(dates)], str, number=lambda row: row)
+    few = len(late) < 4
+    with pytest.raises(UserError, match="line 32 .*; resample the series to equal steps" + few * ", or set GAPS"):
+        read(text)
+    if few:
+        check(read(text, gaps="interpolate"), dates, list(range(400)))
+    else:
+        with pytest.raises(UserError, match="10 of 400 lie between these steps"):
+            read(text, gaps="interpolate")
+
+
+def test_contradicting_hours_that_daylight_saving_may_double_are_not_filled(read):
+    _, dates = local("Europe/Berlin", first=datetime(2018, 10, 1), days=60)
+    with pytest.raises(UserError, match="if daylight saving doubles the hour, set TIMEZONE"):
+        read(write(dates, lambda d: f"{d:%Y-%m-%d %H:%M}"), gaps="carry")
+
+
+NAMED = {  # dates, and how years and the rest are written
+    "months": (MONTHS, lambda d: f"{d.year},{NAMES[d.month - 1]}"),
+    "Jan.": (MONTHS, lambda d: f"{d.year},{NAMES[d.month - 1][:3]}."),
+    "Quarter 1": (QUARTERS, lambda d: f"{d.year},Quarter {quarter(d)}"),
+    "1. Quartal": (QUARTERS, lambda d: f"{d.year},{quarter(d)}. Quartal"),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+@pytest.mark.parametrize("header", ["Year,Month (abbr)", ","])
+def test_names_of_months_and_quarters_beside_years(kind, header, read):
+    dates, form = NAMED[kind]
+    text = f"{header},value\n" + "".join(f"{form(date)},{row}\n" for row, date in enumerate(dates))
+    check(read(text), dates, list(range(len(dates))))
+    rows = "".join(f"{form(date)},{place},{ord(place) * row}\n" for place in "AB" for row, date in enumerate(dates))
+    with pytest.raises(UserError, match='column place tells several series apart: .* --where "place=A"'):
+        read(f"{header},place,value\n{rows}")
+    assert read(f"{header},place,value\n{rows}", where=["place=B"]).dates == dates
+
+
+def test_rows_for_names_of_stations_are_left_out(read):
+    rows = "".join(f"{day:%Y-%m-%d},{row},,\n" for row, day in enumerate(DAYS))
+    series = read(f'date,value,site,name\n,,023000,"Adelaide"\n{rows}')
+    check(series, DAYS, list(range(60)))
+    assert "line 2 left out: no date, and no value in the columns of the others" in series.notes
+    with pytest.raises(UserError, match="line 2, column date: the date is empty"):
+        read(f"date,value,site,name\n,5,023000,Adelaide\n{rows}")
+
+
+def test_names_of_columns_in_several_lines(read):
+    rows = "".join(f"{day:%Y-%m-%d},{row},{row % 7},{row % 5}\n" for row, day in enumerate(DAYS))
+    more = "attribute,,,\nsource,,,\n"
+    assert read(f"Price,Close,Close,Open\n{more}Ticker,AAPL,MSFT,AAPL\nDate,,,\n{rows}").dates == DAYS
+    series = read(f"Price,Close,Close,Open\nTicker,AAPL,MSFT,AAPL\nDate,,,\n{rows}")
+    assert series.dates == DAYS and series.columns == ["Close AAPL", "Close MSFT", "Open AAPL"]
+    assert read(f"Price,Close,High,Open\nTicker,AAPL,AAPL,AAPL\n{rows}").columns == ["Close", "High", "Open"]
+    with pytest.raises(UserError, match="several columns named 'Close A'"):
+        read(f"Price,Close,Close,Open\nTicker,A,A,A\n{rows}")
+
+
+@pytest.mark.parametrize("form", [lambda d: f"{d:%Y%m%d},{d.hour + 1},7,7", lambda d: f"{d:%Y%m%d%H},0.5,3"])
+def test_a_first_line_of_numbers_is_no_header(form, read):
+    values = [row * row % 17 for row in range(len(MONTH_HOURS))]
+    series = read("\n".join(f"{form(date)},{value}" for date, value in zip(MONTH_HOURS, values)))
+    assert len(series.dates) == len(MONTH_HOURS) and series.values[:, -1].tolist() == values
+    assert "the file has no header" in " ".join(series.notes)
+
+
+def test_titles_above_rows_without_numbers(read):
+    text = "Category: all\n\nTime,value\n" + "".join(
+        f"{date:%Y-%m-%dT%H},{'<1' if row < 2 else row}\n" for row, date in enumerate(HOURS)
+    )
+    with pytest.raises(UserError, match="line 4, column value: '<1' .2 times. is not a number"):
+        read(text)
+    check(read(text, missing=["<1"], gaps="carry"), HOURS[2:], list(range(2, 60)))
+
+
+def test_what_is_advised_helps(read):
+    """Dates in two forms, and columns that tell rows apart or hold better dates, are named."""
+    names = [NAMES[date.month - 1][:3] for date in MONTHS]
+    cells = [f"{name}-{d:%y}" if d.year < 1996 else f"{d:%y}-{name}" for name, d in zip(names, MONTHS)]
+    text = "date,value\n" + "".join(f"{cell},{row}\n" for row, cell in enumerate(cells))
+    with pytest.raises(UserError, match="in one form: '96-Jan' in line 86, column date, is not one like 'Jan-89'"):
+        read(text)
+
+    text = "year,lowest,value\n" + "".join(f"{1990 + row},{1990 + row}-0{1 + row % 7}-0{1 + row % 5},{row}\n"
+                                           for row in range(20))  # fmt: skip
+    with pytest.raises(UserError, match="not at equal steps, .* set DATE to year, which holds dates at equal steps"):
+        read(text)
+    assert len(read(text, date_column="year").dates) == 20
+
+    rows = "".join(f"{'ab'[kind]},{date:%Y-%m-%d},{date:%Y-%m-%dT%H:%M}Z,{kind * row % 7}\n"
+                   for kind in (0, 1) for row, date in enumerate(MONTH_HOURS))  # fmt: skip
+    with pytest.raises(UserError, match="column time_utc has different dates: set DATE to time_utc"):
+        read(f"kind,date,time_utc,value\n{rows}")
+    with pytest.raises(UserError, match="column kind tells several series apart"):
+        read(f"kind,date,time_utc,value\n{rows}", date_column="time_utc")
+
+    rows = [f"{day:%Y-%m-%d},{kind}.0,{kind * day.day}" for day in DAYS for kind in (8, 9, 11)]
+    for again in ([], rows[:9]):  # rows that are twice in the file tell nothing
+        with pytest.raises(UserError, match='if version is a part .* --where "version=8.0"'):
+            read("date,version,value\n" + "\n".join(rows + again))
+
+
+@pytest.mark.parametrize("date", ["2019-06-04 10:00", "2019-10-26 22:00", "2019-12-01 02:00"])
+def test_hours_that_daylight_saving_does_not_double(date, read):
+    dates = [datetime(2019, 6, 1) + HOUR * row for row in range(24 * 200)]
+    text = write(dates, lambda d: f"{d:%Y-%m-%d %H:%M}") + f"{date},99\n"
+    with pytest.raises(UserError) as error:
+        read(text)
+    assert "TIMEZONE" not in str(error.value) and "GAPS" in str(error.value)

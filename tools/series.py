@@ -79,6 +79,7 @@ NUMBER = {
     for decimal, other in ((".", ","), (",", "."))
 }
 EITHER = re.compile(r"[+-]?[1-9]\d{0,2}[.,]\d{3}", re.ASCII)  # 1.004, 1,004: one, or a thousand
+INFINITE = re.compile("[+-]?inf(inity)?", re.IGNORECASE)
 SPACED = re.compile(r"(?<=\d)[ \u00a0\u202f'\u2019](?=\d{3}(?!\d))")  # 1 234 567
 
 
@@ -187,7 +188,7 @@ def read_series(
     check_one_series(table, dates)
     chosen, values = read_numbers(table, dates.columns, columns, decimal, missing)
     series = Series([], None, chosen, values, dates.columns[0], notes=table.notes)
-    arrange(series, table, dates.columns, dates.reading, zone)
+    arrange(series, table, dates.columns, dates.reading, zone, gaps)
     drop_empty_ends(series, table)
     fill(series, path, gaps, chosen=bool(columns))
     return series
@@ -291,11 +292,16 @@ def is_header(line, text):
     return len(names) == len(cells) > 1 and not any(map(number, names)) and any(map(number, cells))
 
 
-def drop_units(table, most=3):
+def drop_units(table, most=5):
     """Leave out rows below the header without a number or a date, such as units, if those below have numbers."""
     rows = table.rows[: most + 1]
     units = next((place for place, row in enumerate(rows) if any(number(cell) or is_date(cell) for cell in row)), 0)
     if units and any(map(number, rows[units])):
+        if len(set(table.names)) < len(table.names):  # names that take several lines, as pandas writes them
+            table.names = [" ".join(filter(None, name)) for name in zip(table.names, *rows[:units])]
+            table.notes.append(f"names of columns continue in {some_of(table.lines[:units], 'line')}")
+            table.drop(range(units, len(table.rows)))
+            return
         table.notes.append(f"{some_of(table.lines[:units], 'line')} below the header left out: no date and no numbers")
         table.drop(range(units, len(table.rows)))
 
@@ -348,7 +354,7 @@ def count_above(rows, most=50):
         return 0
     if full[0] == 1 and len(rows[0]) == usual - 1 and len(rows[0]) > 1:
         return 0
-    names, below = rows[full[0]], rows[full[1]]
+    names, below = rows[full[0]], [cell for row in full[1:] for cell in rows[row]]
     numbers = sum(map(number, names))
     named = not numbers and not any(is_date(cell.strip()) for cell in names)
     return full[0] if any(map(number, below)) and (named or date_run(names)) else 0
@@ -471,6 +477,10 @@ def add_header(table):
     """Give the columns of a table names if its first line has none: if it holds a date where the rows below do."""
     if date_run(table.names):
         return
+    named = [name for name in table.names if not re.fullmatch(r"column \d+", name)]
+    bare = all(map(number, named)) and (  # no names at all
+        len(set(named)) < len(named) or (len(named) == len(table.names) and any("." in name for name in named))
+    )
     for place, name in enumerate(table.names):
         below = [row[place] for row in table.rows[:20]]
         if is_date(name):
@@ -478,7 +488,7 @@ def add_header(table):
         else:
             first = number(name) and read_dates([name], numbers=True, anything=True)
             dated = first and all(map(number, table.names)) and read_dates([name, *below], numbers=True)
-        if dated:
+        if dated or bare:
             row = ["" if re.fullmatch(r"column \d+", name) else name for name in table.names]
             table.rows.insert(0, row)
             table.lines.insert(0, table.lines[0] - 1 if table.lines else 1)
@@ -675,12 +685,25 @@ def choose_dates(table, name, order, zone=None):
             f"{path}, line {line}, column {name}: {label(cell)!r} is not a date, nor are most cells of the column; "
             "write dates as 2016-07-01 13:00:00 or 2016-07-01, or set DATE to another column"
         )
-    return add_times(table, found, zone)
+    return add_times(table, add_months(table, found), zone)
 
 
 def advise_date(table, order):
     """The end of a sentence: to which column DATE may be set, and why it was not read."""
     columns = sorted(table.names, key=lambda name: (not date_named(name), is_index(name)))
+    for name in filter(date_named, columns):
+        cells = table.cells(name)
+        try:
+            reading = read_dates(cells, order, share=0.3)
+        except Ambiguous:
+            continue
+        if reading and None in reading.dates:
+            kinds = [bool(date) for date in reading.dates]
+            row, example = kinds.index(False), cells[kinds.index(True)]
+            return (
+                f"to the name of the date column, and write all dates in one form: {label(cells[row])!r} in "
+                f"{table.where(row, name)}, is not one like {example!r} ({reading.note})"
+            )
     for name in columns:
         cells = table.cells(name)
         reading = read_dates(cells, order, numbers=True, anything=True)
@@ -839,6 +862,31 @@ def number_weeks(pairs):
     return "ISO weeks", found["ISO weeks"]
 
 
+def add_months(table, dates):
+    """`Dates` with the months or quarters that a column beside repeated years names: January, Jan., Quarter 1, Q1."""
+    reading = dates.reading
+    years = set(reading.dates)
+    if len(years) == len(reading.dates) or any(date is None or (date.month, date.day) != (1, 1) for date in years):
+        return dates
+    for name in table.names:
+        months = [read_month(cell) for cell in table.cells(name)] if name not in dates.columns else [None]
+        if None not in months and len(set(months)) > 3:
+            points = [date.replace(month=month) for date, month in zip(reading.dates, months)]
+            if is_regular(points, 0.5):
+                reading.dates = points
+                reading.note += f", months in column {name}"
+                return Dates([*dates.columns, name], reading)
+    return dates
+
+
+def read_month(cell):
+    """Number of the month that a cell names, or of the first of a quarter; None if it names none."""
+    quarter = re.fullmatch(r"(\D*)([1-4])(\D*)", cell)
+    if quarter and f"{quarter[1]}{quarter[3]}".strip(" .-第").lower() in QUARTERS:
+        return 3 * int(quarter[2]) - 2
+    return MONTHS.get(cell.lower().rstrip("."))
+
+
 def add_times(table, dates, zone=None):
     """`Dates` with the times of day of a column of their own, if there is one.
 
@@ -875,8 +923,20 @@ def add_times(table, dates, zone=None):
 
 
 def drop_footer(table, dates):
-    """Leave out the last rows if they hold no date and no number, or a word such as Total instead of the date."""
+    """Leave out rows without a date that are none of the table.
+
+    These are rows whose values are in columns of their own, such as the name of a station, and the last rows if they
+    hold no date and no number, or a word such as Total instead of the date.
+    """
     reading = dates.reading
+    places = [{place for place, cell in enumerate(row) if cell} for row in table.rows]
+    filled = set().union(*(cells for cells, date in zip(places, reading.dates) if date))
+    keep = [row for row, cells in enumerate(places) if reading.dates[row] or not cells or cells & filled]
+    if len(keep) < len(table.rows):
+        lines = [table.lines[row] for row in sorted({*range(len(table.rows))} - {*keep})]
+        table.notes.append(f"{some_of(lines, 'line')} left out: no date, and no value in the columns of the others")
+        table.drop(keep)
+        reading.dates, reading.offsets = ([some[row] for row in keep] for some in (reading.dates, reading.offsets))
     cells = table.cells(dates.columns[0])
     end = len(table.rows)
     while end and reading.dates[end - 1] is None:
@@ -911,7 +971,7 @@ def read_numbers(table, dates, columns, decimal, missing=()):
     """
     absent = MISSING | {whole(cell) for cell in missing} if missing else MISSING
     chosen = list(columns) or [name for name in table.names if name not in dates]
-    texts, empty, cells, plain = [], [], {}, {}
+    texts, empty, cells, plain, mixed = [], [], {}, {}, {}
     for name in chosen:
         found = [clean(cell, absent) for cell in table.cells(name)]
         known = [cell for cell in found if cell is not None]
@@ -921,9 +981,12 @@ def read_numbers(table, dates, columns, decimal, missing=()):
         numbers = sum(map(number, known)) if values is None else len(known)
         if columns or numbers > 0.5 * len(known):
             cells[name] = found
+            if numbers < len(known):
+                mixed[name] = found
         else:
             example = next((cell for cell in known if re.search(r"\d", cell)), "")
             (texts if known else empty).append(f"{name}: {label(example)!r}" if example else name)
+    check_texts(table, mixed)
     signs = decimal_signs(table, cells, decimal, plain)
     values = {
         name: plain[name] if name in plain else to_numbers(table, name, cells[name], signs[name]) for name in cells
@@ -951,8 +1014,8 @@ def read_numbers(table, dates, columns, decimal, missing=()):
             f"{table.path} has no column of numbers that vary besides {', '.join(dates)}: {note or 'nothing'}; add "
             "columns of numbers, or name some with COLUMNS"
         )
-    for name, column in values.items() if not missing else ():
-        check_sentinels(table, name, column)
+    if MISSING.isdisjoint(cell.lower() for cell in missing):
+        check_sentinels(table, values)
     if note:
         table.notes.append(f"columns left out: {note}; COLUMNS names those to read")
     return list(values), np.stack(list(values.values()), 1)
@@ -972,21 +1035,33 @@ def is_row_number(name, column):
     return bool(named and len(column) > 1 and (np.abs(np.diff(column)) == 1).all() and len(set(np.diff(column))) == 1)
 
 
-def check_sentinels(table, name, column):
-    """UserError if a column holds a number far outside the others by which programs mark missing values."""
-    kinds = np.unique(column[~np.isnan(column)])
-    marks = {value for value in (*kinds[:4], *kinds[-4:]) if SENTINEL.fullmatch(str(float(value)))}
-    others = [value for value in kinds if value not in marks] if marks else ()
-    for value in sorted(marks) if len(others) else ():
-        low, high = others[0], others[-1]
-        if value > high + (high - low) or value < low - (high - low) / 2 or value < 0 <= low:
-            rows = np.flatnonzero(column == value)
-            times = f" ({len(rows):,} times)" if len(rows) > 1 else ""
-            raise UserError(
-                f"{table.path}, {table.where(rows[0], name)}: {value:g}{times} is far outside the other values, "
-                f"{low:g} to {high:g}; set MISSING_VALUES to {value:g} if it means a missing value, or to NA if it "
-                "is a value"
-            )
+def check_sentinels(table, columns):
+    """UserError if columns hold numbers far outside the others by which programs mark missing values.
+
+    Args:
+        table: `Table`.
+        columns: {name: float64 array}.
+    """
+    found = {}  # {number: what to say of it}
+    for name, column in columns.items():
+        kinds = np.unique(column[~np.isnan(column)])
+        marks = {value for value in (*kinds[:4], *kinds[-4:]) if SENTINEL.fullmatch(str(float(value)))}
+        others = [value for value in kinds if value not in marks] if marks else ()
+        for value in sorted(marks) if len(others) else ():
+            low, high = others[0], others[-1]
+            if value > high + (high - low) or value < low - (high - low) / 2 or value < 0 <= low:
+                rows = np.flatnonzero(column == value)
+                times = f" ({len(rows):,} times)" if len(rows) > 1 else ""
+                where = f"{table.where(rows[0], name)}: {value:g}{times} is far outside the other values"
+                found.setdefault(f"{value:g}", f"{where}, {low:g} to {high:g}")
+    if found:
+        it, value = ("it means a missing value", "it is a value")
+        if len(found) > 1:
+            it, value = ("they mean missing values", "they are values")
+        raise UserError(
+            f"{table.path}, {'; '.join(list(found.values())[:3])}; set MISSING_VALUES to {','.join(found)} if {it} "
+            f"(GAPS fills these), or to NA if {value}"
+        )
 
 
 def whole(cell):
@@ -1069,6 +1144,26 @@ def decimal_signs(table, cells, decimal, plain):
     return signs
 
 
+def check_texts(table, columns):
+    """UserError if there are texts among the numbers of columns, {name: texts or None}."""
+    found, counts = {}, Counter()  # where each is first
+    for name, column in columns.items():
+        for row, cell in enumerate(column):
+            if cell is not None and not number(cell) and not INFINITE.fullmatch(cell):
+                found.setdefault(cell, (row, name))
+                counts[cell] += 1
+    if found:
+        (cell, place), *others = found.items()
+        more = [f"{label(other)!r} ({counts[other]:,} times)" for other in list(found)[1:5]]
+        more = f", nor are {', '.join(more)}{' and others' if len(others) > 4 else ''}" if others else ""
+        times = f" ({counts[cell]:,} times)" if counts[cell] > 1 else ""
+        remedy = "this cell, exclude the column with COLUMNS, or name it in MISSING_VALUES if it means a missing value"
+        if others:
+            remedy = "these cells, exclude columns with COLUMNS, or name them in MISSING_VALUES if values are missing"
+        remedy += " (GAPS fills these)"
+        raise UserError(f"{table.path}, {table.where(*place)}: {cell!r}{times} is not a number{more}; fix {remedy}")
+
+
 def to_numbers(table, name, cells, sign):
     """float64 array of texts, NaN for None; UserError for the first that is not a finite number."""
     result = np.empty(len(cells))
@@ -1082,11 +1177,10 @@ def to_numbers(table, name, cells, sign):
             result[row] = float(cell.replace(other, "").replace(",", "."))
             if math.isfinite(result[row]):
                 continue
-        elif not re.fullmatch("[+-]?inf(inity)?", cell, re.IGNORECASE):
-            hint = f" with the decimal sign {sign!r}" if number(cell) else ""
+        elif not INFINITE.fullmatch(cell):
             raise UserError(
-                f"{where} is not a number{hint}; fix this cell, exclude the column with COLUMNS, "
-                + ("or set DECIMAL" if hint else "or name it in MISSING_VALUES if it means a missing value")
+                f"{where} is not a number with the decimal sign {sign!r}; fix this cell, exclude the column with "
+                "COLUMNS, or set DECIMAL"
             )
         raise UserError(
             f"{where} is not finite; fill it in, exclude the column with COLUMNS, or name it in MISSING_VALUES if it "
@@ -1095,7 +1189,7 @@ def to_numbers(table, name, cells, sign):
     return result
 
 
-def arrange(series, table, columns, reading, name):
+def arrange(series, table, columns, reading, name, gaps):
     """Set clock, step and time zone of a series, and sort its rows.
 
     Args:
@@ -1104,6 +1198,7 @@ def arrange(series, table, columns, reading, name):
         columns: names of the columns that hold the dates.
         reading: its `Reading`.
         name: of the time zone of local times, or None.
+        gaps: see `read_series`.
     """
     path, notes = table.path, series.notes
     dates, offsets = reading.dates, reading.offsets
@@ -1162,7 +1257,7 @@ def arrange(series, table, columns, reading, name):
     if moved:
         notes.append(f"rows sorted by date, {some_of([lines[rows[place]] for place in sorted(moved)], 'line')} moved")
     clock, rows = [clock[place] for place in order], [rows[place] for place in order]
-    keep = drop_doubles(series, table, clock, rows)
+    keep = drop_doubles(series, table, clock, rows, gaps)
     series.clock, series.values = [clock[place] for place in keep], series.values[[rows[place] for place in keep]]
     lines = [lines[rows[place]] for place in keep]
     if len(keep) < 2:
@@ -1172,15 +1267,24 @@ def arrange(series, table, columns, reading, name):
     off = [place for place in range(len(numbers)) if numbers[place] < 0 or numbers[place] in numbers[place - 1 : place]]
     if len(off) > len(numbers) / 2:
         steps = sorted(later - earlier for earlier, later in zip(series.clock, series.clock[1:]))
+        others = [name for name in table.names if name not in columns]
+        other = next((name for name in others if holds_dates(table.cells(name), is_index(name))), None)
+        remedy = f"set DATE to {other}, which holds dates at equal steps, or " if other else ""
         raise UserError(
             f"{path}: the rows are not at equal steps, but from {steps[0]} to {steps[-1]} apart, half of them at most "
-            f"{steps[len(steps) // 2]}; resample the series to equal steps"
+            f"{steps[len(steps) // 2]}; {remedy}resample the series to equal steps"
         )
-    if off:
+    few = len(off) < len(numbers) / 100
+    if off and few and gaps != "refuse":
+        notes.append(f"{some_of([lines[place] for place in off], 'line')} left out: between the steps of {step}")
+        keep = np.setdiff1d(np.arange(len(numbers)), off)
+        series.clock, series.values = [series.clock[place] for place in keep], series.values[keep]
+    elif off:
         examples = ", ".join(f"line {lines[place]} ({series.show(series.clock[place])})" for place in off[:3])
+        remedy = ", or set GAPS, which leaves these rows out and fills the steps" if few else ""
         raise UserError(
             f"{path}: most rows are {step} apart, but {len(off):,} of {len(numbers):,} lie between these steps: "
-            f"{examples}{', ...' if len(off) > 3 else ''}; resample the series to equal steps"
+            f"{examples}{', ...' if len(off) > 3 else ''}; resample the series to equal steps{remedy}"
         )
     if step.unit == "weekday":
         days = "Mon Tue Wed Thu Fri Sat Sun".split()
@@ -1200,8 +1304,11 @@ def open_zone(name):
         ) from error
 
 
-def drop_doubles(series, table, clock, rows):
-    """Places of the sorted rows without those that repeat the one before; UserError for one that contradicts it."""
+def drop_doubles(series, table, clock, rows, gaps):
+    """Places of the sorted rows without those that repeat the one before; UserError for one that contradicts it.
+
+    Unless `gaps` are to be filled: then the few dates with contradicting rows are left out, to be filled like others.
+    """
     keep, same, different = [], [], []
     for place, date in enumerate(clock):
         if not keep or date != clock[keep[-1]]:
@@ -1212,11 +1319,20 @@ def drop_doubles(series, table, clock, rows):
             same.append(place)
         else:
             different.append(place)
-    if different:
+    few = len(different) < len(clock) / 100
+    local = not series.utc and series.zone is None and len({date.time() for date in clock}) > 1
+    saving = few and local and all(may_be_doubled(clock[place]) for place in different)
+    if different and few and not saving and gaps != "refuse":
+        doubled = {clock[place] for place in different}
+        lines = [table.lines[row] for date, row in zip(clock, rows) if date in doubled]
+        series.notes.append(f"{some_of(sorted(lines), 'line')} left out: rows with other values have the same date")
+        keep = [place for place in keep if clock[place] not in doubled]
+    elif different:
         groups = len(clock) / len(set(clock))
         hint = "keep each date once"
         telling = find_telling(table, clock, rows, series.date) if groups > 1.2 else None
         enough = max(0.99 * len(clock), (len(clock) + len(set(clock))) / 2)  # it must tell half of the doubles apart
+        enough = min(enough, 9 * len(set(clock)))  # or be much finer, as times beside days in several series
         others = [name for name in table.names if name != series.date]
         other = next((name for name in others if count_dates(table.cells(name)) > enough), None)
         if other:
@@ -1233,8 +1349,10 @@ def drop_doubles(series, table, clock, rows):
                 hint += f'tells several series apart, choose one with WHERE, such as --where "{example}"'
         elif groups > 1.5:
             hint = "a file with several series needs a column of numbers for each, with each date once"
-        elif len(different) < len(clock) / 100 and any(clock[place].time() != time() for place in different):
+        elif saving:
             hint += "; if daylight saving doubles the hour, set TIMEZONE"
+        elif few:
+            hint += ", or set GAPS, which leaves these rows out and fills their dates like missing ones"
         rows_have = "rows have" if len(different) > 1 else "row has"
         lines = {place: table.lines[rows[place]] for place in different[:3]}
         examples = ", ".join(f"line {line} ({series.show(clock[place])})" for place, line in lines.items())
@@ -1267,12 +1385,14 @@ def find_telling(table, clock, rows, date, most=3):
         rows: row of the table for each date.
         date: name of the date column.
     """
+    different = {(date, *table.rows[row]): (date, row) for date, row in zip(clock, rows)}
+    clock, rows = zip(*different.values())  # without rows that are twice in the file
     columns, points = {}, [clock]
     for name in table.names:
         cells = table.cells(name)
         cells = [cells[row] for row in rows]
         kinds = len(set(cells))
-        fractions = sum(number(cell) and re.search("[.,]", cell) is not None for cell in cells)
+        fractions = sum(number(cell) and re.search("[.,]0*[1-9]", cell) is not None for cell in cells)
         if kinds in (24, 25, 48, 50, 96, 100) and not tells_series(name):
             points.append(cells)  # hours or parts of them
             continue
@@ -1371,6 +1491,12 @@ def fill(series, path, gaps, chosen=False):
 def may_be_skipped(date):
     """Whether daylight saving may skip a local time: a Sunday from midnight to three, in March, or in the south."""
     return date.weekday() == 6 and date.hour < 4 and date.month in (3, 4, 9, 10) and date.time() != time()
+
+
+def may_be_doubled(date):
+    """Whether daylight saving may end at a local time: from Saturday 23:00 to Sunday 3:59, in autumn of either half."""
+    later = date + timedelta(hours=1)
+    return later.weekday() == 6 and later.hour < 5 and date.month in (3, 4, 9, 10, 11)
 
 
 def describe_runs(missing, clock, series):
