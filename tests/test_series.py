@@ -1118,9 +1118,9 @@ def test_marks_that_are_values_or_texts_are_all_named_at_once(read):
     text = write(DAYS, str, number=cell)
     with pytest.raises(UserError, match="line 5, column value: 'T' .2 times. is not a number, nor are 'V' .1 times."):
         read(text)
-    with pytest.raises(UserError, match=r"far outside .* MISSING_VALUES to -99999,-999\.99 if .*GAPS.* NA if they"):
+    with pytest.raises(UserError, match=r"far outside .* to T,V,-99999,-999\.99 if .*GAPS.* T,V,NA if they"):
         read(text, missing=["T", "V"], gaps="carry")
-    with pytest.raises(UserError, match="-999.99 is far outside"):
+    with pytest.raises(UserError, match="-999.99 is far outside .* MISSING_VALUES to T,V,-99999,-999.99 if"):
         read(text, missing=["T", "V", "-99999"], gaps="carry")
     known = [row for row in range(60) if not isinstance(cell(row), str)]
     values = np.interp(range(60), known, known).tolist()
@@ -1209,6 +1209,11 @@ def test_a_first_line_of_numbers_is_no_header(form, read):
     series = read("\n".join(f"{form(date)},{value}" for date, value in zip(MONTH_HOURS, values)))
     assert len(series.dates) == len(MONTH_HOURS) and series.values[:, -1].tolist() == values
     assert "the file has no header" in " ".join(series.notes)
+
+
+def test_numbers_may_name_columns_beside_dates(read):
+    series = read("0.0,1.0,2.0\n" + "".join(f"{date:%Y-%m-%d},{row},{row % 7}\n" for row, date in enumerate(DAYS)))
+    assert series.columns == ["1.0", "2.0"] and series.dates == DAYS
 
 
 def test_titles_above_rows_without_numbers(read):

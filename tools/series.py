@@ -481,6 +481,7 @@ def add_header(table):
     bare = all(map(number, named)) and (  # no names at all
         len(set(named)) < len(named) or (len(named) == len(table.names) and any("." in name for name in named))
     )
+    bare = bare and not any(is_date(cell) for row in table.rows[:20] for cell in row)
     for place, name in enumerate(table.names):
         below = [row[place] for row in table.rows[:20]]
         if is_date(name):
@@ -1015,7 +1016,7 @@ def read_numbers(table, dates, columns, decimal, missing=()):
             "columns of numbers, or name some with COLUMNS"
         )
     if MISSING.isdisjoint(cell.lower() for cell in missing):
-        check_sentinels(table, values)
+        check_sentinels(table, values, missing)
     if note:
         table.notes.append(f"columns left out: {note}; COLUMNS names those to read")
     return list(values), np.stack(list(values.values()), 1)
@@ -1035,12 +1036,13 @@ def is_row_number(name, column):
     return bool(named and len(column) > 1 and (np.abs(np.diff(column)) == 1).all() and len(set(np.diff(column))) == 1)
 
 
-def check_sentinels(table, columns):
+def check_sentinels(table, columns, missing):
     """UserError if columns hold numbers far outside the others by which programs mark missing values.
 
     Args:
         table: `Table`.
         columns: {name: float64 array}.
+        missing: texts that are known to mark missing values.
     """
     found = {}  # {number: what to say of it}
     for name, column in columns.items():
@@ -1058,9 +1060,10 @@ def check_sentinels(table, columns):
         it, value = ("it means a missing value", "it is a value")
         if len(found) > 1:
             it, value = ("they mean missing values", "they are values")
+        marks, values = ",".join([*missing, *found]), ",".join([*missing, "NA"])
         raise UserError(
-            f"{table.path}, {'; '.join(list(found.values())[:3])}; set MISSING_VALUES to {','.join(found)} if {it} "
-            f"(GAPS fills these), or to NA if {value}"
+            f"{table.path}, {'; '.join(list(found.values())[:3])}; set MISSING_VALUES to {marks} if {it} (GAPS fills "
+            f"these), or to {values} if {value}"
         )
 
 
