@@ -175,7 +175,7 @@ def read_series(
     spread_months(table, columns)
     dates = choose_dates(table, date_column, order, open_zone(zone))
     check_names(table, dates.columns, columns)
-    drop_footer(table, dates)
+    drop_other_rows(table, dates)
     if len(table.rows) < 2:
         raise UserError(f"{path} has {len(table.rows)} rows of numbers; add more rows")
     check_years(table, dates)
@@ -923,7 +923,7 @@ def add_times(table, dates, zone=None):
     return dates
 
 
-def drop_footer(table, dates):
+def drop_other_rows(table, dates):
     """Leave out rows without a date that are none of the table.
 
     These are rows whose values are in columns of their own, such as the name of a station, and the last rows if they
@@ -934,7 +934,7 @@ def drop_footer(table, dates):
     filled = set().union(*(cells for cells, date in zip(places, reading.dates) if date))
     keep = [row for row, cells in enumerate(places) if reading.dates[row] or not cells or cells & filled]
     if len(keep) < len(table.rows):
-        lines = [table.lines[row] for row in sorted({*range(len(table.rows))} - {*keep})]
+        lines = [table.lines[row] for row in np.setdiff1d(np.arange(len(table.rows)), keep)]
         table.notes.append(f"{some_of(lines, 'line')} left out: no date, and no value in the columns of the others")
         table.drop(keep)
         reading.dates, reading.offsets = ([some[row] for row in keep] for some in (reading.dates, reading.offsets))
