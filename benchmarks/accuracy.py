@@ -46,7 +46,7 @@ from common.progress import Progress
 WHAT: Literal["recipe", "ablations", "fine_tuning", "imbalance", "fit", "weights"] = "recipe"  # experiment to run
 SPLITS: Annotated[list[NonNegativeInt], NotEmpty()] = [0, 1, 2]  # seeds of split and training
 # Options of train.py for every run: the smallest network, at image sizes that suit a CPU.
-OPTIONS: str = "--model unireplknet_a --img-size 160 --start-size 64 --epochs 60 --drop-path 0"  # of train.py; "": none
+OPTIONS: str = "--model unireplknet_a --img-size 160 --start-size 64 --epochs 90 --drop-path 0"  # of train.py; "": none
 JOBS: PositiveInt = 1  # concurrent runs, each with its part of the cores
 SOURCE: Name = "data1"  # folder that holds <class>/<image>
 OUTPUT: Name = "accuracy"  # folder for splits and runs
