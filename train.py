@@ -472,7 +472,7 @@ def micro_batches(batches, numbers, prepare, count):
 
 
 def prepare_batch(batch, number, *, size, device, normalise, mixup, seed, teacher=None):
-    """Batch `number` of the run on the device, normalised, resized to (height, width) and mixed.
+    """Batch `number` of the run on the device, normalised, mixed and resized to (height, width).
 
     Returns:
         images (N, 3, height, width); labels (N,), -1 for images that were mixed; targets (N, classes), from the labels
@@ -480,10 +480,12 @@ def prepare_batch(batch, number, *, size, device, normalise, mixup, seed, teache
     """
     seed_everything(seed, "step", number, device=device)  # Mixup, dropout, drop path: by the batch's number only
     images, labels = (tensor.to(device, non_blocking=True, copy=True) for tensor in batch)  # Mixup works in place
-    images = resize(normalise(images), size).contiguous(memory_format=choose_layout(device))
-    images, targets = mixup(images, labels)
+    images, targets = mixup(normalise(images), labels)
     unmixed = targets.gather(1, labels[:, None]).squeeze(1) > 1 - mixup.label_smoothing - 1e-4
-    return images, torch.where(unmixed, labels, -1), targets if teacher is None else teacher(images)
+    if teacher is not None:  # which sees full size also while START_SIZE makes the images smaller
+        targets = teacher(images)
+    images = resize(images, size).contiguous(memory_format=choose_layout(device))
+    return images, torch.where(unmixed, labels, -1), targets
 
 
 def resize(images, size):

@@ -1,10 +1,10 @@
 """Knowledge distillation: a network learns what other, better networks say of its training images.
 
-TEACHER of train.py names these networks. They see each batch as the student does, augmented and mixed, and their
-predictions are the targets, in place of labels, since they also say which other classes an image resembles (Hinton et
-al., "Distilling the knowledge in a neural network", arXiv:1503.02531). That both see the same crops and mixtures, and
-that labels are not used, is the recipe of Beyer et al., "Knowledge distillation: A good teacher is patient and
-consistent", CVPR 2022, arXiv:2106.05237.
+TEACHER of train.py names these networks. They see each batch as the student does, augmented and mixed, though always
+at full size, and their predictions are the targets, in place of labels, since they also say which other classes an
+image resembles (Hinton et al., "Distilling the knowledge in a neural network", arXiv:1503.02531). That both see the
+same crops and mixtures, and that labels are not used, is the recipe of Beyer et al., "Knowledge distillation: A good
+teacher is patient and consistent", CVPR 2022, arXiv:2106.05237.
 """
 
 import numpy as np

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import train
+from common.augment import BatchMixup
 from common.checkpoint import build_network, load_checkpoint, save_checkpoint
 from common.options import UserError
 from conftest import CLASSES, SMALL
@@ -91,6 +92,19 @@ def test_a_teacher_gets_images_of_its_own_size_and_may_know_more_classes(run_tra
         expected = more(own)[:, [len(names), *range(len(names) - 1)]].softmax(1)
     assert data["classes"] == names
     torch.testing.assert_close(targets, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixed", [0.0, 1.0])
+def test_a_teacher_sees_full_size_while_start_size_makes_images_smaller(mixed):
+    images, labels = torch.rand(4, 3, 32, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+    mixup = BatchMixup(3, 0.8, 1.0, mixed)
+    options = dict(device=torch.device("cpu"), normalise=torch.nn.Identity(), mixup=mixup, seed=42)
+    full, *_ = train.prepare_batch((images, labels), 0, size=(32, 64), **options)
+    small, _, targets = train.prepare_batch(
+        (images, labels), 0, size=(16, 32), teacher=lambda seen: seen.flatten(1), **options
+    )
+    assert torch.equal(targets, full.flatten(1)) and torch.equal(full, images) == (not mixed)
+    torch.testing.assert_close(small, F.interpolate(full, size=(16, 32), mode="bilinear", antialias=True))
 
 
 def test_a_teacher_that_knows_validation_images_is_pointed_out(run_train, place, capsys):
