@@ -762,7 +762,8 @@ def test_a_table_without_rows_is_called_that(read):
 
 def test_quarters_and_weeks_beside_a_year(read):
     quarters = [f"{date.year},{(date.month + 2) // 3},{row}" for row, date in enumerate(QUARTERS)]
-    check(read("year,quarter,value\n" + "\n".join(quarters)), QUARTERS, list(range(30)))
+    for names in ("year,quarter", "Rok,Kwartal"):
+        check(read(f"{names},value\n" + "\n".join(quarters)), QUARTERS, list(range(30)))
     weeks = [datetime(2019, 12, 2) + 7 * DAY * row for row in range(120)]
     lines = ["{},{},{}".format(*date.isocalendar()[:2], row) for row, date in enumerate(weeks)]
     check(read("Year,Week,value\n" + "\n".join(lines)), weeks, list(range(120)))
@@ -1245,6 +1246,13 @@ def test_names_of_columns_in_several_lines(read):
     series = read(f"Price,Close,Close,Open\nTicker,A,A,A\n{rows}")
     assert series.columns == ["Close A", "Close A (column 3)", "Open A"]
     assert "a second column Close A is called Close A (column 3)" in series.notes
+
+
+def test_a_column_in_which_all_rows_have_a_date_is_named(read):
+    rows = "".join(f"{row},{day:%Y%m%d},{'NA' if row < 5 else day.date()}\n" for row, day in enumerate(DAYS))
+    with pytest.raises(UserError, match="line 2, column when: 'NA' is not a date .* set DATE to day$"):
+        read(f"value,day,when\n{rows}")
+    check(read(f"value,day,when\n{rows}", date_column="day"), DAYS, list(range(60)))
 
 
 def test_columns_of_one_name(read):

@@ -33,13 +33,13 @@ SENTINEL = re.compile(r"-(?:99+|200|32767|32768)\.[09]+|(?:999+|32767|65535)\.[0
 INDEX = {"", "index", "id", "no", "no.", "nr", "nr.", "#", "row", "rowid", "row_id", "instant", "unnamed", "rownames"}
 INDEX |= {"obs"}
 PARTS = {  # names of columns that together are a date
-    "year": ("year", "yr", "yyyy", "jahr", "año", "ano", "année", "annee", "anno", "年", "年份"),
-    "month": ("month", "mon", "mo", "mm", "mnth", "monat", "mes", "mês", "mois", "mese", "月", "月份"),
+    "year": ("year", "yr", "yyyy", "jahr", "año", "ano", "année", "annee", "anno", "rok", "年", "年份"),
+    "month": ("month", "mon", "mo", "mm", "mnth", "monat", "mes", "mês", "mois", "mese", "miesiąc", "月", "月份"),
     "day": ("day", "dd", "dy", "mday", "tag", "día", "dia", "jour", "日", "day_of_month", "dayofmonth"),
     "hour": ("hour", "hr", "hh", "stunde", "hora", "heure", "时", "小时"),
     "minute": ("minute", "min", "mi", "分", "分钟"),
 }
-QUARTERS, WEEKS = ("quarter", "qtr", "q", "quartal", "季度"), ("week", "wk", "kw", "woche", "周")
+QUARTERS, WEEKS = ("quarter", "qtr", "q", "quartal", "kwartał", "kwartal", "季度"), ("week", "wk", "kw", "woche", "周")
 DAYS_OF_YEAR, PERIODS = ("doy", "day_of_year", "dayofyear", "yday"), ("period",)  # M01 or Q01 behind a year
 # Words in the names of columns that hold dates, and of columns that tell one series from another.
 DATE_WORDS = set(
@@ -213,10 +213,12 @@ def read_file(
     check_years(table, dates)
     problem = next((row for row, date in enumerate(dates.reading.dates) if date is None), None)
     if problem is not None:
-        raise UserError(
+        other = other_dates(table, dates.columns)
+        message = (
             f"{path}, line {table.lines[problem]}, column {dates.columns[0]}: {dates.reading.problem}; correct it, or "
-            "set DATE to another column"
+            f"set DATE to {other or 'another column'}"
         )
+        raise Choice(message, date_column=other) if other else UserError(message)
     check_one_series(table, dates, where)
     chosen, values = read_numbers(table, dates.columns, columns, decimal, missing)
     series = Series([], None, chosen, values, dates.columns[0], notes=table.notes)
@@ -535,6 +537,12 @@ def holds_dates(cells, index=False):
         if len(dates) > 2 and is_regular(dates, 0.5):
             return True
     return False
+
+
+def other_dates(table, columns):
+    """Name of the first column that holds dates, see `holds_dates`, besides `columns`; None if there is none."""
+    others = {name: table.cells(name) for name in table.names if name not in columns}
+    return next((name for name, cells in others.items() if holds_dates(cells, is_index(name))), None)
 
 
 def add_header(table):
@@ -1349,8 +1357,7 @@ def arrange(series, table, columns, reading, name, gaps, where):
     off = [place for place in range(len(numbers)) if numbers[place] < 0 or numbers[place] in numbers[place - 1 : place]]
     if len(off) > len(numbers) / 2:
         steps = sorted(later - earlier for earlier, later in zip(series.clock, series.clock[1:]))
-        others = [name for name in table.names if name not in columns]
-        other = next((name for name in others if holds_dates(table.cells(name), is_index(name))), None)
+        other = other_dates(table, columns)
         remedy = f"set DATE to {other}, which holds dates at equal steps, or " if other else ""
         message = (
             f"{path}: the rows are not at equal steps, but from {steps[0]} to {steps[-1]} apart, half of them at most "
