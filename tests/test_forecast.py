@@ -320,7 +320,6 @@ BAD = {
         "no date column, only north, south; set DATE",
     ),
     "no numbers": (lambda lines: [line.split(",")[0] for line in lines], "no column besides date"),
-    "duplicate name": (lambda lines: ["date,north,north", *lines[1:]], "several columns named 'north'"),
     "empty cell": (
         change(5, "2020-01-01 03:00:00,1.0,"),
         "column south: 1 cell is empty .2020-01-01 03:00:00.; set GAPS to",

@@ -240,6 +240,20 @@ def test_the_order_that_was_chosen_is_printed(read):
         read(write(DAYS, lambda d: f"{d:%d/%m/%Y}"), order="mdy", date_column="date")
 
 
+def test_days_since_1900_as_excel_counts_them(read):
+    start = datetime(1899, 12, 30)
+    exact = [f"{(date - start) / DAY:.10f},{row % 7}\n" for row, date in enumerate(HOURS)]
+    for name in ("time", "GH"):
+        series = read(f"{name},value\n" + "".join(exact))
+        check(series, HOURS, [row % 7 for row in range(60)])
+        assert f"dates in column {name}: days since 1900 as Excel counts them" in series.notes
+    whole = "".join(f"{(day - start).days},{row % 7}\n" for row, day in enumerate(DAYS))
+    check(read(f"date,value\n{whole}"), DAYS, [row % 7 for row in range(60)])
+    for text in (f"meter,value\n{whole}", "date,value\n" + "".join(f"{43000 + row % 9},{row}\n" for row in range(60))):
+        with pytest.raises(UserError, match="no date column"):  # numbers of things, or up and down
+            read(text)
+
+
 def test_numbers_are_dates_only_at_equal_steps(read):
     for cells in ([1950, 1951, 1953, 1954], [12, 13, 14, 15], [201313, 201314, 201315, 201316], [1e3, 2e3, 3e3, 4e3]):
         text = "n,value\n" + "".join(f"{cell:.0f},{row}\n" for row, cell in enumerate(cells))
@@ -531,6 +545,21 @@ def test_a_number_that_could_be_either_is_named(read):
     assert any("column value: 1.004 has the decimal sign of the other columns" in note for note in series.notes)
 
 
+def test_smaller_numbers_without_decimals_tell_thousands(read):
+    cells, values = ["9,700", "980", "1,234", "0", "12,345"], [9700, 980, 1234, 0, 12345]
+    for separator, mark in ((",", ","), (";", ","), (";", "."), ("\t", ".")):
+        text = f"date{separator}value{separator}large\n" + "".join(
+            f'{day}{separator}"{cell}"{separator}"{row + 1},00{row}"\n'.replace(",00", f"{mark}00")
+            for row, (day, cell) in enumerate(zip(DAYS, [cell.replace(",", mark) for cell in cells]))
+        )
+        series = read(text)
+        assert series.values.T.tolist() == [values, [1000, 2001, 3002, 4003, 5004]]
+        assert any("is read as 9700, since smaller numbers have no decimals; DECIMAL=" in note for note in series.notes)
+    for cells in (["9,701", "980", "1,234"], ["9,700", "1980", "1,234"], ["9,700", "0", "1,234"]):  # does not tell
+        with pytest.raises(UserError, match="set DECIMAL"):
+            read(write(DAYS[:3], str, number=lambda row: f'"{cells[row]}"'))
+
+
 def test_numbers_of_two_kinds_in_a_column_are_refused(read):
     cells = ["1.5", "2.5", "3,5", "4.5"]
     text = write(DAYS[:4], str, separator=";", number=lambda row: cells[row])
@@ -733,7 +762,8 @@ def test_a_table_without_rows_is_called_that(read):
 
 def test_quarters_and_weeks_beside_a_year(read):
     quarters = [f"{date.year},{(date.month + 2) // 3},{row}" for row, date in enumerate(QUARTERS)]
-    check(read("year,quarter,value\n" + "\n".join(quarters)), QUARTERS, list(range(30)))
+    for names in ("year,quarter", "Rok,Kwartal"):
+        check(read(f"{names},value\n" + "\n".join(quarters)), QUARTERS, list(range(30)))
     weeks = [datetime(2019, 12, 2) + 7 * DAY * row for row in range(120)]
     lines = ["{},{},{}".format(*date.isocalendar()[:2], row) for row, date in enumerate(weeks)]
     check(read("Year,Week,value\n" + "\n".join(lines)), weeks, list(range(120)))
@@ -1004,6 +1034,16 @@ def test_what_is_no_time_of_day_is_not_taken_for_one(read):
         read("date,store,period,value\n" + "\n".join(lines))
 
 
+def test_a_number_that_never_changes_is_no_time_of_day(read):
+    days = [datetime(2019, 1, 1) + DAY * row for row in range(200)]
+    rows = [f"{day:%Y-%m-%d},1004,{row}\n" for row, day in enumerate([*days, days[7]])]
+    text = "date,altitude,value\n" + "".join(rows)
+    with pytest.raises(UserError, match="1 row has a date that another row has"):
+        read(text)
+    series = read(text, gaps="carry")
+    assert series.at_midnight() and series.columns == ["value"]
+
+
 # --- messages
 
 
@@ -1111,6 +1151,10 @@ def test_zones_by_name_that_change_with_daylight_saving(read):
 
 
 def test_marks_that_are_values_or_texts_are_all_named_at_once(read):
+    text = write(DAYS, str, number=lambda row: -99999999.9 if row == 7 else row)
+    with pytest.raises(UserError, match="set MISSING_VALUES to -99999999.9 if"):
+        read(text)
+    assert read(text, missing=["-99999999.9"], gaps="carry").values[7, 0] == 6
     """Another mark of missing values stays refused where one is named."""
     def cell(row):
         return {3: "T", 7: "V", 9: "T", 20: "-99999", 21: "-999.99"}.get(row, row)
@@ -1199,8 +1243,46 @@ def test_names_of_columns_in_several_lines(read):
     series = read(f"Price,Close,Close,Open\nTicker,AAPL,MSFT,AAPL\nDate,,,\n{rows}")
     assert series.dates == DAYS and series.columns == ["Close AAPL", "Close MSFT", "Open AAPL"]
     assert read(f"Price,Close,High,Open\nTicker,AAPL,AAPL,AAPL\n{rows}").columns == ["Close", "High", "Open"]
-    with pytest.raises(UserError, match="several columns named 'Close A'"):
-        read(f"Price,Close,Close,Open\nTicker,A,A,A\n{rows}")
+    series = read(f"Price,Close,Close,Open\nTicker,A,A,A\n{rows}")
+    assert series.columns == ["Close A", "Close A (column 3)", "Open A"]
+    assert "a second column Close A is called Close A (column 3)" in series.notes
+
+
+def test_a_column_in_which_all_rows_have_a_date_is_named(read):
+    rows = "".join(f"{row},{day:%Y%m%d},{'NA' if row < 5 else day.date()}\n" for row, day in enumerate(DAYS))
+    with pytest.raises(UserError, match="line 2, column when: 'NA' is not a date .* set DATE to day$"):
+        read(f"value,day,when\n{rows}")
+    check(read(f"value,day,when\n{rows}", date_column="day"), DAYS, list(range(60)))
+
+
+def test_columns_of_one_name(read):
+    rows = "".join(f"{day:%Y-%m-%d},{row},{row % 7},{day:%d.%m.%Y},{row % 5}\n" for row, day in enumerate(DAYS))
+    series = read(f"date,wind,wind,date,wind\n{rows}")
+    assert series.columns == ["wind", "wind (column 3)", "wind (column 5)"] and series.dates == DAYS
+    assert read(f"date,wind,wind,date,wind\n{rows}", columns=["wind (column 5)"]).values[6, 0] == 1
+
+
+@pytest.mark.parametrize(
+    "kind, notes",
+    {
+        "types": ",,209\ntype,date,float\nformat,yyyy-MM-dd,\n",
+        "units": ",,\nid,UTC,mm\n",
+    }.items(),
+)
+def test_rows_below_the_header_that_have_no_date(kind, notes, read):
+    rows = "".join(f",{day:%Y-%m-%d},{row}\n" for row, day in enumerate(DAYS))
+    check(read(f"@H,time,value\n{notes}{rows}"), DAYS, list(range(60)))
+    with pytest.raises(UserError, match="line 2, column time: the date is empty"):  # may be a row of the table
+        read(f"@H,time,value\n,,209\n{rows}")
+
+
+def test_a_block_above_the_header_as_wide_as_the_table(read):
+    block = "Export;7;;Station;A;B\nPeriod;2016;;Name;Alm;Bach\nSource;;;Operator;X;X\n".replace("7", "v")
+    block = block.replace("2016", "20160101 00:00 - 20170101 00:00")
+    rows = "".join(f"NO2;h;µg;{date:%Y%m%d %H:%M};{row},5;{row % 7},5\n" for row, date in enumerate(HOURS))
+    series = read(f"{block}Component;Step;Unit;Begin;A;B\n{rows}")
+    assert series.columns == ["A", "B"] and series.dates == HOURS and series.values[8].tolist() == [8.5, 1.5]
+    assert "3 lines above the header left out: not the fields of the table" in series.notes
 
 
 @pytest.mark.parametrize("form", [lambda d: f"{d:%Y%m%d},{d.hour + 1},7,7", lambda d: f"{d:%Y%m%d%H},0.5,3"])
@@ -1259,3 +1341,84 @@ def test_hours_that_daylight_saving_does_not_double(date, read):
     with pytest.raises(UserError) as error:
         read(text)
     assert "TIMEZONE" not in str(error.value) and "GAPS" in str(error.value)
+
+
+def test_an_example_of_where_names_a_series_with_each_date_once(read):
+    """Stations of 24 lines, some of two of these: the lines are no hours. And one that has a few dates twice."""
+    pairs = [(f"L{n // 3}", f"S{n}" if n % 3 else f"T{n // 6}") for n in range(72)]
+    rows = [f"{day},{line},{station},{day.day * n}.5" for day in DAYS for n, (line, station) in enumerate(pairs)]
+    text = "date,line,station,value\n" + "\n".join(rows)
+    with pytest.raises(UserError, match='--where "line=L0,station=T0"'):
+        read(text)
+    check(read(text, where=["line=L1", "station=T0"]), DAYS, [3 * day.day + 0.5 for day in DAYS])
+    rows = [f"{day},{'TSUVW'[place]},{day.day * place}" for day in DAYS for place in range(5)]
+    text = "date,station,value\n" + "\n".join([*rows, f"{DAYS[7]},T,99", f"{DAYS[9]},T,99"])
+    with pytest.raises(UserError, match='column station tells .*--where "station=S"'):
+        read(text)
+
+
+STATIONS = [f"{date},{site},{row * row % 17}" for site in "AB" for row, date in enumerate(HOURS, ord(site)) if row % 9]
+TWO_STEPS = {  # text, encoding, options that help, what the message says of the second
+    "WHERE and GAPS": (
+        "date,site,value\n" + "\n".join(STATIONS),
+        "utf-8",
+        dict(where=["site=A"]),
+        "with site=A, . rows are missing",
+    ),
+    "ENCODING and GAPS": (
+        "date,höhe\n" + "\n".join(f"{date},{row}.5" for row, date in enumerate(HOURS) if row != 7),
+        "cp1252",
+        dict(encoding="cp1252"),
+        "with .*, 1 row is missing",
+    ),
+    "DATE_ORDER and GAPS": (
+        "date,value\n" + "\n".join(f"04/05/2016 {hour}:00,{hour % 7}" for hour in range(3, 23) if hour != 15),
+        "utf-8",
+        dict(order="dmy"),
+        "with dmy, 1 row is missing",
+    ),
+    "DECIMAL and GAPS": (
+        "date;value\n" + "\n".join(f"{date};{row + 1}.004" for row, date in enumerate(HOURS) if row != 7),
+        "utf-8",
+        dict(decimal=","),
+        "with [.], 1 row is missing",
+    ),
+    "DATE and WHERE": (
+        "day,valid,site,value\n" + "\n".join(f"{row[:10]},{row}" for row in STATIONS),
+        "utf-8",
+        dict(date_column="valid", where=["site=A"]),
+        'with valid, .*--where "site=A"; with site=A, . rows are missing',
+    ),
+    "MISSING_VALUES twice": (
+        "date,value\n" + "\n".join(f"{date},{['bad', -999, row, row][row % 4] if row > 30 else row}"
+                                    for row, date in enumerate(HOURS)),
+        "utf-8",
+        dict(missing=["bad", "-999"]),
+        "with bad, .*MISSING_VALUES to bad,-999",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TWO_STEPS)
+def test_all_options_that_are_needed_are_named_at_once(kind, tmp_path):
+    text, encoding, options, words = TWO_STEPS[kind]
+    path = tmp_path / "series.csv"
+    path.write_text(text, encoding=encoding)
+    with pytest.raises(UserError, match=f"{kind.split()[0]}.*{words}.*GAPS"):
+        read_series(path)
+    assert len(read_series(path, **options, gaps="carry").dates) > 15
+
+
+def test_an_option_that_does_not_help_is_followed_by_none(read):
+    rows = [f"{DAYS[0] + DAY * row * row},{kind},{ord(kind) * row}" for kind in "ab" for row in range(60)]
+    with pytest.raises(UserError, match='--where "kind=a"$'):
+        read("date,kind,value\n" + "\n".join(rows))
+
+
+@pytest.mark.parametrize("encoding, text", dict(gb18030="温度", big5="協和", cp949="기온", cp1252="Höhe").items())
+def test_encodings_that_may_be_meant_are_named(encoding, text, tmp_path):
+    path = tmp_path / "series.csv"
+    path.write_text(write(DAYS, str, name=f"date,{text}").replace("00:00:00", "00:00:00,1"), encoding=encoding)
+    with pytest.raises(UserError, match=f"set ENCODING to its encoding, which may be .*{encoding}") as error:
+        read_series(path)
+    assert encoding == "cp1252" or f"{text}" in read_series(path, encoding=encoding).notes[-1], error.value

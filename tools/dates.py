@@ -93,6 +93,7 @@ NUMBERS = {
     "years": r"(?P<year>\d{4})(?:\.0+)?",
     "year.month": r"(?P<year>\d{4})\.(?P<month>\d{2})",
     "years and fractions of a year": r"(?P<years>\d{4}(?:\.\d+)?)",
+    "days since 1900 as Excel counts them": r"(?P<serial>[2-5]\d{4}(?:\.\d+)?)",
 }
 UNIX = {"Unix time in seconds": 10**6, "Unix time in milliseconds": 10**3, "Unix time in microseconds": 1}
 UNIX |= {"Unix time in nanoseconds": 10**-3}
@@ -313,6 +314,9 @@ def read_points(cells, order, numbers=False, anything=False, share=0.8, gaps=0.0
             continue
         if name.startswith("yyyyww") and len({date.isocalendar()[0] for date in known}) < 2:
             continue  # only a new year, where the numbers jump, tells weeks from numbers
+        named = gaps or anything or "." in sample[0]  # else whole numbers of five digits may be anything
+        if "Excel" in name and not (named and sorted(known) in (known, known[::-1])):
+            continue
         if not numbers or anything or (len(known) == len(sample) and is_plausible(known, gaps)):
             return reading
     return None
@@ -423,6 +427,8 @@ def convert(name, groups, pivot):
             raise ValueError("not a twelfth of a year")
         years, month = divmod(round(months), 12)
         return datetime(int(year) + years, month + 1, 1), None
+    if "serial" in groups:
+        return datetime(1899, 12, 30) + timedelta(seconds=round(86400 * float(groups["serial"]))), None
     year = int(groups["year"])
     if groups.get("next") and int(groups["next"]) not in (year + 1, (year + 1) % 100):
         raise ValueError("the second year does not follow the first")

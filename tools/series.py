@@ -33,13 +33,13 @@ SENTINEL = re.compile(r"-(?:99+|200|32767|32768)\.[09]+|(?:999+|32767|65535)\.[0
 INDEX = {"", "index", "id", "no", "no.", "nr", "nr.", "#", "row", "rowid", "row_id", "instant", "unnamed", "rownames"}
 INDEX |= {"obs"}
 PARTS = {  # names of columns that together are a date
-    "year": ("year", "yr", "yyyy", "jahr", "año", "ano", "année", "annee", "anno", "年", "年份"),
-    "month": ("month", "mon", "mo", "mm", "mnth", "monat", "mes", "mês", "mois", "mese", "月", "月份"),
+    "year": ("year", "yr", "yyyy", "jahr", "año", "ano", "année", "annee", "anno", "rok", "年", "年份"),
+    "month": ("month", "mon", "mo", "mm", "mnth", "monat", "mes", "mês", "mois", "mese", "miesiąc", "月", "月份"),
     "day": ("day", "dd", "dy", "mday", "tag", "día", "dia", "jour", "日", "day_of_month", "dayofmonth"),
     "hour": ("hour", "hr", "hh", "stunde", "hora", "heure", "时", "小时"),
     "minute": ("minute", "min", "mi", "分", "分钟"),
 }
-QUARTERS, WEEKS = ("quarter", "qtr", "q", "quartal", "季度"), ("week", "wk", "kw", "woche", "周")
+QUARTERS, WEEKS = ("quarter", "qtr", "q", "quartal", "kwartał", "kwartal", "季度"), ("week", "wk", "kw", "woche", "周")
 DAYS_OF_YEAR, PERIODS = ("doy", "day_of_year", "dayofyear", "yday"), ("period",)  # M01 or Q01 behind a year
 # Words in the names of columns that hold dates, and of columns that tell one series from another.
 DATE_WORDS = set(
@@ -132,19 +132,15 @@ class Series:
         return [self.show(self.step.at(last + number)) for number in range(1, count + 1)]
 
 
-def read_series(
-    path,
-    date_column=None,
-    columns=(),
-    encoding="utf-8-sig",
-    *,
-    order="auto",
-    decimal="auto",
-    zone=None,
-    gaps="refuse",
-    where=(),
-    missing=(),
-):
+class Choice(UserError):
+    """An error that options of `read_series` end: those which the message proposes, {name: value}."""
+
+    def __init__(self, message, **options):
+        super().__init__(message)
+        self.options = options
+
+
+def read_series(path, date_column=None, columns=(), encoding="utf-8-sig", **options):
     """Read a CSV file.
 
     Args:
@@ -163,14 +159,50 @@ def read_series(
         `Series`.
 
     Raises:
-        UserError: if the file cannot be read as a series; the message names column and line as shown by an editor.
+        UserError: if the file cannot be read as a series; the message names column and line as shown by an editor, and
+            all options that are needed, one after the other.
     """
-    path = Path(path)
+    given = dict(date_column=date_column, columns=columns, encoding=encoding) | options
+    try:
+        return read_file(Path(path), **given)
+    except Choice as error:
+        choice = error
+    repeated = date_column is not None and "date_column" in choice.options  # as two columns refer to each other
+    repeated |= any(value[-1] in value[:-1] for value in choice.options.values() if isinstance(value, list))
+    if not repeated:
+        try:
+            read_series(path, **given | choice.options)
+        except Choice as then:
+            further = str(then).removeprefix(str(path))
+            further = f"it{further}" if further.startswith(" ") else further.lstrip(":, ")
+            value = next(iter(choice.options.values()))
+            value = value if isinstance(value, str) else ",".join(value)
+            raise Choice(f"{choice}; with {value}, {further}", **choice.options) from choice
+        except UserError:
+            pass  # no option helps, or it is the wrong one
+    raise choice
+
+
+def read_file(
+    path,
+    date_column,
+    columns,
+    encoding,
+    *,
+    order="auto",
+    decimal="auto",
+    zone=None,
+    gaps="refuse",
+    where=(),
+    missing=(),
+):
+    """`Series` of a CSV file; see `read_series`."""
     table = read_cells(path, encoding)
     add_header(table)
     if table.names and not table.rows:
         raise UserError(f"{path} has no row below the header {list_names(table.names)}; add rows, or give another file")
     drop_units(table)
+    rename_doubles(table)
     transpose(table, select_rows(table, where))
     spread_months(table, columns)
     dates = choose_dates(table, date_column, order, open_zone(zone))
@@ -181,14 +213,16 @@ def read_series(
     check_years(table, dates)
     problem = next((row for row, date in enumerate(dates.reading.dates) if date is None), None)
     if problem is not None:
-        raise UserError(
+        other = other_dates(table, dates.columns)
+        message = (
             f"{path}, line {table.lines[problem]}, column {dates.columns[0]}: {dates.reading.problem}; correct it, or "
-            "set DATE to another column"
+            f"set DATE to {other or 'another column'}"
         )
-    check_one_series(table, dates)
+        raise Choice(message, date_column=other) if other else UserError(message)
+    check_one_series(table, dates, where)
     chosen, values = read_numbers(table, dates.columns, columns, decimal, missing)
     series = Series([], None, chosen, values, dates.columns[0], notes=table.notes)
-    arrange(series, table, dates.columns, dates.reading, zone, gaps)
+    arrange(series, table, dates.columns, dates.reading, zone, gaps, where)
     drop_empty_ends(series, table)
     fill(series, path, gaps, chosen=bool(columns))
     return series
@@ -243,10 +277,11 @@ def read_cells(path, encoding):
         text = read_text(path, encoding, "strict")
     except UnicodeError as error:
         reason = f"{error.reason} at byte {error.start}" if isinstance(error, UnicodeDecodeError) else error
-        raise UserError(
-            f"{path} is not encoded in {encoding} ({reason}); save it as UTF-8, or set ENCODING to its encoding, such "
-            "as gb18030, cp1252 or utf-16"
-        ) from error
+        fitting = [name for name in ("gb18030", "big5", "cp949", "shift_jis", "cp1252") if decodes(path, name)]
+        message = f"{path} is not encoded in {encoding} ({reason}); save it as UTF-8, or set ENCODING to its encoding"
+        if not fitting:
+            raise UserError(f"{message}, such as utf-16") from error
+        raise Choice(f"{message}, which may be {' or '.join(fitting)}", encoding=fitting[0]) from error
     notes, skipped, line = [], 0, ""
     while re.match("#|sep=.\n", text) or text.partition("\n")[0].strip(" \t,;|") == "" and text:
         line, _, text = text.partition("\n")
@@ -284,6 +319,14 @@ def read_cells(path, encoding):
     return table
 
 
+def decodes(path, encoding):
+    """Whether the bytes of a file are text in an encoding."""
+    try:
+        return bool(read_text(path, encoding, "strict"))
+    except UnicodeError:
+        return False
+
+
 def is_header(line, text):
     """Whether a line, written as a comment, names the columns of a table that begins with the first line of `text`."""
     below = text.partition("\n")[0]
@@ -293,9 +336,24 @@ def is_header(line, text):
 
 
 def drop_units(table, most=5):
-    """Leave out rows below the header without a number or a date, such as units, if those below have numbers."""
+    """Leave out rows below the header without a number or a date, such as units, if those below have numbers.
+
+    So are rows above them that have no date, if those below have, and a block above the header that is as wide as the
+    table: the header is the first line in which all cells are filled and different.
+    """
+    above = next((place for place, row in enumerate(table.rows[:50]) if any(map(number, row))), 0)
+    lines = [["" if re.fullmatch(r"column \d+", name) else name for name in table.names], *table.rows[:above]]
+    full = (place for place, row in enumerate(lines) if all(row) and len(set(row)) == len(row))
+    header = next((place for place in full if not any(map(is_date, lines[place]))), 0)
+    if header > 1 and not all(lines[0]):  # else these are names that take several lines, or units
+        table.notes.append(f"{header} lines above the header left out: not the fields of the table")
+        table.names = [unguard(name) for name in lines[header]]
+        table.drop(range(header, len(table.rows)))
     rows = table.rows[: most + 1]
     units = next((place for place, row in enumerate(rows) if any(number(cell) or is_date(cell) for cell in row)), 0)
+    dated = next((place for place, row in enumerate(rows) if any(map(is_date, row))), 0)
+    if dated and not any(map(number, rows[dated - 1])):
+        units = dated
     if units and any(map(number, rows[units])):
         if len(set(table.names)) < len(table.names):  # names that take several lines, as pandas writes them
             table.names = [" ".join(filter(None, name)) for name in zip(table.names, *rows[:units])]
@@ -304,6 +362,14 @@ def drop_units(table, most=5):
             return
         table.notes.append(f"{some_of(table.lines[:units], 'line')} below the header left out: no date and no numbers")
         table.drop(range(units, len(table.rows)))
+
+
+def rename_doubles(table):
+    """Append its number to a column called like one before it, but for numbers, which may be a row of the table."""
+    for place, name in enumerate(table.names):
+        if name in table.names[:place] and not number(name):
+            table.names[place] = f"{name} (column {place + 1})"
+            table.notes.append(f"a second column {name} is called {table.names[place]}")
 
 
 def refuse_others(path):
@@ -473,6 +539,12 @@ def holds_dates(cells, index=False):
     return False
 
 
+def other_dates(table, columns):
+    """Name of the first column that holds dates, see `holds_dates`, besides `columns`; None if there is none."""
+    others = {name: table.cells(name) for name in table.names if name not in columns}
+    return next((name for name, cells in others.items() if holds_dates(cells, is_index(name))), None)
+
+
 def add_header(table):
     """Give the columns of a table names if its first line has none: if it holds a date where the rows below do."""
     if date_run(table.names):
@@ -628,14 +700,11 @@ class Dates:
 def choose_dates(table, name, order, zone=None):
     """`Dates` of a table: of the column `name`, or the first that holds dates; UserError if there are none."""
     path, names = table.path, table.names
-    duplicates = [name for name, count in Counter(names).items() if count > 1]
-    if duplicates:
-        if number(duplicates[0]):
-            raise UserError(
-                f"{path}, line 1: {list_names(names)} is read as the header, but looks like a row whose date is not "
-                "read; write dates as 2016-07-01 13:00:00 or 2016-07-01, and add a header"
-            )
-        raise UserError(f"{path} has several columns named {label(duplicates[0])!r}; rename all but one")
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"{path}, line 1: {list_names(names)} is read as the header, but looks like a row whose date is not read; "
+            "write dates as 2016-07-01 13:00:00 or 2016-07-01, and add a header"
+        )
     found = candidate = None
     try:
         if name is None:
@@ -670,16 +739,18 @@ def choose_dates(table, name, order, zone=None):
                 reading = read_dates(cells, order, numbers=True, anything=True)
                 found = Dates([name], reading) if reading else None
     except Ambiguous as error:
-        column = name or candidate
-        raise UserError(f"{path}, column {column}: {error}") from error
+        message = f"{path}, column {name or candidate}: {error}"
+        fitting = re.findall(r"\b[dmy]{3}\b", message.rpartition(" can be ")[2])
+        raise (Choice(message, order=fitting[0]) if fitting else UserError(message)) from error
     if name is not None and name not in names:
         raise UserError(
             f"{path} has no date column {name!r}, only {list_names(names)}; set DATE to the name of the date "
             "column"
         )
     if not found and name is None:
-        remedy = advise_date(table, order)
-        raise UserError(f"{path} has no date column, only {list_names(names)}; set DATE {remedy}")
+        remedy, column = advise_date(table, order)
+        message = f"{path} has no date column, only {list_names(names)}; set DATE {remedy}"
+        raise Choice(message, date_column=column, gaps="carry") if column else UserError(message)
     if not found:
         line, cell = next(((line, cell) for line, cell in zip(table.lines, table.cells(name)) if cell), (1, ""))
         raise UserError(
@@ -690,7 +761,7 @@ def choose_dates(table, name, order, zone=None):
 
 
 def advise_date(table, order):
-    """The end of a sentence: to which column DATE may be set, and why it was not read."""
+    """(The end of a sentence: to which column DATE may be set, and why it was not read; this column or None)."""
     columns = sorted(table.names, key=lambda name: (not date_named(name), is_index(name)))
     for name in filter(date_named, columns):
         cells = table.cells(name)
@@ -704,18 +775,19 @@ def advise_date(table, order):
             return (
                 f"to the name of the date column, and write all dates in one form: {label(cells[row])!r} in "
                 f"{table.where(row, name)}, is not one like {example!r} ({reading.note})"
-            )
+            ), None
     for name in columns:
         cells = table.cells(name)
         reading = read_dates(cells, order, numbers=True, anything=True)
         known = sorted({date for date in reading.dates if date}) if reading else ()
         if len(known) > len(cells) / 2 and known[0].year in YEARS and known[-1].year in YEARS:
-            return f"to {name} if these are dates with gaps ({cells[0]!r}: {reading.note}), and GAPS to fill these"
+            why = f"{cells[0]!r}: {reading.note}"
+            return f"to {name} if these are dates with gaps ({why}), and GAPS to fill these", name
     row, cell = next(((row, cell) for row, cell in enumerate(table.cells(columns[0])) if cell), (0, ""))
     return (
         f"to the name of the date column, and write dates as 2016-07-01 13:00:00 or 2016-07-01 ({label(cell)!r} in "
         f"{table.where(row, columns[0])}, is not read as one; docs/series.md lists what is)"
-    )
+    ), None
 
 
 def name_words(name):
@@ -761,7 +833,7 @@ def check_years(table, dates):
         )
 
 
-def check_one_series(table, dates):
+def check_one_series(table, dates, where):
     """UserError if a column tells several series apart that have no date in common, and so would be read as one.
 
     Their rows are in blocks, or alternate. A column called like a station or a product is believed to tell series
@@ -782,10 +854,11 @@ def check_one_series(table, dates):
         steps = [clock[row] - clock[row - 1] for row in changes]
         back = all(abs(step) > DAY / 8 and (step > timedelta()) != ascending for step in steps)
         if (len(changes) == kinds - 1 and (named or back)) or (named and cells[kinds:] == cells[:-kinds]):
-            raise UserError(
+            example = f"{name}={Counter(cells).most_common(1)[0][0]}"
+            raise Choice(
                 f"{table.path}: column {name} tells several series apart, {list_names(list(dict.fromkeys(cells)), 3)}; "
-                f'choose one with WHERE, such as --where "{name}={Counter(cells).most_common(1)[0][0]}", or delete the '
-                "column if all rows are one series"
+                f'choose one with WHERE, such as --where "{example}", or delete the column if all rows are one series',
+                where=[*where, example],
             )
 
 
@@ -912,7 +985,8 @@ def add_times(table, dates, zone=None):
         times = read_times(cells) if not all(map(number, cells)) else None
         numbered = read_numbered(cells, days, zone) if times is None else None
         points, kind = numbered or ([day + time for day, time in zip(days, times or ())], "")
-        if points and not tells_series(name) and len(set(points)) > 0.99 * len(points):
+        many = len(set(points)) > max(0.99 * len(points), len(set(days)))
+        if many and not tells_series(name):
             rising = sum(later > earlier for earlier, later in zip(points, points[1:]))
             if not 0.1 * len(points) < rising < 0.9 * (len(points) - 1) and is_regular(points, 0.5):
                 reading.dates = points
@@ -987,7 +1061,7 @@ def read_numbers(table, dates, columns, decimal, missing=()):
         else:
             example = next((cell for cell in known if re.search(r"\d", cell)), "")
             (texts if known else empty).append(f"{name}: {label(example)!r}" if example else name)
-    check_texts(table, mixed)
+    check_texts(table, mixed, missing)
     signs = decimal_signs(table, cells, decimal, plain)
     values = {
         name: plain[name] if name in plain else to_numbers(table, name, cells[name], signs[name]) for name in cells
@@ -1054,16 +1128,18 @@ def check_sentinels(table, columns, missing):
             if value > high + (high - low) or value < low - (high - low) / 2 or value < 0 <= low:
                 rows = np.flatnonzero(column == value)
                 times = f" ({len(rows):,} times)" if len(rows) > 1 else ""
-                where = f"{table.where(rows[0], name)}: {value:g}{times} is far outside the other values"
-                found.setdefault(f"{value:g}", f"{where}, {low:g} to {high:g}")
+                where = f"{table.where(rows[0], name)}: {value:.15g}{times} is far outside the other values"
+                found.setdefault(f"{value:.15g}", f"{where}, {low:g} to {high:g}")
     if found:
         it, value = ("it means a missing value", "it is a value")
         if len(found) > 1:
             it, value = ("they mean missing values", "they are values")
         marks, values = ",".join([*missing, *found]), ",".join([*missing, "NA"])
-        raise UserError(
+        raise Choice(
             f"{table.path}, {'; '.join(list(found.values())[:3])}; set MISSING_VALUES to {marks} if {it} (GAPS fills "
-            f"these), or to {values} if {value}"
+            f"these), or to {values} if {value}",
+            missing=[*missing, *found],
+            gaps="carry",
         )
 
 
@@ -1106,7 +1182,7 @@ def decimal_signs(table, cells, decimal, plain):
     """
     if decimal != "auto":
         return dict.fromkeys(cells, decimal)
-    signs, either = {}, []
+    signs, either, grouped = {}, [], set()
     for name, column in cells.items():
         if name in plain:
             signs[name] = "."
@@ -1120,6 +1196,9 @@ def decimal_signs(table, cells, decimal, plain):
             signs[name] = max(fits, key=fits.get)
         elif marked and all(EITHER.fullmatch(cell) for cell in marked):
             either.append((name, marked[0]))
+            lengths = {len(cell) for cell in column if cell and cell.isdigit() and cell.strip("0")}
+            if any(cell[-1] == "0" for cell in marked) and lengths and max(lengths) < 4:
+                grouped.add("," if "." in marked[0] else ".")  # as many decimals in all others would show there, too
         else:
             signs[name] = "."
     told = {sign for name, sign in signs.items() if any(re.search("[.,]", cell or "") for cell in cells[name])}
@@ -1135,11 +1214,18 @@ def decimal_signs(table, cells, decimal, plain):
                 f"column {name}: {cell} is read with a decimal point, as {float(cell):g}, not as "
                 f"{cell.replace('.', '')}; DECIMAL=, reads the other"
             )
+        elif len(grouped) == 1:
+            signs[name], other = grouped.copy().pop(), "," if "," in cell else "."
+            table.notes.append(
+                f"column {name}: {cell} is read as {re.sub('[.,]', '', cell)}, since smaller numbers have no decimals; "
+                f"DECIMAL={other} reads the other"
+            )
         else:
             point, comma = (re.sub("[.,]", by, cell) for by in (".", ""))
-            raise UserError(
+            raise Choice(
                 f"{table.path}, column {name}: {cell} can be {point} or {comma}, and no other number decides it; set "
-                "DECIMAL to . or , (the decimal sign)"
+                "DECIMAL to . or , (the decimal sign)",
+                decimal=".",
             )
     if "," in signs.values():
         names = [name for name, sign in signs.items() if sign == ","]
@@ -1147,7 +1233,7 @@ def decimal_signs(table, cells, decimal, plain):
     return signs
 
 
-def check_texts(table, columns):
+def check_texts(table, columns, missing):
     """UserError if there are texts among the numbers of columns, {name: texts or None}."""
     found, counts = {}, Counter()  # where each is first
     for name, column in columns.items():
@@ -1164,7 +1250,8 @@ def check_texts(table, columns):
         if others:
             remedy = "these cells, exclude columns with COLUMNS, or name them in MISSING_VALUES if values are missing"
         remedy += " (GAPS fills these)"
-        raise UserError(f"{table.path}, {table.where(*place)}: {cell!r}{times} is not a number{more}; fix {remedy}")
+        message = f"{table.path}, {table.where(*place)}: {cell!r}{times} is not a number{more}; fix {remedy}"
+        raise Choice(message, missing=[*missing, *found], gaps="carry")
 
 
 def to_numbers(table, name, cells, sign):
@@ -1192,7 +1279,7 @@ def to_numbers(table, name, cells, sign):
     return result
 
 
-def arrange(series, table, columns, reading, name, gaps):
+def arrange(series, table, columns, reading, name, gaps, where):
     """Set clock, step and time zone of a series, and sort its rows.
 
     Args:
@@ -1201,7 +1288,7 @@ def arrange(series, table, columns, reading, name, gaps):
         columns: names of the columns that hold the dates.
         reading: its `Reading`.
         name: of the time zone of local times, or None.
-        gaps: see `read_series`.
+        gaps, where: see `read_series`.
     """
     path, notes = table.path, series.notes
     dates, offsets = reading.dates, reading.offsets
@@ -1260,7 +1347,7 @@ def arrange(series, table, columns, reading, name, gaps):
     if moved:
         notes.append(f"rows sorted by date, {some_of([lines[rows[place]] for place in sorted(moved)], 'line')} moved")
     clock, rows = [clock[place] for place in order], [rows[place] for place in order]
-    keep = drop_doubles(series, table, clock, rows, gaps)
+    keep = drop_doubles(series, table, clock, rows, gaps, where)
     series.clock, series.values = [clock[place] for place in keep], series.values[[rows[place] for place in keep]]
     lines = [lines[rows[place]] for place in keep]
     if len(keep) < 2:
@@ -1270,13 +1357,13 @@ def arrange(series, table, columns, reading, name, gaps):
     off = [place for place in range(len(numbers)) if numbers[place] < 0 or numbers[place] in numbers[place - 1 : place]]
     if len(off) > len(numbers) / 2:
         steps = sorted(later - earlier for earlier, later in zip(series.clock, series.clock[1:]))
-        others = [name for name in table.names if name not in columns]
-        other = next((name for name in others if holds_dates(table.cells(name), is_index(name))), None)
+        other = other_dates(table, columns)
         remedy = f"set DATE to {other}, which holds dates at equal steps, or " if other else ""
-        raise UserError(
+        message = (
             f"{path}: the rows are not at equal steps, but from {steps[0]} to {steps[-1]} apart, half of them at most "
             f"{steps[len(steps) // 2]}; {remedy}resample the series to equal steps"
         )
+        raise Choice(message, date_column=other) if other else UserError(message)
     few = len(off) < len(numbers) / 100
     if off and few and gaps != "refuse":
         notes.append(f"{some_of([lines[place] for place in off], 'line')} left out: between the steps of {step}")
@@ -1285,10 +1372,11 @@ def arrange(series, table, columns, reading, name, gaps):
     elif off:
         examples = ", ".join(f"line {lines[place]} ({series.show(series.clock[place])})" for place in off[:3])
         remedy = ", or set GAPS, which leaves these rows out and fills the steps" if few else ""
-        raise UserError(
+        message = (
             f"{path}: most rows are {step} apart, but {len(off):,} of {len(numbers):,} lie between these steps: "
             f"{examples}{', ...' if len(off) > 3 else ''}; resample the series to equal steps{remedy}"
         )
+        raise Choice(message, gaps="carry") if few else UserError(message)
     if step.unit == "weekday":
         days = "Mon Tue Wed Thu Fri Sat Sun".split()
         notes.append(f"no row is ever on {' or '.join(day for day, on in zip(days, step.mask) if on == '0')}, so the "
@@ -1307,7 +1395,7 @@ def open_zone(name):
         ) from error
 
 
-def drop_doubles(series, table, clock, rows, gaps):
+def drop_doubles(series, table, clock, rows, gaps, where):
     """Places of the sorted rows without those that repeat the one before; UserError for one that contradicts it.
 
     Unless `gaps` are to be filled: then the few dates with contradicting rows are left out, to be filled like others.
@@ -1332,18 +1420,19 @@ def drop_doubles(series, table, clock, rows, gaps):
         keep = [place for place in keep if clock[place] not in doubled]
     elif different:
         groups = len(clock) / len(set(clock))
-        hint = "keep each date once"
+        hint, options = "keep each date once", {}
         telling = find_telling(table, clock, rows, series.date) if groups > 1.2 else None
         enough = max(0.99 * len(clock), (len(clock) + len(set(clock))) / 2)  # it must tell half of the doubles apart
         enough = min(enough, 9 * len(set(clock)))  # or be much finer, as times beside days in several series
         others = [name for name in table.names if name != series.date]
         other = next((name for name in others if count_dates(table.cells(name)) > enough), None)
         if other:
-            hint = f"column {other} has different dates: set DATE to {other}"
+            hint, options = f"column {other} has different dates: set DATE to {other}", dict(date_column=other)
         elif telling:
             names, values = telling
             each = f"column {names[0]} tells" if len(names) == 1 else f"columns {' and '.join(names)} tell"
-            example = ",".join(f"{name}={value}" for name, value in zip(names, values))
+            options = dict(where=[*where, *(f"{name}={value}" for name, value in zip(names, values))])
+            example = ",".join(options["where"][len(where) :])
             hint = f'{each} several series apart: choose one with WHERE, such as --where "{example}"'
             in_file = [date for _, date in sorted(zip(rows, clock))]
             follow = sum(date == then for date, then in zip(in_file, in_file[1:])) > 0.4 * len(in_file)
@@ -1356,13 +1445,15 @@ def drop_doubles(series, table, clock, rows, gaps):
             hint += "; if daylight saving doubles the hour, set TIMEZONE"
         elif few:
             hint += ", or set GAPS, which leaves these rows out and fills their dates like missing ones"
+            options = dict(gaps="carry")
         rows_have = "rows have" if len(different) > 1 else "row has"
         lines = {place: table.lines[rows[place]] for place in different[:3]}
         examples = ", ".join(f"line {line} ({series.show(clock[place])})" for place, line in lines.items())
-        raise UserError(
+        message = (
             f"{table.path}: {len(different):,} {rows_have} a date that another row has, with other "
             f"values: {examples}{', ...' if len(different) > 3 else ''}; {hint}"
         )
+        raise Choice(message, **options) if options else UserError(message)
     if same:
         lines = [table.lines[rows[place]] for place in same]
         series.notes.append(f"{some_of(lines, 'line')} left out: a row with this date and these values is there")
@@ -1379,7 +1470,9 @@ def count_dates(cells):
 
 
 def find_telling(table, clock, rows, date, most=3):
-    """The fewest columns, up to `most`, that tell rows with the same date apart: (names, values of the longest series).
+    """The fewest columns, up to `most`, that tell rows with the same date apart: (names, values of one of the series).
+
+    It is the longest that has each date once, for 1 % of the rows may be double.
 
     None if there are none. Numbers of the rows, and columns in which most values are different, are none.
 
@@ -1396,7 +1489,8 @@ def find_telling(table, clock, rows, date, most=3):
         cells = [cells[row] for row in rows]
         kinds = len(set(cells))
         fractions = sum(number(cell) and re.search("[.,]0*[1-9]", cell) is not None for cell in cells)
-        if kinds in (24, 25, 48, 50, 96, 100) and not tells_series(name):
+        timed = kinds in (24, 25, 48, 50, 96, 100) and (all(map(number, cells)) or read_times(cells))
+        if timed and not tells_series(name):
             points.append(cells)  # hours or parts of them
             continue
         if name != date and 1 < kinds < len(cells) / 3 and fractions < len(cells) / 2:
@@ -1405,8 +1499,10 @@ def find_telling(table, clock, rows, date, most=3):
     for count in range(1, most + 1):
         for names in [*combinations(texts, count), *combinations(columns, count)][:300]:
             keys = list(zip(*(columns[name] for name in names)))
-            if len(set(zip(*points, keys))) > 0.99 * len(clock):  # a few rows may be double
-                return names, Counter(keys).most_common(1)[0][0]
+            counts = Counter(zip(keys, *points))
+            if len(counts) > 0.99 * len(clock):
+                double = {key for (key, *_), count in counts.items() if count > 1}
+                return names, Counter([key for key in keys if key not in double] or keys).most_common(1)[0][0]
     return None
 
 
@@ -1463,7 +1559,8 @@ def fill(series, path, gaps, chosen=False):
         absent_dates = [clock[row] for row in np.flatnonzero(absent)]
         if missing and not series.utc and all(may_be_skipped(date) for date in absent_dates):
             choice = f"if daylight saving skips these hours, set TIMEZONE; else {choice}"
-        raise UserError(f"{path}: {shown}; {choice}, fill them in, or exclude a column with COLUMNS")
+        message = f"{path}: {shown}; {choice}, fill them in, or exclude a column with COLUMNS"
+        raise Choice(message, gaps="carry")
     if late.all() or (late.any() and chosen):
         names = [name for name, begins_late in zip(series.columns, late) if begins_late]
         raise UserError(f"{path}: {some_of(names, 'column')} begins in the second half only; exclude it with COLUMNS")
