@@ -1,7 +1,7 @@
 """Spoken digits by the four scripts: accuracy of a random split, and on each speaker held out from training.
 
     python benchmarks/sounds.py --source free-spoken-digits
-    python benchmarks/sounds.py --source free-spoken-digits --splits jackson,theo --options="--spec-mask 0.2" --output mask
+    python benchmarks/sounds.py --source free-spoken-digits --splits theo --options="--spec-mask 0.2" --output mask
 
 The recordings of the Free Spoken Digit Dataset (Jakobovski et al., CC BY-SA 4.0, github.com/Jakobovski/
 free-spoken-digit-dataset) in one folder for each digit, <digit>/<digit>_<speaker>_<index>.wav. Each split is made,
