@@ -298,13 +298,14 @@ def test_images_grow_in_the_first_two_thirds_of_a_run():
 
 def test_the_network_sees_images_of_the_epoch_s_size(run_train, monkeypatch):
     sizes, validated = [], []
-    original, validate = BatchMixup.__call__, train.validate
+    prepare, validate = train.prepare_batch, train.validate
 
-    def note_size(mixup, images, labels):
+    def note_size(*arguments, **options):
+        images, *others = prepare(*arguments, **options)
         sizes.append(images.shape[2:])
-        return original(mixup, images, labels)
+        return images, *others
 
-    monkeypatch.setattr(BatchMixup, "__call__", note_size)
+    monkeypatch.setattr(train, "prepare_batch", note_size)
     monkeypatch.setattr(train, "validate", lambda *args: validated.append(args[2]) or falling(validate(*args)))
 
     def falling(results):  # every validation is worse than the one before
